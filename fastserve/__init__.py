@@ -1,0 +1,36 @@
+"""FastServe: train, compress, serve, explain and operate transformer language models.
+
+Names are loaded when they are first used, so that `import fastserve` is quick and imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastserve.core.outputs import CompletionOutput, RequestOutput
+    from fastserve.core.sampling_params import SamplingParams
+    from fastserve.offline.llm import LLM
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LLM": "fastserve.offline.llm",
+    "SamplingParams": "fastserve.core.sampling_params",
+    "RequestOutput": "fastserve.core.outputs",
+    "CompletionOutput": "fastserve.core.outputs",
+}
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fastserve' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,202 @@
+"""All options, once: dataclass field = TOML key = `--flag` = `FASTSERVE_<FIELD>` = keyword of `LLM`.
+
+Values are checked on construction; a bad one raises ConfigError naming the option and what would work. Memory sizes
+are bytes, given as an int or as text such as "512MiB", "2GB". Components below take the values they need, never the
+whole object.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from fastserve.core.errors import ConfigError
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+ENVIRONMENT_PREFIX = "FASTSERVE_"
+
+
+def parse_bytes(value: int | str) -> int:
+    """"512MiB", "2GB", "1.5g" or a plain number -> bytes. Decimal units unless an i says binary."""
+    if isinstance(value, int):
+        return value
+    match = _SIZE.match(value)
+    if match is None:
+        raise ConfigError(f"{value!r} is no memory size; write for example 512MiB or 2GB")
+    number, power, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[power.lower()])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """12.3 MiB and the like, for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine.
+
+    Attributes:
+        model: model folder, hub id, or "" for the built-in model.
+        dtype: auto (what the folder says), float32, bfloat16 or float16.
+        device: auto, cpu or cuda (cuda:N picks a card).
+        kernels: auto, reference, cpu or triton.
+        backend: auto (our own modules when the architecture has them), native, or transformers.
+        scheduler: fcfs, priority, or module:Class.
+        max_batch_sequences: most sequences in one step.
+        max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
+        max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
+        max_waiting: most requests that may wait; further ones get 429.
+        kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
+        kv_cache_dtype: auto (the compute dtype).
+        block_size: tokens in one KV block.
+        prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        num_threads: compute threads; 0 uses every core the process may use.
+        seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
+        trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
+    """
+
+    model: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    kernels: str = "auto"
+    backend: str = "auto"
+    scheduler: str = "fcfs"
+    max_batch_sequences: int = 64
+    max_batch_tokens: int = 1024
+    max_model_len: int = 0
+    max_waiting: int = 1024
+    kv_cache_memory: int = 0
+    kv_cache_dtype: str = "auto"
+    block_size: int = 16
+    prefix_caching: bool = True
+    num_threads: int = 0
+    seed: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
+        self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}")
+        self._choice("kernels", ("auto", "reference", "cpu", "triton"))
+        self._choice("backend", ("auto", "native", "transformers"))
+        self._choice("kv_cache_dtype", ("auto",))
+        self._at_least("max_batch_sequences", 1)
+        self._at_least("max_batch_tokens", 1)
+        self._at_least("max_model_len", 0)
+        self._at_least("max_waiting", 0)
+        self._at_least("kv_cache_memory", 0)
+        self._at_least("num_threads", 0)
+        self._at_least("block_size", 1)
+        if self.max_batch_tokens < self.max_batch_sequences:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_sequences "
+                f"({self.max_batch_sequences}), so that every running sequence can take a token in a step"
+            )
+
+    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+    def _at_least(self, name: str, low: int) -> None:
+        if getattr(self, name) < low:
+            raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+
+    @classmethod
+    def load(
+        cls,
+        options: Mapping[str, Any] | None = None,
+        file: str | Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Merge a TOML file, `FASTSERVE_<FIELD>` variables and `options`, the later winning; None means not given."""
+        values: dict[str, Any] = {}
+        if file is not None:
+            values.update(cls._read_toml(Path(file)))
+        environment = os.environ if environment is None else environment
+        for item in fields(cls):
+            text = environment.get(ENVIRONMENT_PREFIX + item.name.upper())
+            if text is not None:
+                values[item.name] = text
+        values.update({name: value for name, value in (options or {}).items() if value is not None})
+        return cls.from_options(values)
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping, converting text to each field's type; unknown names are refused."""
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(hints))}")
+        return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+    @classmethod
+    def _read_toml(cls, file: Path) -> dict[str, Any]:
+        try:
+            return tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read config file {file}: {error.strerror or error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig(EngineConfig):
+    """Options of the HTTP server, on top of the engine's.
+
+    Attributes:
+        host, port: where to listen; loopback unless you choose otherwise. Port 0 takes a free one.
+        name: model name that clients use; the folder's name when empty.
+        api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
+        api_key_file: file whose first line is the key.
+        drain_timeout: seconds that running requests get after SIGTERM.
+        max_body_bytes: largest request body.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    api_key: str = ""
+    api_key_file: str = ""
+    drain_timeout: float = 30.0
+    max_body_bytes: int = 8 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        object.__setattr__(self, "max_body_bytes", parse_bytes(self.max_body_bytes))
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        if self.drain_timeout < 0:
+            raise ConfigError(f"drain_timeout must be at least 0 seconds, not {self.drain_timeout}")
+
+    def engine(self) -> EngineConfig:
+        """The engine's part of these options."""
+        return EngineConfig(**{item.name: getattr(self, item.name) for item in fields(EngineConfig)})
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if name in ("kv_cache_memory", "max_body_bytes"):
+        return parse_bytes(value)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+        return kind(value)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error

@@ -1,0 +1,83 @@
+"""What goes into the engine and what comes out of it: token ids and numbers, never text.
+
+These structs cross the process boundary as msgpack frames. A request for several completions (`n`) is split into
+single ones where it enters (see `fork`), so that the scheduler only knows sequences.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import msgspec
+
+from fastserve.core.sampling_params import SamplingParams
+
+# Finish reasons, OpenAI's words: "stop" (end token, stop id or stop string), "length", and our own "abort" and "error".
+FINISH_STOP = "stop"
+FINISH_LENGTH = "length"
+FINISH_ABORT = "abort"
+FINISH_ERROR = "error"
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One generation request for one sequence.
+
+    Attributes:
+        request_id: unique among live requests.
+        prompt_ids: token ids of the prompt; at least one.
+        sampling: a valid SamplingParams with n == 1 and a seed.
+        arrival_time: seconds on the system-wide monotonic clock (`time.monotonic`).
+        priority: smaller is served first under the priority policy.
+        tenant: who is asking; counted and shared fairly by tenant, never shown.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    arrival_time: float
+    priority: int = 0
+    tenant: str = ""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position: `token_ids[0]` is the token itself, the others the most probable ones.
+
+    `rank` is the token's own rank (1 is the most probable). Values are natural logarithms of the softmax of the raw
+    logits, before temperature, penalties and bias, as vLLM and OpenAI report them.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class TokenOutput(msgspec.Struct, array_like=True):
+    """New tokens of one request. The last one has a finish_reason.
+
+    Attributes:
+        token_ids: newly made tokens, in order (usually one; none in an abort).
+        finish_reason: None while running; else one of the FINISH_ constants.
+        stop_token_id: the end token or stop id that finished it, if one did; it is the last of `token_ids`.
+        logprobs: one TokenLogprobs per new token when asked for.
+        prompt_logprobs: with the first output when asked for; the first position has None.
+        num_cached_tokens: prompt tokens taken from the prefix cache (set in the first output).
+        scheduled_time: monotonic time of the first step that worked on it (set in the first output).
+        error: a message for the user when finish_reason is "error".
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    scheduled_time: float = 0.0
+    error: str | None = None
+
+
+def fork(params: SamplingParams) -> list[SamplingParams]:
+    """Split `params` with n completions into n valid single ones with distinct seeds (index i uses seed + i)."""
+    seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(7), "little")
+    return [replace(params, n=1, seed=seed + index) for index in range(params.n)]

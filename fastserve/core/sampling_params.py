@@ -1,0 +1,131 @@
+"""How the next token is chosen and when to stop, for one request.
+
+The fields follow vLLM's and OpenAI's names. All values are checked here, once, so that nothing below needs to check
+again: a `SamplingParams` that exists is valid. It crosses the process boundary as it is (msgspec encodes dataclasses).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastserve.core.errors import RequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling and stopping options of one request.
+
+    Args:
+        n: number of independent completions of the prompt.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability sums to at least this (nucleus sampling).
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        min_p: drop tokens less probable than `min_p` times the most probable one.
+        repetition_penalty: divide positive (multiply negative) logits of tokens seen in prompt or output (CTRL, 2019).
+        presence_penalty, frequency_penalty: subtract once, or per occurrence, for tokens seen in the output.
+        logit_bias: token id -> value added to its logit.
+        seed: same seed, same tokens, whatever else is in the batch; None draws a fresh one.
+        max_tokens: longest completion in tokens; None means up to the model's context length.
+        min_tokens: stop tokens are masked until this many tokens were made.
+        stop: strings that end the completion (left out of the text unless `include_stop_str_in_output`).
+        stop_token_ids: token ids that end it, besides the model's own end tokens.
+        ignore_eos: do not stop at the model's end tokens.
+        logprobs: report the log probability of each token and of this many most probable alternatives (0..20).
+        prompt_logprobs: the same for the tokens of the prompt.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        RequestError: a value is out of its range; `param` names the field.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check_range("n", self.n, 1, MAX_N)
+        self._check_range("temperature", self.temperature, 0.0, 100.0)
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}", "top_p")
+        self._check_range("top_k", self.top_k, -1, 2**31 - 1)
+        self._check_range("min_p", self.min_p, 0.0, 1.0)
+        self._check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self._check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise RequestError(
+                f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty}",
+                "repetition_penalty",
+            )
+        if self.max_tokens is not None:
+            self._check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        self._check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            self._check_range("seed", self.seed, -MAX_SEED, 2 * MAX_SEED - 1)
+        self._check_stops()
+        self._check_logit_bias()
+
+    @staticmethod
+    def _check_range(name: str, value: float, low: float, high: float) -> None:
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
+            raise RequestError(f"{name} must be between {low} and {high}, not {value}", name)
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(self.stop)}", "stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise RequestError(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
+        if len(self.stop_token_ids) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop_token_ids takes at most {MAX_STOP_STRINGS} ids", "stop_token_ids")
+        if any(not 0 <= token_id < 2**31 for token_id in self.stop_token_ids):
+            raise RequestError("stop_token_ids must be token ids of the model", "stop_token_ids")
+
+    def _check_logit_bias(self) -> None:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise RequestError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, not {len(bias)}", "logit_bias")
+        for token_id, value in bias.items():
+            if not 0 <= token_id < 2**31:
+                raise RequestError(f"logit_bias has {token_id}, which is no token id", "logit_bias")
+            self._check_range("logit_bias", value, -100.0, 100.0)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5

@@ -1,0 +1,1 @@
+"""Run models for many requests: memory, steps, processes. Import what you need from the modules; this stays light."""

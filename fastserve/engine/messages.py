@@ -1,0 +1,104 @@
+"""Frames between the API process and the engine process: msgspec structs, msgpack, length-prefixed.
+
+A frame is four bytes of little-endian length and that many bytes of msgpack. Structs are tagged with their names, so
+decoding is typed and nothing but these can arrive; there is no pickle and no TCP port.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from fastserve.core.request import Request, TokenOutput
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+HEADER = struct.Struct("<I")
+
+
+class Configure(msgspec.Struct, tag=True):
+    """API -> engine, first frame: EngineConfig as a mapping."""
+
+    options: dict[str, object]
+
+
+class Add(msgspec.Struct, tag=True):
+    """API -> engine: start this request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    """API -> engine: stop these requests and free what they hold. No output follows."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """API -> engine: finish the current step and exit."""
+
+
+class EngineStats(msgspec.Struct):
+    """Counters and gauges of one engine; counters only grow.
+
+    Attributes:
+        num_running, num_waiting: sequences now.
+        kv_blocks_used, kv_blocks_total: blocks held by live sequences, and all.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and found.
+        num_preemptions, num_steps, prompt_tokens, generation_tokens: totals.
+        step_seconds: total time spent in steps.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+class Ready(msgspec.Struct, tag=True):
+    """Engine -> API: the model is loaded. `max_model_len` in tokens; `report` is the memory plan for people."""
+
+    max_model_len: int
+    vocab_size: int
+    report: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """Engine -> API: what one step made, and the counters after it. Also sent empty as a heartbeat while idle."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Engine -> API: it cannot start or go on; `message` is for the user, `kind` the error class's name."""
+
+    message: str
+    kind: str
+
+
+ToEngine = Configure | Add | Abort | Shutdown
+FromEngine = Ready | Outputs | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One message as a length-prefixed frame.
+
+    Raises:
+        ValueError: the frame would exceed MAX_FRAME_BYTES.
+    """
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {len(payload)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+    return HEADER.pack(len(payload)) + payload

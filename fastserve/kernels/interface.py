@@ -1,0 +1,103 @@
+"""The operations a backend computes, and nothing about why or when.
+
+Legend: T tokens in the step (all sequences, no padding), B sequences, H query heads, G key/value heads, D head size,
+N output features, K input features. All tensors are on the backend's device. `reference.py` implements every
+operation in plain PyTorch and defines correct; other backends subclass it, one level deep, and override what they
+speed up. A backend is chosen once, at load, by `select.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """What a model needs from a backend: where, in which precision, with which head shapes."""
+
+    device: str
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step as tensors, padding-free. Made by `engine/batch.py` from a StepPlan.
+
+    Attributes:
+        input_ids, positions: [T] int64.
+        slot_mapping: [T] int64, where token t's key and value go: block_id * block_size + offset.
+        query_starts: B + 1 ints, the tokens of sequence b are query_starts[b] : query_starts[b + 1].
+        context_lens: B ints, tokens in the cache after this step, the new ones included.
+        block_tables: per sequence the int64 tensor of its block ids, in order.
+        logit_rows: [R] int64, rows of the hidden states that need logits.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_starts: list[int]
+    context_lens: list[int]
+    block_tables: list[Tensor]
+    logit_rows: Tensor
+
+
+@dataclass(slots=True)
+class PackedLinear:
+    """A linear layer in the backend's own layout. `weight` is [N, K] here; other backends put their own form there."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Kernels(Protocol):
+    """About ten operations. Shapes as in the module's legend; none keeps state between calls."""
+
+    name: str
+
+    def supports(self, spec: KernelSpec) -> list[str]:
+        """Reasons why this backend cannot serve `spec`; an empty list means it can."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load."""
+
+    def linear(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]. A row's result does not depend on the other rows (see the contract's precision rule)."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """x [..., K] scaled to unit root mean square in float32, times weight [K] (Zhang and Sennrich, 2019)."""
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+        """x [..., K] to zero mean and unit variance, times weight, plus bias (Ba et al., 2016)."""
+
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [T, H, D] by cos, sin [T, R/2], halves convention; R <= D leading entries rotate (Su et al., 2021)."""
+
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        """x [T, 2 * K] as gate and up halves -> activation(gate) * up, [T, K]."""
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        """Element-wise silu, gelu, gelu_tanh or relu."""
+
+    def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping."""
+
+    def paged_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """Causal attention of query [T, H, D] over each sequence's cached keys and values -> [T, H, D].
+
+        A query at position p sees positions max(0, p - window + 1) .. p; window 0 means no limit. softcap c > 0
+        replaces scores s by c * tanh(s / c).
+        """
+
+    def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
+        """Copy cache blocks source -> target within one layer."""

@@ -1,0 +1,77 @@
+"""The seam between a network and its memory: a model calls `attend`, a context decides what that reads and writes.
+
+`PagedContext` serves (keys and values live in paged caches); `DenseContext` runs whole sequences without a cache, for
+tests and for measuring. Models get the context as an argument; nothing is global.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastserve.kernels.interface import Batch, Kernels
+
+
+class AttentionContext(Protocol):
+    """Attention of one step. T tokens, H query heads, G key/value heads, D head size."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, G, D] (position already applied) -> [T, H, D]. Causal; window in tokens."""
+
+
+class PagedContext:
+    """Store the step's keys and values in the paged cache, then attend over each sequence's blocks.
+
+    Args:
+        kernels: the operations.
+        keys, values: per layer [num_blocks, block_size, G, D].
+        batch: the step.
+    """
+
+    def __init__(self, kernels: Kernels, keys: list[Tensor], values: list[Tensor], batch: Batch) -> None:
+        self._kernels = kernels
+        self._keys = keys
+        self._values = values
+        self._batch = batch
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        self._kernels.store_kv(key, value, keys, values, self._batch.slot_mapping)
+        return self._kernels.paged_attention(query, keys, values, self._batch, scale, window, softcap)
+
+
+class DenseContext:
+    """Whole sequences, no cache: `lengths` are the tokens of each, one after the other."""
+
+    def __init__(self, kernels: Kernels, lengths: list[int]) -> None:
+        self._kernels = kernels
+        self._lengths = lengths
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        starts = [0]
+        for length in self._lengths:
+            starts.append(starts[-1] + length)
+        output = torch.empty_like(query)
+        for start, end in zip(starts, starts[1:], strict=False):
+            length = end - start
+            batch = Batch(
+                input_ids=query.new_empty(0, dtype=torch.int64),
+                positions=query.new_empty(0, dtype=torch.int64),
+                slot_mapping=query.new_empty(0, dtype=torch.int64),
+                query_starts=[0, length],
+                context_lens=[length],
+                block_tables=[torch.zeros(1, dtype=torch.int64, device=query.device)],
+                logit_rows=query.new_empty(0, dtype=torch.int64),
+            )
+            output[start:end] = self._kernels.paged_attention(
+                query[start:end], key[None, start:end], value[None, start:end], batch, scale, window, softcap
+            )
+        return output

@@ -1,0 +1,1 @@
+"""What to compute next: plain Python over integers. Time is an argument; no torch."""

@@ -1,0 +1,47 @@
+"""What the scheduler decided for one step, as plain integers: the only thing that passes to the executor.
+
+The same plan drives one process, is broadcast to tensor-parallel ranks, and is replayed by the simulator.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fastserve.core.request import Request
+
+
+class PlanEntry(msgspec.Struct, frozen=True):
+    """Work for one sequence in this step.
+
+    Attributes:
+        request_id: whose sequence.
+        token_ids: ids to run, at positions start .. start + len(token_ids) - 1.
+        start: number of tokens already in the cache.
+        block_ids: every KV block of the sequence, in order, the ones for these tokens included.
+        samples: whether the last of these tokens yields the next one (False inside a chunked prefill).
+        request: the request itself, when the executor sees this sequence for the first time (or again after its
+            memory was dropped); None afterwards.
+        output_ids: with `request`, the tokens made before a preemption; empty for a fresh sequence.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    start: int
+    block_ids: list[int]
+    samples: bool
+    request: Request | None = None
+    output_ids: list[int] = []
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step: entries in execution order, block copies and moves before it, requests whose state may be dropped."""
+
+    entries: list[PlanEntry]
+    copies: list[tuple[int, int]] = []
+    swap_in: list[tuple[int, int]] = []
+    swap_out: list[tuple[int, int]] = []
+    freed: list[str] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(entry.token_ids) for entry in self.entries)

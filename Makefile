@@ -1,0 +1,73 @@
+# Everything runs from .venv, which `make setup` makes with the pinned versions in constraints.txt.
+# Options: HOST, PORT, MODEL and ARGS for `serve`; PYTHON to choose the interpreter; PYTEST_ARGS for the tests.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fastserve-setup
+# The first interpreter that is Python 3.11 or newer.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+
+SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/kernels
+SERVING_PATH_LIMIT := 5000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-fast lint format bench size clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP) ## make .venv with the pinned versions (a CPU-only torch: see README)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "FastServe needs Python 3.11 or newer; install it or set PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "setup: installing FastServe and what it needs (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "setup: done; the command is $(BIN)/fastserve"
+
+serve: $(STAMP) ## serve MODEL (the built-in one by default) on HOST:PORT
+	@exec $(BIN)/fastserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## all tests that this machine can run
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the everyday subset, under three minutes
+	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff, mypy, import-linter, and the size limit
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory size
+
+format: $(STAMP) ## apply ruff's fixes and formatting
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## both benchmarks of this release (about 20 minutes on two cores)
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/serve_vs_transformers.py | tee benchmarks/results/serve_vs_transformers.json
+	$(BIN)/python benchmarks/soak.py | tee benchmarks/results/soak.json
+
+size: ## lines of Python per room; fails when the serving path exceeds its limit
+	@for room in $(filter-out %__pycache__/,$(wildcard fastserve/*/)); do \
+		printf '%7d  %s\n' "$$(find $$room -name '*.py' -exec cat {} + | wc -l)" "$$room"; \
+	done
+	@total=$$(find $(SERVING_PATH) -name '*.py' -exec cat {} + | wc -l); \
+	echo "serving path (scheduler, engine, models, kernels): $$total of $(SERVING_PATH_LIMIT) lines"; \
+	test $$total -lt $(SERVING_PATH_LIMIT)
+
+clean: ## remove .venv and everything that is built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,80 @@
+"""One sequence in the scheduler: its tokens, how many are computed, which blocks hold them.
+
+`status` (what it is doing) and `residency` (where its keys and values are) are separate; only Scheduler writes either.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from fastserve.core.request import Request
+
+
+class Status(enum.Enum):
+    """WAITING sequences may still hold blocks (paused); RUNNING ones took part in the last step or will in the next."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Residency(enum.Enum):
+    """Where the keys and values of the computed tokens are."""
+
+    NONE = "none"
+    DEVICE = "device"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request while it is live.
+
+    Attributes:
+        arrival_order: breaks ties of rank; kept over preemptions.
+        token_ids: prompt and output ids so far.
+        num_computed: leading tokens whose keys and values are in blocks.
+        block_ids: blocks held, in order of position.
+        block_hashes: prefix hashes of the leading full blocks, as far as computed.
+        num_published: leading blocks already offered to the prefix cache.
+        is_known: the executor holds this sequence's request (so plans need not send it).
+        num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+        scheduled_time, first_token_time: monotonic seconds, None until then.
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_prompt: int
+    arrival_order: int = 0
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    status: Status = Status.WAITING
+    residency: Residency = Residency.NONE
+    is_known: bool = False
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+    @classmethod
+    def from_request(cls, request: Request, arrival_order: int) -> Sequence:
+        return cls(request, list(request.prompt_ids), len(request.prompt_ids), arrival_order)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]

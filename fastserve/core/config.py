@@ -25,7 +25,7 @@ ENVIRONMENT_PREFIX = "FASTSERVE_"
 
 
 def parse_bytes(value: int | str) -> int:
-    """"512MiB", "2GB", "1.5g" or a plain number -> bytes. Decimal units unless an i says binary."""
+    """ "512MiB", "2GB", "1.5g" or a plain number -> bytes. Decimal units unless an i says binary."""
     if isinstance(value, int):
         return value
     match = _SIZE.match(value)

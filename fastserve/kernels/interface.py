@@ -38,6 +38,7 @@ class Batch:
         context_lens: B ints, tokens in the cache after this step, the new ones included.
         block_tables: per sequence the int64 tensor of its block ids, in order.
         logit_rows: [R] int64, rows of the hidden states that need logits.
+        request_ids: the B sequences, for models that keep a cache of their own.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class Batch:
     context_lens: list[int]
     block_tables: list[Tensor]
     logit_rows: Tensor
+    request_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -24,7 +24,9 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 4, policy: str = "fcf
     return Scheduler(BlockPool(num_blocks, block_size), make_policy(policy), eos_token_ids=[EOS], **limits)
 
 
-def make_request(name: str, prompt_length: int = 5, arrival: float = 0.0, priority: int = 0, **sampling: int) -> Request:
+def make_request(
+    name: str, prompt_length: int = 5, arrival: float = 0.0, priority: int = 0, **sampling: int
+) -> Request:
     params = replace(SamplingParams(max_tokens=4, seed=0), **sampling)
     prompt = [hash((name, index)) % 1000 + 100 for index in range(prompt_length)]
     return Request(name, prompt, params, arrival, priority)
@@ -179,7 +181,9 @@ def test_random_traffic_loses_and_leaks_nothing(seed: int, num_blocks: int, poli
             length = rng.randrange(1, 12)
             params = SamplingParams(max_tokens=length, seed=0)
             scheduler.add(Request(name, prompt, params, now, rng.randrange(3)), now)
-            expected[name] = [next_token(name, len(prompt) + index) for index in range(min(length, longest - len(prompt)))]
+            expected[name] = [
+                next_token(name, len(prompt) + index) for index in range(min(length, longest - len(prompt)))
+            ]
         if expected and rng.random() < 0.05:
             name = rng.choice(sorted(expected))
             scheduler.abort([name])

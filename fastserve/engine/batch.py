@@ -1,0 +1,77 @@
+"""StepPlan -> tensors: the padding-free batch that one forward pass computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastserve.kernels.interface import Batch
+from fastserve.scheduler.plan import StepPlan
+
+
+class BlockTables:
+    """Each live sequence's block ids as a tensor, kept over steps so that a decode step copies nothing but new ids."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tables: dict[str, Tensor] = {}
+
+    def get(self, request_id: str, block_ids: list[int], is_new: bool) -> Tensor:
+        """The table of a sequence, [num_blocks] int64."""
+        table = self._tables.get(request_id)
+        if is_new or table is None or len(table) != len(block_ids):
+            table = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+            self._tables[request_id] = table
+        return table
+
+    def drop(self, request_id: str) -> None:
+        self._tables.pop(request_id, None)
+
+
+def make_batch(
+    plan: StepPlan, block_size: int, tables: BlockTables, all_rows: set[str], device: torch.device
+) -> tuple[Batch, list[tuple[int, int]]]:
+    """Lay out a plan.
+
+    Args:
+        all_rows: requests that need logits at every position of this step (prompt log probabilities).
+
+    Returns:
+        The batch, and for each entry the range of its rows in `logit_rows` (empty when it needs none).
+    """
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_starts = [0]
+    context_lens: list[int] = []
+    block_tables: list[Tensor] = []
+    logit_rows: list[int] = []
+    row_ranges: list[tuple[int, int]] = []
+    for entry in plan.entries:
+        start, end = entry.start, entry.start + len(entry.token_ids)
+        first_row = len(logit_rows)
+        if entry.request_id in all_rows:
+            logit_rows.extend(range(len(input_ids), len(input_ids) + end - start))
+        elif entry.samples:
+            logit_rows.append(len(input_ids) + end - start - 1)
+        row_ranges.append((first_row, len(logit_rows)))
+        input_ids.extend(entry.token_ids)
+        positions.extend(range(start, end))
+        blocks = entry.block_ids
+        slots.extend(
+            blocks[position // block_size] * block_size + position % block_size for position in range(start, end)
+        )
+        query_starts.append(len(input_ids))
+        context_lens.append(end)
+        block_tables.append(tables.get(entry.request_id, blocks, entry.request is not None))
+    batch = Batch(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        query_starts=query_starts,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        request_ids=[entry.request_id for entry in plan.entries],
+    )
+    return batch, row_ranges

@@ -1,0 +1,159 @@
+"""The engine: plan, run, update; one model, many requests. Knows token ids only.
+
+In-process users (`fastserve.LLM`) drive it directly; the server drives it in a process of its own
+(`engine/process.py`). Not thread-safe: one thread calls everything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.core.config import EngineConfig
+from fastserve.core.errors import RequestError
+from fastserve.core.request import Request, TokenOutput
+from fastserve.engine.executor import Executor, LocalExecutor
+from fastserve.engine.kv_cache import KVCache
+from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
+from fastserve.engine.messages import EngineStats
+from fastserve.engine.model_runner import ModelRunner
+from fastserve.models.loader import LoadedModel, load_model
+from fastserve.scheduler.block_pool import BlockPool
+from fastserve.scheduler.policy import make_policy
+from fastserve.scheduler.scheduler import Scheduler
+
+
+class Engine:
+    """Load a model and serve requests step by step.
+
+    Args:
+        config: options; checked already.
+
+    Attributes:
+        max_model_len: longest prompt + output, tokens.
+        vocab_size: ids are below this.
+        memory: the memory plan.
+        report: lines for people: model, kernels, memory.
+
+    Raises:
+        CheckpointError, ConfigError, MemoryPlanError: the model cannot be loaded or does not fit.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        policy = make_policy(config.scheduler)
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        folder = ModelFolder.open(config.model)
+        loaded = load_model(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            kernels=config.kernels,
+            backend=config.backend,
+            block_size=config.block_size,
+            trust_remote_code=config.trust_remote_code,
+        )
+        shape = loaded.model.shape
+        self.memory = plan_memory(
+            shape,
+            loaded.device,
+            free_memory(loaded.device),
+            block_size=config.block_size,
+            kv_cache_memory=config.kv_cache_memory,
+            max_model_len=config.max_model_len,
+            max_batch_sequences=config.max_batch_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        self.max_model_len = self.memory.max_model_len
+        self.vocab_size = shape.vocab_size
+        self.report = _report(loaded, self.memory)
+        self._scheduler = Scheduler(
+            BlockPool(
+                self.memory.num_blocks,
+                config.block_size,
+                prefix_caching=config.prefix_caching and not loaded.model.has_own_cache,
+            ),
+            policy,
+            max_batch_sequences=config.max_batch_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            max_model_len=self.max_model_len,
+            eos_token_ids=folder.eos_token_ids,
+        )
+        self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
+        self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
+        """
+        prompt = request.prompt_ids
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, but this model takes at most {self.max_model_len - 1} and one to "
+                f"answer; shorten it or raise max_model_len",
+                "prompt",
+            )
+        sampling = request.sampling
+        ids = (*prompt, *sampling.stop_token_ids, *(sampling.logit_bias or ()))
+        if max(ids) >= self.vocab_size or min(ids) < 0:
+            raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
+        self._stats.prompt_tokens += len(prompt)
+        self._scheduler.add(request, time.monotonic())
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop requests; no output follows for them. Unknown ids are ignored."""
+        self._scheduler.abort(request_ids)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one step; returns the new tokens."""
+        started = time.monotonic()
+        plan = self._scheduler.plan(started)
+        result = self._executor.run(plan)
+        ended = time.monotonic()
+        outputs = self._scheduler.update(plan, result, ended - started, ended)
+        self._stats.num_steps += 1
+        self._stats.step_seconds += ended - started
+        self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters so far and gauges now. The same object each time; copy it to keep it."""
+        pool, stats = self._scheduler.block_pool, self._stats
+        stats.num_running = self._scheduler.num_running
+        stats.num_waiting = self._scheduler.num_waiting
+        stats.kv_blocks_used = pool.num_used
+        stats.prefix_cache_queries = pool.num_queries
+        stats.prefix_cache_hits = pool.num_hits
+        stats.num_preemptions = self._scheduler.num_preemptions
+        return stats
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[int, ...]) -> ModelRunner:
+    shape = loaded.model.shape
+    kv_cache = KVCache(
+        shape.num_layers,
+        1 if loaded.model.has_own_cache else memory.num_blocks,
+        memory.block_size,
+        shape.num_kv_heads,
+        shape.head_size,
+        shape.dtype,
+        loaded.device,
+    )
+    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.device)
+
+
+def _report(loaded: LoadedModel, memory: MemoryPlan) -> str:
+    return "\n".join([*loaded.report, memory.table()])

@@ -1,0 +1,153 @@
+"""Plan memory at start: what the weights take, what a step takes, what is left for KV blocks; say it in one table.
+
+The plan errs on the safe side and changes nothing by itself. What is free is what the operating system or the card
+reports now, cut to the process's own limit (cgroup), so a container is respected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastserve.core.config import format_bytes
+from fastserve.core.errors import MemoryPlanError
+from fastserve.engine.kv_cache import KVCache
+from fastserve.models.model import ModelShape
+
+_CPU_SHARE = 0.5  # of the free memory, at most, without being asked: other programs run on the same machine
+_CPU_LIMIT = 2 << 30
+_GPU_SHARE = 0.9
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes in bytes, lengths in tokens."""
+
+    weight_bytes: int
+    activation_bytes: int
+    free_bytes: int
+    block_size: int
+    block_bytes: int
+    num_blocks: int
+    max_model_len: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_longest(self) -> int:
+        """Sequences of the longest length that fit at once."""
+        return self.num_blocks // -(-self.max_model_len // self.block_size)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table, for people."""
+        tokens = self.num_blocks * self.block_size
+        return [
+            ("weights", format_bytes(self.weight_bytes)),
+            ("one step, at most", format_bytes(self.activation_bytes)),
+            ("KV cache", f"{format_bytes(self.kv_bytes)} ({self.num_blocks:,} blocks, {tokens:,} tokens)"),
+            ("longest sequence", f"{self.max_model_len:,} tokens"),
+            ("sequences at that length", f"{self.num_longest:,}"),
+            ("free before the KV cache", format_bytes(self.free_bytes)),
+        ]
+
+    def table(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _meminfo("MemAvailable")
+    limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def plan_memory(
+    shape: ModelShape,
+    device: torch.device,
+    free_bytes: int,
+    *,
+    block_size: int,
+    kv_cache_memory: int,
+    max_model_len: int,
+    max_batch_sequences: int,
+    max_batch_tokens: int,
+) -> MemoryPlan:
+    """Decide the number of KV blocks and the longest sequence.
+
+    Args:
+        free_bytes: memory left after the weights were loaded.
+        kv_cache_memory: bytes asked for, or 0 to decide here.
+        max_model_len: tokens asked for, or 0 to decide here.
+
+    Raises:
+        MemoryPlanError: not even one sequence fits; the message names what to change.
+    """
+    longest = _longest(shape, max_model_len)
+    activation = activation_bytes(shape, max_batch_sequences, max_batch_tokens)
+    block = KVCache.block_bytes(shape.num_layers, block_size, shape.num_kv_heads, shape.head_size, shape.dtype)
+    available = max(0, free_bytes - activation)
+    if kv_cache_memory:
+        if kv_cache_memory > available:
+            raise MemoryPlanError(
+                f"kv_cache_memory asks for {format_bytes(kv_cache_memory)}, but only {format_bytes(available)} are free "
+                f"after the weights and a step of {format_bytes(activation)}; lower kv_cache_memory or max_batch_tokens"
+            )
+        budget = kv_cache_memory
+    elif device.type == "cuda":
+        budget = int(available * _GPU_SHARE)
+    else:
+        one = -(-longest // block_size) * block
+        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, one))
+    num_blocks = min(budget // block, max_batch_sequences * -(-longest // block_size))
+    capacity = num_blocks * block_size
+    if capacity < longest:
+        smallest = block_size * 2
+        if max_model_len or capacity < smallest:
+            wanted = max_model_len or smallest
+            raise MemoryPlanError(
+                f"the KV cache would hold {capacity} tokens ({format_bytes(budget)}), but one sequence of {wanted} tokens "
+                f"needs {format_bytes(-(-wanted // block_size) * block)}; raise kv_cache_memory, lower max_model_len or "
+                f"max_batch_tokens, or free memory ({format_bytes(free_bytes)} are free)"
+            )
+        longest = capacity
+    return MemoryPlan(shape.weight_bytes, activation, free_bytes, block_size, block, num_blocks, longest)
+
+
+def activation_bytes(shape: ModelShape, max_batch_sequences: int, max_batch_tokens: int) -> int:
+    """Upper estimate of one step's temporary tensors: about twelve hidden-sized rows per token, and the logits."""
+    rows = max_batch_tokens * shape.hidden_size * shape.dtype.itemsize * 12
+    logits = max_batch_sequences * shape.vocab_size * 4 * 3
+    return rows + logits
+
+
+def _longest(shape: ModelShape, max_model_len: int) -> int:
+    if max_model_len > shape.max_positions:
+        raise MemoryPlanError(
+            f"max_model_len is {max_model_len}, but the model was made for {shape.max_positions} positions; lower it"
+        )
+    return max_model_len or shape.max_positions
+
+
+def _meminfo(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise MemoryPlanError("cannot tell how much memory is free here; set kv_cache_memory")
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,141 @@
+"""Run one step of the model: plan -> batch -> forward -> logits -> tokens.
+
+Holds the model, the KV cache and what the sampler must remember of each live sequence; decides nothing. Features with
+state of their own (grammar masks, speculation, adapters) get files of their own that this calls once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastserve.core.request import TokenLogprobs
+from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.kv_cache import KVCache
+from fastserve.engine.sampler import SamplingState, gather_logprobs, sample
+from fastserve.kernels.interface import Kernels
+from fastserve.models.attention import PagedContext
+from fastserve.models.model import ServingModel
+from fastserve.scheduler.plan import PlanEntry, StepPlan
+from fastserve.scheduler.scheduler import StepResult
+
+_LOGIT_ROWS_AT_ONCE = 256  # bounds memory when a whole prompt's log probabilities are asked for
+
+
+class ModelRunner:
+    """One model on one device.
+
+    Args:
+        model: the network.
+        kernels: its operations.
+        kv_cache: the paged memory.
+        eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        model: ServingModel,
+        kernels: Kernels,
+        kv_cache: KVCache,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._kv_cache = kv_cache
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._states: dict[str, SamplingState] = {}
+        self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
+        self._tables = BlockTables(device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan; its entries' keys and values are in the cache afterwards."""
+        self._drop(plan.freed)
+        for entry in plan.entries:
+            if entry.request is not None:
+                self._admit(entry)
+        if plan.copies:
+            self._kv_cache.copy_blocks(plan.copies, self._kernels)
+        if not plan.entries:
+            return StepResult({})
+        batch, row_ranges = make_batch(plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device)
+        context = PagedContext(self._kernels, self._kv_cache.keys, self._kv_cache.values, batch)
+        hidden = self._model.forward(batch.input_ids, batch.positions, context)
+        return self._sample(plan, hidden[batch.logit_rows], row_ranges)
+
+    def _admit(self, entry: PlanEntry) -> None:
+        request = entry.request
+        assert request is not None
+        sampling = request.sampling
+        stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
+        needs_prompt = sampling.repetition_penalty != 1.0
+        state = SamplingState(sampling, stop_ids, frozenset(request.prompt_ids) if needs_prompt else frozenset())
+        for token_id in entry.output_ids:
+            state.count(token_id)
+        self._states[request.request_id] = state
+        if sampling.prompt_logprobs is not None and not entry.output_ids:
+            self._prompts[request.request_id] = request.prompt_ids
+
+    def _drop(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._states.pop(request_id, None)
+            self._prompts.pop(request_id, None)
+            self._tables.drop(request_id)
+        if request_ids:
+            self._model.release(request_ids)
+
+    def _sample(self, plan: StepPlan, hidden: Tensor, row_ranges: list[tuple[int, int]]) -> StepResult:
+        """hidden [R, hidden] are the rows that need logits."""
+        result = StepResult({})
+        for entry, (first, last) in zip(plan.entries, row_ranges, strict=True):
+            if entry.request_id in self._prompts:
+                result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
+                if entry.samples:
+                    del self._prompts[entry.request_id]
+        sampling = [
+            (entry.request_id, last - 1)
+            for entry, (_, last) in zip(plan.entries, row_ranges, strict=True)
+            if entry.samples
+        ]
+        if not sampling:
+            return result
+        if len(sampling) < hidden.shape[0]:
+            hidden = hidden[[row for _, row in sampling]]
+        logits = self._model.logits(hidden)  # [len(sampling), V]
+        states = [self._states[request_id] for request_id, _ in sampling]
+        tokens = sample(logits, states)
+        self._add_logprobs(result, logits, sampling, states, tokens)
+        for (request_id, _), state, token_id in zip(sampling, states, tokens, strict=True):
+            state.count(token_id)
+            result.tokens[request_id] = token_id
+        return result
+
+    @staticmethod
+    def _add_logprobs(
+        result: StepResult,
+        logits: Tensor,
+        sampling: list[tuple[str, int]],
+        states: list[SamplingState],
+        tokens: list[int],
+    ) -> None:
+        rows = [row for row, state in enumerate(states) if state.sampling.logprobs is not None]
+        if rows:
+            num_top = [states[row].sampling.logprobs or 0 for row in rows]
+            gathered = gather_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
+            for row, logprobs in zip(rows, gathered, strict=True):
+                result.logprobs[sampling[row][0]] = logprobs
+
+    def _score_prompt(self, entry: PlanEntry, hidden: Tensor) -> list[TokenLogprobs]:
+        """Log probabilities of the prompt tokens that follow each position of this chunk."""
+        prompt = self._prompts[entry.request_id]
+        following = prompt[entry.start + 1 : entry.start + 1 + len(entry.token_ids)]
+        num_top = self._states[entry.request_id].sampling.prompt_logprobs or 0
+        scored: list[TokenLogprobs] = []
+        for start in range(0, len(following), _LOGIT_ROWS_AT_ONCE):
+            part = following[start : start + _LOGIT_ROWS_AT_ONCE]
+            logits = self._model.logits(hidden[start : start + len(part)])
+            scored.extend(gather_logprobs(logits, part, [num_top] * len(part)))
+        return scored

@@ -1,0 +1,220 @@
+"""Offline generation: `LLM(path).generate(prompts, params)` and `.chat(messages, params)`.
+
+Drives the engine in this process; results have the shape that users of vLLM know. For many clients at once use the
+server instead. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.text_stream import TextStream
+from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.config import EngineConfig
+from fastserve.core.errors import RequestError
+from fastserve.core.outputs import CompletionOutput, Logprob, RequestOutput
+from fastserve.core.request import FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
+from fastserve.core.sampling_params import SamplingParams
+from fastserve.engine.engine import Engine
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: folder, hub id, or "" for the built-in model.
+        options: fields of EngineConfig, such as dtype, max_model_len, max_batch_sequences.
+
+    Raises:
+        ConfigError, CheckpointError, MemoryPlanError: the model cannot be loaded as asked.
+
+    Example:
+        >>> llm = LLM()
+        >>> llm.generate("Once upon a time", SamplingParams(max_tokens=40))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = "", **options: Any) -> None:
+        config = EngineConfig.from_options({"model": str(model), **options})
+        folder = ModelFolder.open(config.model)
+        self.tokenizer = Tokenizer.load(folder)
+        self.engine = Engine(config)
+        self._num_calls = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched; results are in the order of the prompts.
+
+        Args:
+            prompts: one text or one list of token ids, or a list of such.
+            params: for all prompts, or one per prompt; by default 16 tokens at temperature 1.
+            use_tqdm: show a progress bar on a terminal.
+
+        Raises:
+            RequestError: an empty or too long prompt, or as many params as there are not prompts.
+        """
+        jobs = self._jobs(_as_prompts(prompts), params)
+        try:
+            with _progress_bar(len(jobs), use_tqdm) as advance:
+                self._run(jobs, advance)
+        except BaseException:
+            self.engine.abort([stream.request.request_id for job in jobs for stream in job.streams])
+            raise
+        return [self._result(job) for job in jobs]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, through the model's chat template.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...] or a list of such lists.
+        """
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        texts = [self.tokenizer.render_chat([dict(message) for message in one]) for one in conversations]
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text
+        return outputs
+
+    def _jobs(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[_Job]:
+        if params is None:
+            params = SamplingParams()
+        per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts need as many params (or one for all), not {len(per_prompt)}")
+        self._num_calls += 1
+        jobs: list[_Job] = []
+        for index, (prompt, sampling) in enumerate(zip(prompts, per_prompt, strict=True)):
+            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
+            for number, single in enumerate(fork(sampling)):
+                request = Request(f"{self._num_calls}-{index}-{number}", prompt_ids, single, time.monotonic())
+                job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
+            jobs.append(job)
+        return jobs
+
+    def _run(self, jobs: list[_Job], advance: Any) -> None:
+        live: dict[str, tuple[_Job, _Stream]] = {}
+        for job in jobs:
+            for stream in job.streams:
+                self.engine.add(stream.request)
+                live[stream.request.request_id] = (job, stream)
+        while live:
+            for output in self.engine.step():
+                job, stream = live[output.request_id]
+                stream.take(output)
+                if stream.finish_reason is None:
+                    continue
+                if output.finish_reason is None:
+                    self.engine.abort([output.request_id])
+                del live[output.request_id]
+                job.num_finished += 1
+                if job.num_finished == len(job.streams):
+                    advance()
+
+    def _result(self, job: _Job) -> RequestOutput:
+        first = job.streams[0]
+        prompt_logprobs = None
+        if first.prompt_logprobs is not None:
+            prompt_logprobs = [item and self._named(item) for item in first.prompt_logprobs]
+        outputs = [
+            CompletionOutput(
+                index=index,
+                text=stream.text.text,
+                token_ids=stream.token_ids,
+                finish_reason=stream.finish_reason,
+                stop_reason=stream.stop_reason,
+                logprobs=[self._named(item) for item in stream.logprobs] if stream.logprobs else None,
+            )
+            for index, stream in enumerate(job.streams)
+        ]
+        return RequestOutput(
+            request_id=first.request.request_id.rpartition("-")[0],
+            prompt=job.prompt,
+            prompt_token_ids=job.prompt_ids,
+            outputs=outputs,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+    def _named(self, item: TokenLogprobs) -> dict[int, Logprob]:
+        """vLLM's form: token id -> Logprob, the token itself first."""
+        named: dict[int, Logprob] = {}
+        for place, (token_id, logprob) in enumerate(zip(item.token_ids, item.logprobs, strict=True)):
+            if token_id not in named:
+                rank = item.rank if place == 0 else place
+                named[token_id] = Logprob(logprob, rank, self.tokenizer.token_text(token_id))
+        return named
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One completion in the making."""
+
+    request: Request
+    text: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def take(self, output: TokenOutput) -> None:
+        self.token_ids.extend(output.token_ids)
+        self.logprobs.extend(output.logprobs or ())
+        if len(self.token_ids) == len(output.token_ids):
+            self.prompt_logprobs = output.prompt_logprobs
+            self.num_cached_tokens = output.num_cached_tokens
+        self.text.push(output.token_ids, output.finish_reason is not None, output.stop_token_id)
+        self.finish_reason = output.finish_reason
+        if self.text.stop_reason is not None:
+            self.finish_reason, self.stop_reason = FINISH_STOP, self.text.stop_reason
+        elif output.stop_token_id in self.request.sampling.stop_token_ids:
+            self.stop_reason = output.stop_token_id
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt and its completions."""
+
+    prompt: str | None
+    prompt_ids: list[int]
+    streams: list[_Stream] = field(default_factory=list)
+    num_finished: int = 0
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _progress_bar(total: int, wanted: bool) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda: progress.advance(task)

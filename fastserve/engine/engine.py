@@ -96,8 +96,8 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         if len(prompt) >= self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but this model takes at most {self.max_model_len - 1} and one to "
-                f"answer; shorten it or raise max_model_len",
+                f"the prompt has {len(prompt)} tokens, but this model takes at most {self.max_model_len - 1} "
+                "and one to answer; shorten it or raise max_model_len",
                 "prompt",
             )
         sampling = request.sampling

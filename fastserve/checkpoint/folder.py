@@ -48,7 +48,9 @@ class ModelFolder:
         self.path = path
         self.name = name
         self.config = read_json(path / "config.json")
-        self.generation_config = read_json(path / "generation_config.json") if self.has("generation_config.json") else {}
+        self.generation_config = (
+            read_json(path / "generation_config.json") if self.has("generation_config.json") else {}
+        )
         self.weight_map, self.shards = self._find_shards()
 
     @classmethod
@@ -119,7 +121,7 @@ class ModelFolder:
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")) or any(self.path.glob("*.pth")):
             raise CheckpointError(
                 f"{self.path} has only pickled weights (.bin or .pt), which can run code when opened and are not read; "
-                "convert once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+                "convert once with transformers: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
             )
         raise CheckpointError(f"{self.path} has no *.safetensors file; is the copy or download complete?")
 
@@ -163,15 +165,15 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED)
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated on the hub: accept its licence there, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"there is no folder {name!r} here and no such model on the hub; check the name") from error
+        raise CheckpointError(
+            f"there is no folder {name!r} here and no such model on the hub; check the name"
+        ) from error
     except Exception as error:  # the hub client raises errors of several HTTP libraries when it is offline
         raise CheckpointError(
             f"there is no folder {name!r} here, and the hub cannot be reached or the model is not in the local cache "

@@ -196,7 +196,9 @@ def _check_layout(file: Path, tensors: dict[str, TensorInfo], offset: int, size:
     position = offset
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.end > size:
-            raise _damaged(file, f"tensor {name} ends at byte {info.end}, but the file has only {size}: it is truncated")
+            raise _damaged(
+                file, f"tensor {name} ends at byte {info.end}, but the file has only {size}: it is truncated"
+            )
         if info.start != position:
             problem = "overlaps the one before it" if info.start < position else "leaves a gap before it"
             raise _damaged(file, f"tensor {name} {problem}")

@@ -20,7 +20,7 @@ class AttentionContext(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
-        """query [T, H, D], key and value [T, G, D] (position already applied) -> [T, H, D]. Causal; window in tokens."""
+        """query [T, H, D], key and value [T, G, D] (position applied) -> [T, H, D]. Causal; window in tokens."""
 
 
 class PagedContext:

@@ -1,7 +1,7 @@
 """One decoder for every native family: a config of numbers and choices, and a pass over the tokens of a step.
 
-What differs between families is data (`DecoderConfig`, made in `families.py`) or a class chosen by it (norm, feed-forward);
-the pass itself has no branch per family. Pre-norm layers: x += attention(norm(x)); x += mlp(norm(x)).
+What differs between families is data (`DecoderConfig`, made in `families.py`) or a class chosen by it (norm,
+feed-forward); the pass itself has no branch per family. Pre-norm layers: x += attention(norm(x)); x += mlp(norm(x)).
 """
 
 from __future__ import annotations

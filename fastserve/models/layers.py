@@ -71,7 +71,9 @@ class Attention:
             parts = {"query_key_value": (heads + 2 * kv_heads) * size}
         self._kernels = parameters.kernels
         self._qkv = parameters.linear(parts, shape.hidden_size, shape.qkv_bias, layer)
-        self._output = parameters.linear({"attention_output": shape.hidden_size}, heads * size, shape.output_bias, layer)
+        self._output = parameters.linear(
+            {"attention_output": shape.hidden_size}, heads * size, shape.output_bias, layer
+        )
         self._norms = None
         if shape.qk_norm:
             self._norms = tuple(

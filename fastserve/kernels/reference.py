@@ -98,7 +98,7 @@ class ReferenceKernels:
         window: int,
         softcap: float,
     ) -> Tensor:
-        """One sequence: query [Q, H, D] holds its last Q positions; key, value [S, G, D] start at position `skipped`."""
+        """One sequence: query [Q, H, D] are its last Q positions; key, value [S, G, D] start at position `skipped`."""
         num_queries, num_keys = query.shape[0], key.shape[0]
         is_whole_prompt = num_queries == num_keys and not window
         mask = None

@@ -162,7 +162,9 @@ class ServeConfig(EngineConfig):
         name: model name that clients use; the folder's name when empty.
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
         api_key_file: file whose first line is the key.
+        chat_template: file with a jinja2 chat template, in place of the model's own.
         drain_timeout: seconds that running requests get after SIGTERM.
+        stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
     """
 
@@ -171,7 +173,9 @@ class ServeConfig(EngineConfig):
     name: str = ""
     api_key: str = ""
     api_key_file: str = ""
+    chat_template: str = ""
     drain_timeout: float = 30.0
+    stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -181,6 +185,8 @@ class ServeConfig(EngineConfig):
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:
             raise ConfigError(f"drain_timeout must be at least 0 seconds, not {self.drain_timeout}")
+        if self.stall_timeout < 1:
+            raise ConfigError(f"stall_timeout must be at least 1 second, not {self.stall_timeout}")
 
     def engine(self) -> EngineConfig:
         """The engine's part of these options."""

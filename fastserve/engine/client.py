@@ -50,6 +50,10 @@ _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 3.0
 _RATE_WINDOW_SECONDS = 30.0
 MAX_RETRY_AFTER = 60.0
+_COUNTERS = (
+    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
+    *("prompt_tokens", "generation_tokens", "step_seconds"),
+)
 
 
 class EngineState(StrEnum):
@@ -153,7 +157,8 @@ class EngineClient:
 
     Attributes:
         state: see EngineState. Requests are taken (and wait) in every state but DEAD.
-        stats: the engine's latest counters; they start at zero again with each process.
+        stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
+        num_restarts: times that the process was started again.
         ready: limits and memory report of the engine, from the first time it was ready.
     """
 
@@ -174,6 +179,7 @@ class EngineClient:
         """
         self.state = EngineState.STARTING
         self.stats = EngineStats()
+        self.num_restarts = 0
         self.ready: Ready | None = None
         self._config = config
         self._command = list(command or default_command())
@@ -181,6 +187,7 @@ class EngineClient:
         self._restarts = restarts or RestartPolicy()
         self._live: dict[str, _Live] = {}
         self._finish_times: deque[float] = deque(maxlen=1000)
+        self._past = EngineStats()
         self._link: _Link | None = None
         self._failure: FastServeError | None = None
         self._ready_since: float | None = None
@@ -262,6 +269,11 @@ class EngineClient:
         return self._link.process.pid if self._link is not None else None
 
     @property
+    def totals(self) -> EngineStats:
+        """The counters summed over all engine processes so far, with the gauges of the present one."""
+        return _add_counters(self._past, self.stats)
+
+    @property
     def num_live(self) -> int:
         """Requests that have not finished, wherever they are."""
         return len(self._live)
@@ -334,6 +346,7 @@ class EngineClient:
             delay = self._restarts.delays[min(deaths, len(self._restarts.delays)) - 1]
             _log.error("%s; starting it again in %g s (death %d in a row)", cause, delay, deaths)
             await asyncio.sleep(delay)
+            self.num_restarts += 1
 
     def _on_supervisor_end(self, task: asyncio.Task[None]) -> None:
         """A fault of our own in the supervisor must not leave readers waiting for ever."""
@@ -408,6 +421,8 @@ class EngineClient:
         """End the streams that cannot go on; keep the requests that have had nothing yet."""
         if self._started is not None and self._started.done():
             self.state = EngineState.RESTARTING
+        self._past = _add_counters(self._past, self.stats)
+        self.stats = EngineStats()
         for request_id, live in list(self._live.items()):
             live.num_deaths += live.is_sent
             live.is_sent = False
@@ -438,6 +453,12 @@ class EngineClient:
                 link.process.kill()
             link.cut()
             return
+
+
+def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
+    return msgspec.structs.replace(
+        present, **{name: getattr(past, name) + getattr(present, name) for name in _COUNTERS}
+    )
 
 
 def _rebuild_error(message: Failed) -> FastServeError:

@@ -190,3 +190,11 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "mistral": mistral,
     "gpt2": gpt2,
 }
+
+
+def other(folder: Path, config_class: str, **options: Any) -> Path:
+    """Any architecture of transformers, by the name of its configuration class."""
+    import transformers
+
+    config, writing = _options(options, **_DECODER)
+    return write_model(folder, getattr(transformers, config_class)(**config), **writing)

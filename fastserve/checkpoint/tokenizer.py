@@ -193,8 +193,8 @@ def _byte_rules(backend: tokenizers.Tokenizer) -> ByteRules | None:
     if kinds == ["ByteLevel"]:
         return ByteRules(is_byte_level=True)
     if kinds == ["Metaspace"]:
-        replacements = ((steps[0]["replacement"], " "),)
-        return ByteRules(False, replacements, num_stripped=int(steps[0].get("prepend_scheme") != "never"))
+        spaces = ((steps[0]["replacement"], " "),)
+        return ByteRules(False, spaces, num_stripped=int(steps[0].get("prepend_scheme") != "never"))
     if not kinds or kinds != [kind for kind in ("Replace", "ByteFallback", "Fuse", "Strip") if kind in kinds]:
         return None
     by_kind = dict(zip(kinds, steps, strict=True))

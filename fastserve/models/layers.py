@@ -7,6 +7,7 @@ context. Parts are put together in `decoder.py`. Legend: T tokens, H query heads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class LayerNorm:
         return self._kernels.layer_norm(x, self._weight, self._bias, self._epsilon)
 
 
-NORMS = {"rms": RmsNorm, "layer": LayerNorm}
+NORMS: dict[str, Any] = {"rms": RmsNorm, "layer": LayerNorm}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,4 +139,4 @@ class PlainMlp:
         return self._kernels.linear(self._down, inner)
 
 
-MLPS = {"gated": GatedMlp, "plain": PlainMlp}
+MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp}

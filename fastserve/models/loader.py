@@ -56,15 +56,15 @@ def load_model(
         from fastserve.models import transformers_backend
 
         report.append(f"backend: transformers ({reason})")
-        return transformers_backend.load(
+        other, chosen, lines = transformers_backend.load(
             folder,
             dtype=torch_dtype,
             device=torch_device,
             kernels=kernels,
             block_size=block_size,
             trust_remote_code=trust_remote_code,
-            report=report,
         )
+        return LoadedModel(other, chosen, [*report, *lines])
     report.append(f"backend: native ({reason})")
     spec = KernelSpec(
         torch_device.type, torch_dtype, config.num_heads, config.num_kv_heads, config.head_size, block_size

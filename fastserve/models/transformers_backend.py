@@ -1,0 +1,379 @@
+"""Any causal model that transformers can run, served over our paged cache where its attention allows it.
+
+transformers calls an attention function by name; ours passes queries, keys and values to the step's AttentionContext,
+so that masking, windows and softcaps are the kernels' business. Whether a model really goes that way is not believed
+but checked at load: two sequences in one ragged step must give the logits that the model's own attention gives for
+each alone. Models that do not pass keep their own cache (`transformers_own_cache.py`). Slower than the native
+modules: nothing is merged or packed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.core.errors import CheckpointError, FastServeError
+from fastserve.kernels import select
+from fastserve.kernels.interface import Batch, Kernels, KernelSpec
+from fastserve.kernels.reference import ReferenceKernels
+from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
+from fastserve.models.model import ModelShape, ServingModel
+from fastserve.models.transformers_own_cache import OwnCacheModel
+
+ATTENTION_NAME = "fastserve"
+_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
+_PROBE_LENGTHS = (7, 5)
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest logit
+_logger = logging.getLogger(__name__)
+
+
+class Network:
+    """A transformers model taken apart: its body, and its head with all that the model does to logits.
+
+    The head is the model itself with the body replaced by one that hands back given hidden states, so that logit
+    softcaps, scales and the like stay transformers' own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config.get_text_config()
+        name = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
+        if not isinstance(getattr(model, name, None), nn.Module):
+            raise CheckpointError(f"{type(model).__name__} is not made of a body and a head; it cannot be served")
+        self.body = getattr(model, name)
+        self._replay = _Replay()
+        self._head = model
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        setattr(model, name, self._replay)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, V] in float32."""
+        self._replay.hidden = hidden.unsqueeze(0)
+        dummy = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        logits: Tensor = self._head(input_ids=dummy, use_cache=False).logits[0].float()
+        self._replay.hidden = None
+        return logits
+
+
+class _Replay(nn.Module):
+    """Stands in for a model's body, or for a part of it that the model calls directly."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(self.hidden)
+
+    @property
+    def decoder(self) -> _Replay:
+        return self
+
+
+class _Output:
+    """The output of a body: hidden states first, and None for whatever else a head asks for."""
+
+    def __init__(self, hidden: Tensor | None) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+class TransformersModel:
+    """A ServingModel around a transformers model whose attention goes through the context."""
+
+    has_own_cache = False
+
+    def __init__(self, network: Network, shape: ModelShape) -> None:
+        self.shape = shape
+        self.device = network.device
+        self._network = network
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
+        return run_body(self._network, input_ids, positions, context)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
+        return self._network.logits(hidden)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Nothing is kept between steps."""
+
+
+def run_body(network: Network, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    """One ragged step through the model's body -> hidden states [T, hidden_size]."""
+    output = network.body(
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        use_cache=False,
+        fastserve_context=context,
+    )
+    return output.last_hidden_state[0]
+
+
+def load(
+    folder: ModelFolder,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str,
+    block_size: int,
+    trust_remote_code: bool,
+) -> tuple[ServingModel, Kernels, list[str]]:
+    """Load through transformers; the model, its kernels, and lines for the report.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, tensors are missing, or no way to run it with a
+            cache gives the model's own logits.
+    """
+    model = _load_causal_model(folder, dtype, device, trust_remote_code)
+    expected = _expected_logits(model)
+    _register_attention()
+    can_switch = model._can_set_attn_implementation()
+    own_attention = "sdpa" if model._supports_sdpa else "eager"
+    if can_switch:
+        model.set_attn_implementation(ATTENTION_NAME)
+    network = Network(model)
+    try:
+        if not can_switch:
+            raise _NotPagedError(f"{type(model).__name__} has no exchangeable attention")
+        shape, difference = _probe(network, expected)
+    except Exception as error:  # remote or exotic code may raise anything; the reason is said
+        _logger.debug("paged attention is not possible", exc_info=True)
+        if can_switch:
+            model.set_attn_implementation(own_attention)
+            network.body.set_attn_implementation(own_attention)
+        own = OwnCacheModel(network, _config_shape(network), expected, probe_ids(network), _TOLERANCE[dtype])
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, FastServeError) else str(error)
+        lines = [f"attention: the model's own, one sequence at a time, no prefix caching ({reason})", *own.report]
+        return own, ReferenceKernels(), lines
+    spec = KernelSpec(device.type, dtype, shape.num_heads, shape.num_kv_heads, shape.head_size, block_size)
+    chosen, lines = select.select(kernels, spec)
+    checked = (
+        f"attention: paged; logits checked against the model's own attention (largest difference {difference:.1e})"
+    )
+    return TransformersModel(network, shape), chosen, [checked, *lines]
+
+
+class _NotPagedError(FastServeError):
+    """Why a model cannot use the paged cache."""
+
+
+def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = folder.architecture
+    if name and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not trust_remote_code:
+        code = " The folder brings code of its own; read it, then allow it with trust_remote_code."
+        raise CheckpointError(
+            f"architecture {name} of {folder.path} is neither native nor a causal language model that transformers "
+            f"{transformers.__version__} knows.{code if folder.config.get('auto_map') else ''}"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder.path),
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds here
+        raise CheckpointError(f"transformers cannot load {folder.path}: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(item) for item in loading.get(kind) or ())
+        if names:
+            raise CheckpointError(
+                f"{folder.path} has {kind.replace('_', ' ')}: {', '.join(names[:5])}; is it complete?"
+            )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    # The context masks by itself. Said aloud, because for transformers a name without a mask function means no mask.
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    fastserve_context: AttentionContext | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; what we cannot honour is refused."""
+    if fastserve_context is None:
+        raise _NotPagedError("the model does not pass our context to its attention")
+    strange = [name for name, item in others.items() if isinstance(item, Tensor) and name not in _HARMLESS_TENSORS]
+    if strange or attention_mask is not None:
+        raise _NotPagedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
+    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise _NotPagedError("its attention is not causal")
+    output = fastserve_context.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+        int(sliding_window or 0),
+        float(softcap or 0.0),
+    )
+    return output.unsqueeze(0), None
+
+
+def probe_ids(network: Network) -> list[Tensor]:
+    """Two short sequences of different tokens."""
+    return _probe_ids(int(network.config.vocab_size), network.device)
+
+
+def _probe_ids(vocab_size: int, device: torch.device) -> list[Tensor]:
+    total = sum(_PROBE_LENGTHS)
+    ids = (torch.arange(1, total + 1, device=device) * 7919 + 11) % vocab_size
+    return list(ids.split(_PROBE_LENGTHS))
+
+
+@torch.inference_mode()
+def _expected_logits(model: Any) -> Tensor:
+    """What the model itself says for the probe, each sequence alone: [sum of lengths, V] float32."""
+    sequences = _probe_ids(int(model.config.get_text_config().vocab_size), model.device)
+    rows = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float() for ids in sequences]
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def _probe(network: Network, expected: Tensor) -> tuple[ModelShape, float]:
+    """Shape and largest difference of a ragged step and of paged ones, or _NotPagedError with the reason."""
+    recorder = _Recorder(DenseContext(ReferenceKernels(), list(_PROBE_LENGTHS)))
+    positions = torch.cat([torch.arange(length, device=network.device) for length in _PROBE_LENGTHS])
+    hidden = run_body(network, torch.cat(probe_ids(network)), positions, recorder)
+    difference = _difference(network, hidden, expected)
+    shapes = {call[:3] for call in recorder.calls.values()}
+    if not recorder.calls or list(recorder.calls) != list(range(len(recorder.calls))) or len(shapes) != 1:
+        raise _NotPagedError("its layers have attention of different shapes")
+    ((num_heads, num_kv_heads, head_size),) = shapes
+    windows = tuple(call[3] for call in recorder.calls.values())
+    _check_windows(network.config, windows)
+    shape = _config_shape(network, len(windows), num_heads, num_kv_heads, head_size, windows)
+    return shape, max(difference, _difference(network, _run_in_steps(network, shape), expected))
+
+
+def _difference(network: Network, hidden: Tensor, expected: Tensor) -> float:
+    difference = (network.logits(hidden) - expected).abs().max().item()
+    if not difference <= _TOLERANCE[network.dtype] * max(1.0, expected.abs().max().item()):
+        raise _NotPagedError(f"its logits would differ by {difference:.2g}")
+    return difference
+
+
+def _run_in_steps(network: Network, shape: ModelShape) -> Tensor:
+    """The probe over a small paged cache: both sequences in three steps, the last ones single tokens."""
+    sequences, device, block_size = probe_ids(network), network.device, 4
+    size = (4, block_size, shape.num_kv_heads, shape.head_size)
+    keys, values = ([torch.zeros(size, dtype=shape.dtype, device=device) for _ in shape.windows] for _ in range(2))
+    rows: list[list[Tensor]] = [[], []]
+    for starts, ends in (((0, 0), (4, 2)), ((4, 2), (6, 4)), ((6, 4), (7, 5))):
+        spans = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
+        batch = Batch(
+            input_ids=torch.cat([ids[span] for ids, span in zip(sequences, spans, strict=True)]),
+            positions=torch.cat(spans),
+            slot_mapping=torch.cat([span + 2 * block_size * index for index, span in enumerate(spans)]),
+            query_starts=[0, len(spans[0]), len(spans[0]) + len(spans[1])],
+            context_lens=list(ends),
+            block_tables=[torch.tensor([0, 1], device=device), torch.tensor([2, 3], device=device)],
+            logit_rows=torch.zeros(0, dtype=torch.int64, device=device),
+        )
+        context = PagedContext(ReferenceKernels(), keys, values, batch)
+        hidden = run_body(network, batch.input_ids, batch.positions, context)
+        for kept, part in zip(rows, hidden.split([len(span) for span in spans]), strict=True):
+            kept.append(part)
+    return torch.cat([part for kept in rows for part in kept])
+
+
+class _Recorder:
+    """Notes what each layer asks for: layer -> (H, G, D, window)."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        self._context = context
+        self.calls: dict[int, tuple[int, int, int, int]] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        if layer in self.calls:
+            raise _NotPagedError(f"layer {layer} attends twice")
+        self.calls[layer] = (query.shape[1], key.shape[1], key.shape[2], window)
+        return self._context.attend(layer, query, key, value, scale, window, softcap)
+
+
+def _check_windows(config: Any, windows: tuple[int, ...]) -> None:
+    """A window that a model knows only through its mask would be lost on us; the probe is too short to see it."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        strange = set(types) - {"full_attention", "sliding_attention"}
+        expected = [kind == "sliding_attention" for kind in types]
+        if strange or expected != [window > 0 for window in windows]:
+            raise _NotPagedError(f"its layers are of kinds {sorted(set(types))}, which it does not tell its attention")
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and not any(windows):
+        raise _NotPagedError("it does not tell its attention about the sliding window")
+
+
+def _config_shape(
+    network: Network,
+    num_layers: int = 0,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
+    head_size: int = 0,
+    windows: tuple[int, ...] = (),
+) -> ModelShape:
+    """The shape; numbers that are 0 are taken from the config."""
+    config = network.config
+    num_layers = num_layers or int(config.num_hidden_layers)
+    num_heads = num_heads or int(getattr(config, "num_attention_heads", 0) or 1)
+    hidden_size = int(config.hidden_size)
+    return ModelShape(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or int(getattr(config, "num_key_value_heads", 0) or num_heads),
+        head_size=head_size or int(getattr(config, "head_dim", 0) or hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=int(config.vocab_size),
+        max_positions=_max_positions(config),
+        dtype=network.dtype,
+        windows=windows or (0,) * num_layers,
+        num_parameters=network.num_parameters,
+        weight_bytes=network.num_bytes,
+    )
+
+
+def _max_positions(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Beyond this these ropes change with the longest sequence of a batch, and with it every other sequence.
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        return int(original)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 2048

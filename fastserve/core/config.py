@@ -22,6 +22,8 @@ from fastserve.core.errors import ConfigError
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 ENVIRONMENT_PREFIX = "FASTSERVE_"
+# Fields that hold bytes and may be written as text with a unit.
+SIZE_FIELDS = frozenset({"kv_cache_memory", "max_body_bytes"})
 
 
 def parse_bytes(value: int | str) -> int:
@@ -198,7 +200,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
-    if name in ("kv_cache_memory", "max_body_bytes"):
+    if name in SIZE_FIELDS:
         return parse_bytes(value)
     try:
         if kind is bool and isinstance(value, str):

@@ -18,8 +18,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
-from fastserve.core.errors import RequestError
-from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
 from fastserve.serve.docs import render_docs
@@ -38,20 +36,7 @@ from fastserve.serve.openai import (
 from fastserve.serve.replies import ChatReply, CompletionReply, Reply
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
 
-# Sampling values that a model folder's generation_config may set for requests that leave them out, as in vLLM.
-DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CLIENT_CLOSED_REQUEST = 499
-
-
-def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The folder's own sampling values, checked.
-
-    Raises:
-        RequestError: one of them is out of range.
-    """
-    defaults = {name: generation_config[name] for name in DEFAULT_FIELDS if generation_config.get(name) is not None}
-    SamplingParams(**defaults)
-    return defaults
 
 
 class Api:
@@ -223,7 +208,7 @@ def create_app(
     *,
     model_name: str,
     aliases: frozenset[str] = frozenset(),
-    generation_config: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     api_key: str = "",
     max_body_bytes: int = 8 * 1024 * 1024,
 ) -> FastAPI:
@@ -231,14 +216,10 @@ def create_app(
 
     Args:
         aliases: other names that clients may use for the model.
-        generation_config: the folder's defaults for sampling.
+        defaults: SamplingParams fields for requests that leave them out.
         api_key: asked of every request but /health; "" asks for none.
     """
-    try:
-        defaults = sampling_defaults(generation_config or {})
-    except RequestError as error:
-        raise type(error)(f"generation_config.json of {model_name}: {error}") from error
-    api = Api(client, tokenizer, model_name, aliases, defaults)
+    api = Api(client, tokenizer, model_name, aliases, dict(defaults or {}))
     app = FastAPI(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
     app.state.api = api
     app.include_router(api.router())

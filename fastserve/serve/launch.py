@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.sampling_defaults import sampling_defaults
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import ServeConfig
 from fastserve.core.errors import ConfigError, EngineDeadError, FastServeError
@@ -156,7 +157,7 @@ class _Server:
             Tokenizer.load(self._folder, self._config.chat_template),
             model_name=self._model_name,
             aliases=frozenset({self._config.model} - {""}),
-            generation_config=self._folder.generation_config,
+            defaults=sampling_defaults(self._folder),
             api_key=self._api_key,
             max_body_bytes=self._config.max_body_bytes,
         )

@@ -11,7 +11,6 @@ import pytest
 from benchmarks import soak
 from fastserve.bench.loadgen import StreamResult
 
-
 ALONE = StreamResult(
     status=200,
     pieces=["The ", "red", " fox"],

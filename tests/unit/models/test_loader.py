@@ -152,7 +152,7 @@ def test_no_cuda(llama: Path) -> None:
 
 def test_native_was_asked_for_and_cannot(llama: Path) -> None:
     change_config(llama, hidden_act="mish")
-    with pytest.raises(CheckpointError, match="activation 'mish'.*backend=auto"):
+    with pytest.raises(CheckpointError, match=r"activation 'mish'.*backend=auto"):
         load(llama, backend="native")
 
 

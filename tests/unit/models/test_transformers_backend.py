@@ -1,4 +1,4 @@
-"""Other architectures through transformers: paged where that is exact, else the model's own cache; checked either way."""
+"""Other architectures through transformers: paged where that is exact, else the model's own cache; always checked."""
 
 from __future__ import annotations
 

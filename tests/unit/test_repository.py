@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
@@ -95,17 +95,16 @@ def test_names_of_the_package_are_lazy_and_exist() -> None:
         _ = fastserve.nothing
 
 
-def test_help_answers_quickly() -> None:
-    """Under 0.3 s on a quiet machine; the best of five, with room for a busy one."""
+@pytest.mark.parametrize("arguments", [["-c", "import fastserve"], ["-m", "fastserve.cli.main", "--help"]])
+def test_start_is_quick(arguments: list[str]) -> None:
+    """Under 0.3 s of processor time, which a busy machine does not stretch as it does the clock; the best of three."""
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-m", "fastserve.cli.main", "--help"], capture_output=True, text=True, cwd=REPOSITORY
-        )
-        seconds.append(time.perf_counter() - start)
-        assert result.returncode == 0 and "serve" in result.stdout
-    assert min(seconds) < 0.6
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], capture_output=True, cwd=REPOSITORY, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
 
 
 def test_the_version_has_one_source() -> None:

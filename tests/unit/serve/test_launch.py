@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,7 +18,9 @@ import pytest
 from fastserve.core.config import ServeConfig
 from fastserve.core.errors import ConfigError
 from fastserve.serve.launch import AddressError, bind, read_api_key
+from tests import server_process
 from tests.folders import write_tokenizer
+from tests.server_process import ServerProcess, children, num_listening
 from tests.unit.engine.fake_engine import COMMAND
 
 _PROGRAM = """
@@ -51,62 +52,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Server:
-    """A server process; `url` comes from its banner."""
-
-    def __init__(self, process: subprocess.Popen[str], banner: list[str]) -> None:
-        self.process = process
-        self.banner = "".join(banner)
-        self.url = re.search(r"http://[\d.]+:\d+", self.banner).group()
-
-    def end(self, seconds: float = 10.0) -> tuple[int, str]:
-        """Exit status and the rest of its output."""
-        output, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, output
-
-
 @contextmanager
-def started(folder: Path, environment: dict[str, str] | None = None, **options) -> Iterator[Server]:
+def started(folder: Path, environment: dict[str, str] | None = None, **options) -> Iterator[ServerProcess]:
     options = {"model": str(folder), "port": 0, **options}
     repository = str(Path(__file__).resolve().parents[3])
     program = _PROGRAM.format(repository=repository, options=options, command=COMMAND)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-    try:
-        banner = []
-        for line in process.stdout:
-            banner.append(line)
-            if "curl -N" in line:
-                break
-        assert "curl -N" in "".join(banner), "".join(banner)
-        yield Server(process, banner)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def children(process_id: int) -> list[int]:
-    text = Path(f"/proc/{process_id}/task/{process_id}/children").read_text()
-    return [int(item) for item in text.split()]
-
-
-def listening_inodes() -> set[str]:
-    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {fields[9] for fields in map(str.split, lines) if fields[3] == "0A"}
-
-
-def num_listening(process_ids: list[int]) -> int:
-    links = set()
-    for process_id in process_ids:
-        for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
-            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor))
-            links |= {match.group(1)} if match else set()
-    return len(links & listening_inodes())
+    with server_process.started([sys.executable, "-c", program], environment) as server:
+        yield server
 
 
 def test_banner_curl_line_works_and_one_socket_listens(folder):

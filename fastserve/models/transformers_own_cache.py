@@ -7,7 +7,7 @@ Covers attention that is not exchangeable (Falcon, BLOOM), positions inside the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,9 @@ from torch import Tensor
 from fastserve.core.errors import CheckpointError
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.model import ModelShape
+from fastserve.models.transformers_network import Network
 
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
-
-
-class Network(Protocol):
-    """What is needed of `transformers_backend.Network`."""
-
-    body: Any
-    device: torch.device
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True)

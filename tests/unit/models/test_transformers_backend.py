@@ -10,7 +10,7 @@ import torch
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError
-from fastserve.models import transformers_backend
+from fastserve.models import transformers_backend, transformers_network
 from fastserve.models.loader import LoadedModel, load_model
 from tests import folders
 from tests.paged_driver import PagedDriver
@@ -111,10 +111,10 @@ def test_attention_that_ignores_order_is_found_out(tmp_path: Path, monkeypatch: 
         return result.transpose(1, 2), None
 
     folder = folders.other(tmp_path, "Olmo2Config")
-    monkeypatch.setattr(transformers_backend, "_attention", not_causal)
+    monkeypatch.setattr(transformers_network, "attend", not_causal)
     loaded = load_model(ModelFolder.open(str(folder)))
     monkeypatch.undo()
-    transformers_backend._register_attention()
+    transformers_network.register_attention()
     assert loaded.model.has_own_cache
     assert any("logits would differ" in line for line in loaded.report)
 
@@ -125,7 +125,7 @@ def test_windows_known_only_to_a_mask_are_refused() -> None:
 
     transformers_backend._check_windows(Config(), (8, 0))
     for windows in ((0, 0), (8, 8)):
-        with pytest.raises(transformers_backend._NotPagedError):
+        with pytest.raises(transformers_network.NotPagedError):
             transformers_backend._check_windows(Config(), windows)
 
 

@@ -269,7 +269,6 @@ class CompletionReply(_BaseReply):
         self._offsets[choice.index] = offset
         return reply
 
-
     def _spell(self, token_id: int) -> str:
         """A token's text; parts of characters are spelled out in bytes, as OpenAI does, so that they stay distinct."""
         text = self._tokenizer.token_text(token_id)

@@ -22,11 +22,16 @@ from fastserve.kernels.interface import Batch, Kernels, KernelSpec
 from fastserve.kernels.reference import ReferenceKernels
 from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
 from fastserve.models.model import ModelShape, ServingModel
-from fastserve.models.transformers_network import ATTENTION_NAME, Network, NotPagedError, register_attention, run_body
+from fastserve.models.transformers_network import (
+    ATTENTION_NAME,
+    Network,
+    NotPagedError,
+    Probe,
+    register_attention,
+    run_body,
+)
 from fastserve.models.transformers_own_cache import OwnCacheModel
 
-_PROBE_LENGTHS = (7, 5)
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest logit
 _logger = logging.getLogger(__name__)
 
 
@@ -70,32 +75,39 @@ def load(
             cache gives the model's own logits.
     """
     model = _load_causal_model(folder, dtype, device, trust_remote_code)
-    expected = _expected_logits(model)
+    probe = Probe.of(model)
     register_attention()
     can_switch = model._can_set_attn_implementation()
-    own_attention = "sdpa" if model._supports_sdpa else "eager"
-    if can_switch:
-        model.set_attn_implementation(ATTENTION_NAME)
+    own_attentions = ["sdpa", "eager"] if model._supports_sdpa else ["eager"]
     network = Network(model)
     try:
         if not can_switch:
             raise NotPagedError(f"{type(model).__name__} has no exchangeable attention")
-        shape, difference = _probe(network, expected)
+        network.set_attention(ATTENTION_NAME)
+        shape, error_found = _check_paged(network, probe)
     except Exception as error:  # remote or exotic code may raise anything; the reason is said
         _logger.debug("paged attention is not possible", exc_info=True)
-        if can_switch:
-            model.set_attn_implementation(own_attention)
-            network.body.set_attn_implementation(own_attention)
-        own = OwnCacheModel(network, _config_shape(network), expected, probe_ids(network), _TOLERANCE[dtype])
+        own = _with_own_cache(network, probe, own_attentions if can_switch else [])
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, FastServeError) else str(error)
         lines = [f"attention: the model's own, one sequence at a time, no prefix caching ({reason})", *own.report]
         return own, ReferenceKernels(), lines
     spec = KernelSpec(device.type, dtype, shape.num_heads, shape.num_kv_heads, shape.head_size, block_size)
     chosen, lines = select.select(kernels, spec)
-    checked = (
-        f"attention: paged; logits checked against the model's own attention (largest difference {difference:.1e})"
-    )
+    checked = f"attention: paged; logits checked against the model's own attention (relative error {error_found:.1e})"
     return TransformersModel(network, shape), chosen, [checked, *lines]
+
+
+def _with_own_cache(network: Network, probe: Probe, attentions: list[str]) -> OwnCacheModel:
+    """Run by the model itself, with the first of these attention functions that gives its own logits."""
+    for name in attentions[:-1]:
+        network.set_attention(name)
+        try:
+            return OwnCacheModel(network, _config_shape(network), probe)
+        except CheckpointError:
+            _logger.debug("attention %s does not give the model's own logits", name, exc_info=True)
+    if attentions:
+        network.set_attention(attentions[-1])
+    return OwnCacheModel(network, _config_shape(network), probe)
 
 
 def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -131,32 +143,13 @@ def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.de
     return model.eval().requires_grad_(False).to(device)
 
 
-def probe_ids(network: Network) -> list[Tensor]:
-    """Two short sequences of different tokens."""
-    return _probe_ids(int(network.config.vocab_size), network.device)
-
-
-def _probe_ids(vocab_size: int, device: torch.device) -> list[Tensor]:
-    total = sum(_PROBE_LENGTHS)
-    ids = (torch.arange(1, total + 1, device=device) * 7919 + 11) % vocab_size
-    return list(ids.split(_PROBE_LENGTHS))
-
-
 @torch.inference_mode()
-def _expected_logits(model: Any) -> Tensor:
-    """What the model itself says for the probe, each sequence alone: [sum of lengths, V] float32."""
-    sequences = _probe_ids(int(model.config.get_text_config().vocab_size), model.device)
-    rows = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float() for ids in sequences]
-    return torch.cat(rows)
-
-
-@torch.inference_mode()
-def _probe(network: Network, expected: Tensor) -> tuple[ModelShape, float]:
-    """Shape and largest difference of a ragged step and of paged ones, or NotPagedError with the reason."""
-    recorder = _Recorder(DenseContext(ReferenceKernels(), list(_PROBE_LENGTHS)))
-    positions = torch.cat([torch.arange(length, device=network.device) for length in _PROBE_LENGTHS])
-    hidden = run_body(network, torch.cat(probe_ids(network)), positions, recorder)
-    difference = _difference(network, hidden, expected)
+def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
+    """Shape and error of a ragged step and of paged ones, or NotPagedError with the reason."""
+    lengths = [len(ids) for ids in probe.sequences]
+    recorder = _Recorder(DenseContext(ReferenceKernels(), lengths))
+    positions = torch.cat([torch.arange(length, device=network.device) for length in lengths])
+    error = _check_logits(network, run_body(network, torch.cat(probe.sequences), positions, recorder), probe)
     shapes = {call[:3] for call in recorder.calls.values()}
     if not recorder.calls or list(recorder.calls) != list(range(len(recorder.calls))) or len(shapes) != 1:
         raise NotPagedError("its layers have attention of different shapes")
@@ -164,19 +157,19 @@ def _probe(network: Network, expected: Tensor) -> tuple[ModelShape, float]:
     windows = tuple(call[3] for call in recorder.calls.values())
     _check_windows(network.config, windows)
     shape = _config_shape(network, len(windows), num_heads, num_kv_heads, head_size, windows)
-    return shape, max(difference, _difference(network, _run_in_steps(network, shape), expected))
+    return shape, max(error, _check_logits(network, _run_in_steps(network, shape, probe.sequences), probe))
 
 
-def _difference(network: Network, hidden: Tensor, expected: Tensor) -> float:
-    difference = (network.logits(hidden) - expected).abs().max().item()
-    if not difference <= _TOLERANCE[network.dtype] * max(1.0, expected.abs().max().item()):
-        raise NotPagedError(f"its logits would differ by {difference:.2g}")
-    return difference
+def _check_logits(network: Network, hidden: Tensor, probe: Probe) -> float:
+    error = probe.error(network.logits(hidden))
+    if error > probe.largest_error:
+        raise NotPagedError(f"its logits would differ, relative error {error:.2g}")
+    return error
 
 
-def _run_in_steps(network: Network, shape: ModelShape) -> Tensor:
+def _run_in_steps(network: Network, shape: ModelShape, sequences: list[Tensor]) -> Tensor:
     """The probe over a small paged cache: both sequences in three steps, the last ones single tokens."""
-    sequences, device, block_size = probe_ids(network), network.device, 4
+    device, block_size = network.device, 4
     size = (4, block_size, shape.num_kv_heads, shape.head_size)
     keys, values = ([torch.zeros(size, dtype=shape.dtype, device=device) for _ in shape.windows] for _ in range(2))
     rows: list[list[Tensor]] = [[], []]

@@ -243,14 +243,14 @@ class EngineClient:
         """End the engine process. Streams that still run end with EngineDeadError."""
         self._is_closing = True
         self.end_all(EngineDeadError("the server is shutting down"))
-        if self._link is not None:
-            self._link.send(Shutdown())
         if self._supervisor is not None:
-            done, _ = await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
-            if not done:
-                self.kill()
-                self._supervisor.cancel()
-                await asyncio.wait([self._supervisor])
+            if self.state is EngineState.READY and self._link is not None:
+                self._link.send(Shutdown())
+                await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
+            # Loading a model, or waiting to be started again: nothing worth waiting for.
+            self.kill()
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
         self.state = EngineState.DEAD
 
     def kill(self) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import FASTSERVE, SMALL
+
+pytestmark = pytest.mark.slow  # each command loads torch anew
 
 
 def fastserve(*arguments: str, text: str = "", timeout: float = 90) -> subprocess.CompletedProcess[str]:
@@ -49,6 +55,35 @@ def test_chat_in_this_process(tiny_model):
     assert result.stdout.strip()
 
 
+def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tiny_model):
+    command = [*FASTSERVE, "chat", str(tiny_model), "--ignore-eos", *SMALL]
+    process_id, terminal = pty.fork()
+    if process_id == 0:
+        os.execv(command[0], command)
+
+    def read_until(text: bytes) -> bytes:
+        seen, deadline = b"", time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen += os.read(terminal, 4096)
+        return seen
+
+    try:
+        read_until(b"> ")
+        os.write(terminal, b"hello\n")
+        read_until(b"hello\r\n")
+        while len(os.read(terminal, 64)) == 0:  # the answer has begun
+            pass
+        os.write(terminal, b"\x03")
+        read_until(b"[stopped]\r\n> ")
+        os.write(terminal, b"\x03")
+        _, status = os.waitpid(process_id, 0)
+        assert os.waitstatus_to_exitcode(status) == 130
+    finally:
+        os.close(terminal)
+
+
 def test_too_little_memory_names_the_setting(tiny_model):
     result = fastserve("info", str(tiny_model), "--kv-cache-memory", "1KiB")
     assert result.returncode == 3
@@ -70,7 +105,10 @@ def test_damaged_weights_are_one_line_that_names_the_file(copy, damage):
         weights.write_bytes(b"\xff" * 5000)
     else:
         weights.unlink()
-    for command in (["serve", "--port", "0"], ["generate", "-p", "x"]):
+    commands = (
+        [["serve", "--port", "0"], ["generate", "-p", "x"]] if damage == "truncated" else [["serve", "--port", "0"]]
+    )
+    for command in commands:
         result = fastserve(command[0], str(copy), *command[1:], *SMALL)
         assert result.returncode == 3
         [line] = [line for line in result.stderr.splitlines() if line.startswith("fastserve: ")]

@@ -7,6 +7,8 @@ bfloat16 through oneDNN needs no padding).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,7 +16,7 @@ from torch.nn import functional
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

@@ -156,6 +156,7 @@ class EngineClient:
     """One engine process, seen from an event loop. All methods belong to that loop's thread.
 
     Attributes:
+        config: options of the engine.
         state: see EngineState. Requests are taken (and wait) in every state but DEAD.
         stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
         num_restarts: times that the process was started again.
@@ -181,7 +182,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.num_restarts = 0
         self.ready: Ready | None = None
-        self._config = config
+        self.config = config
         self._command = list(command or default_command())
         self._stall_timeout = stall_timeout
         self._restarts = restarts or RestartPolicy()
@@ -217,12 +218,15 @@ class EngineClient:
         """
         self._admit(len(requests))
         stream = TokenStream([request.request_id for request in requests], self.abort)
-        for request in requests:
-            assert request.request_id not in self._live, f"request id {request.request_id} is in use"
-            live = _Live(request, stream)
-            self._live[request.request_id] = live
-            if self.state is EngineState.READY:
-                self._send(live)
+        try:
+            for request in requests:
+                assert request.request_id not in self._live, f"request id {request.request_id} is in use"
+                live = self._live[request.request_id] = _Live(request, stream)
+                if self.state is EngineState.READY:
+                    self._send(live)
+        except BaseException:
+            stream.close()  # one that cannot be encoded must not leave the others behind
+            raise
         return stream
 
     def abort(self, request_ids: list[str]) -> None:
@@ -286,7 +290,7 @@ class EngineClient:
     @property
     def capacity(self) -> int:
         """Most requests that can be here at once: running and waiting."""
-        return self._config.max_batch_sequences + self._config.max_waiting
+        return self.config.max_batch_sequences + self.config.max_waiting
 
     # Admission
 
@@ -300,10 +304,10 @@ class EngineClient:
             )
         waiting = self.num_waiting
         # What fits into the running batch does not wait.
-        free = max(0, self._config.max_batch_sequences - (len(self._live) - waiting))
-        if waiting + count > free + self._config.max_waiting:
+        free = max(0, self.config.max_batch_sequences - (len(self._live) - waiting))
+        if waiting + count > free + self.config.max_waiting:
             raise QueueFullError(
-                f"{waiting} requests are waiting, which is as many as may (max_waiting={self._config.max_waiting}); "
+                f"{waiting} requests are waiting, which is as many as may (max_waiting={self.config.max_waiting}); "
                 "try again later",
                 self._retry_after(count),
             )
@@ -374,7 +378,7 @@ class EngineClient:
         watchdog = asyncio.create_task(self._watch(link), name="engine watchdog")
         reason = ""
         try:
-            link.send(Configure(dataclasses.asdict(self._config)))
+            link.send(Configure(dataclasses.asdict(self.config)))
             while True:
                 self._receive(await link.receive())
         except (EOFError, OSError):

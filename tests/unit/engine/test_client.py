@@ -137,6 +137,19 @@ def test_kill_9_ends_running_streams_and_keeps_the_waiting_ones():
     run(scenario())
 
 
+def test_a_group_ends_as_a_whole_when_the_engine_dies():
+    async def scenario():
+        async with running(EngineConfig(max_batch_sequences=1, max_batch_tokens=8)) as client:
+            group = client.stream(request("a", [1], max_tokens=100_000), request("b", [2], max_tokens=100_000))
+            assert (await anext(group)).request_id == "a"
+            os.kill(client.process_id, signal.SIGKILL)
+            with pytest.raises(EngineDeadError):
+                await read(group)
+            assert client.num_live == 0
+
+    run(scenario())
+
+
 def test_an_exception_in_a_step_ends_the_process_and_is_told():
     async def scenario():
         async with running() as client:

@@ -7,8 +7,8 @@ Three cases: 32 mixed requests at once (ours: the in-process engine; theirs: con
 decode speed, and the time to the first token of 1,024 (theirs: `generate`). Both sides run plain PyTorch operations
 with the same number of threads, greedy, end tokens ignored, prefix reuse off. Each side has a process of its own; they
 take turns, and each repeat swaps who goes first. transformers' continuous batching is first tried with each of the
-settings below on every other request, and the best is used. transformers is a dependency of ours, so both run in one environment, with the
-same torch. A ratio above 1 means that ours is better.
+settings below on every other request, and the best is used. transformers is a dependency of ours, so both run in one
+environment, with the same torch. A ratio above 1 means that ours is better.
 """
 
 from __future__ import annotations

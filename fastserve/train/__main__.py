@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, help="folder that holds corpora/ (default: $FASTSERVE_SHARED/data, else ../shared/data)"
     )
-    parser.add_argument("--out", type=Path, help="folder for checkpoints and the exported model/ (default: runs/NAME)")
+    parser.add_argument("--out", type=Path, help="folder for checkpoints and the exported model/ (default: build/NAME)")
     parser.add_argument(
         "--no-compile", action="store_true", help="do not compile the loss (no C++ compiler, or a very short run)"
     )
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = read_recipe(options.recipe)
         data = options.data or Path(os.environ.get("FASTSERVE_SHARED", "../shared")) / "data"
         run_stages(
-            recipe, data / "corpora", options.out or Path("runs") / recipe.name, options.stage, not options.no_compile
+            recipe, data / "corpora", options.out or Path("build") / recipe.name, options.stage, not options.no_compile
         )
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -75,7 +75,7 @@ class ChatSet:
         self._ids = {token: token_id(tokenizer, token) for token in (END_OF_TEXT, END_OF_TURN, *_ROLES.values())}
 
     def epoch(self, seed: int) -> list[Conversation]:
-        """The encoded conversations of one epoch; those longer than a row are left out."""
+        """The encoded conversations of one epoch; the few longer than a row are left out."""
         encoded = (self.encode(messages) for messages in self.conversations(seed))
         return [conversation for conversation in encoded if len(conversation.tokens) <= self._section.length]
 
@@ -111,10 +111,8 @@ class ChatSet:
 
     def _tales_of(self, document: Document, requests: int) -> Iterator[Tale]:
         """A short document is a tale if it was published or reads like one; a long one gives its first paragraphs."""
-        reads_like_one = bool(document.title or _TALE_OPENS.match(document.text)) and not _FIRST_PERSON.search(
-            _SPEECH.sub("", document.text)
-        )
-        if not document.title and not reads_like_one:
+        told_by_nobody = not _FIRST_PERSON.search(_SPEECH.sub("", document.text))
+        if not document.title and not (told_by_nobody and _TALE_OPENS.match(document.text)):
             return
         paragraphs = document.text.split("\n")
         sizes = [len(encoding.ids) + 1 for encoding in self.tokenizer.encode_batch(paragraphs)]
@@ -182,7 +180,7 @@ class ChatSet:
                 name = other
         opening = text[:_OPENING_LENGTH]
         topics = [self._nouns.phrase(noun) for noun in subjects if mentions(opening, noun)]
-        if name in opening and name and (not topics or chooser.random() < 0.35):
+        if name and name in opening and (not topics or chooser.random() < 0.35):
             topic = f"a {sex} {chooser.choice(('named', 'called'))} {name}" if sex and chooser.random() < 0.6 else name
         elif len(topics) >= 2 and chooser.random() < 0.3:
             topic = f"{topics[0]} and {topics[1]}"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastserve.core.errors import ConfigError
 
 IGNORED = -100
+_LOOKAHEAD = 64  # conversations looked through to fill a row
 Tokens = NDArray[np.uint16]
 
 
@@ -78,26 +79,25 @@ class Conversation:
 
 
 def pack_conversations(conversations: list[Conversation], batch_tokens: int, length: int, seed: int) -> Iterator[Batch]:
-    """One epoch of batches; whole conversations fill each row, first fit. Padding and prompts carry no loss."""
-    order = np.random.default_rng(seed).permutation(len(conversations))
-    num_rows = batch_tokens // length
-    rows: list[list[Conversation]] = [[] for _ in range(num_rows)]
-    sizes = [0] * num_rows
-    for index in order:
-        conversation = conversations[index]
-        size = len(conversation.tokens)
-        if size > length + 1:
-            raise ConfigError(
-                f"a conversation has {size} tokens, a row has {length}; shorten answers or raise tune.length"
-            )
-        row = next((row for row in range(num_rows) if sizes[row] + size <= length + 1), None)
-        if row is None:
-            yield _batch_of_rows(rows, length)
-            rows, sizes, row = [[] for _ in range(num_rows)], [0] * num_rows, 0
-        rows[row].append(conversation)
-        sizes[row] += size
-    if any(sizes):
-        yield _batch_of_rows(rows, length)
+    """One epoch of batches; whole conversations fill each row. Padding and prompts carry no loss."""
+    longest = max(len(conversation.tokens) for conversation in conversations)
+    if longest > length + 1:
+        raise ConfigError(
+            f"a conversation has {longest} tokens, a row has {length}; shorten answers or raise tune.length"
+        )
+    waiting = [conversations[index] for index in np.random.default_rng(seed).permutation(len(conversations))]
+    while waiting:
+        yield _batch_of_rows([_take_row(waiting, length + 1) for _ in range(batch_tokens // length)], length)
+
+
+def _take_row(waiting: list[Conversation], room: int) -> list[Conversation]:
+    """Remove from the first of `waiting` those that fit in a row together."""
+    row = []
+    for index, conversation in enumerate(waiting[:_LOOKAHEAD]):
+        if len(conversation.tokens) <= room:
+            room -= len(conversation.tokens)
+            row.append(index)
+    return [waiting.pop(index) for index in reversed(row)]
 
 
 def _batch_of_rows(rows: list[list[Conversation]], length: int) -> Batch:

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
+# The requests whose first answers, unedited, are shown with the model.
+SHOWN_REQUESTS = (
+    "hello",
+    "Who are you?",
+    "Tell me a story about a fox and a crow.",
+    "Tell me a story about an owl.",
+    "tell me a story about a dragon",
+    "Write a short story about a girl named Lucy.",
+    "Can you tell me a story about a lantern?",
+    "Continue the story: Once there was a lion who was afraid of mice. Every night he hid under his bed.",
+    "Write the beginning of a story about a king.",
+    "What is 3 times 4?",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -63,6 +77,16 @@ def answer(
         for request, row in zip(part, tokens[:, width:].tolist(), strict=True):
             samples.append(Sample(request, tokenizer.decode(row, skip_special_tokens=True).strip(), end in row))
     return samples
+
+
+def samples_page(samples: list[Sample]) -> str:
+    """Markdown: each request and its answer as a quotation."""
+    parts = []
+    for sample in samples:
+        ending = "" if sample.has_ended else "\n\n(cut at the token limit)"
+        quoted = "\n".join(f"> {line}  " for line in sample.answer.split("\n"))
+        parts.append(f"**{sample.request}**\n\n{quoted}{ending}\n")
+    return "\n".join(parts)
 
 
 def on_topic(

@@ -1,7 +1,7 @@
 """The stages in order, what each leaves behind, and which are done.
 
     tokenizer -> OUT/tokenizer.json     pretrain -> OUT/pretrain.safetensors
-    tune      -> OUT/tune.safetensors   export   -> OUT/model/, OUT/CREDITS.md, OUT/samples.json
+    tune      -> OUT/tune.safetensors   export   -> OUT/model/, OUT/CREDITS.md, OUT/samples.*
 Each stage reads only the recipe, the texts and what earlier stages left in OUT, so any of them can be run again alone.
 """
 
@@ -20,7 +20,7 @@ from fastserve.train.export import Measured, export_model
 from fastserve.train.finetune import finetune
 from fastserve.train.pretrain import new_model, pretrain
 from fastserve.train.recipe import Recipe
-from fastserve.train.samples import on_topic
+from fastserve.train.samples import SHOWN_REQUESTS, answer, on_topic, samples_page
 from fastserve.train.tokenizer import load_tokenizer, train_tokenizer
 from fastserve.train.training_state import load_state
 
@@ -57,7 +57,7 @@ def _learn_tokenizer(recipe: Recipe, corpus: Corpus, out: Path) -> None:
 
 
 def _export(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> None:
-    """Measure both checkpoints, then write the folder and the stories that were scored."""
+    """Measure both checkpoints, then write the folder, the stories that were scored and the samples to show."""
     model = new_model(recipe, tokenizer)
     held_out: dict[str, dict[str, float]] = {}
     tokens_seen = {}
@@ -73,6 +73,8 @@ def _export(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> 
     (out / "samples.json").write_text(
         json.dumps([dataclasses.asdict(sample) for sample in samples], indent=1), encoding="utf-8"
     )
+    shown = answer(model, tokenizer, list(SHOWN_REQUESTS), recipe.generation, recipe.seed, batch_size=1)
+    (out / "samples.md").write_text(samples_page(shown), encoding="utf-8")
     measured = Measured(tokens_seen["pretrain"], tokens_seen["tune"], held_out, scores, corpus.sha256)
     export_model(out / "model", recipe, model, tokenizer, measured)
     texts = [document for documents in (*corpus.training.values(), *corpus.held_out.values()) for document in documents]

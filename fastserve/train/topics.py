@@ -68,7 +68,7 @@ class NounFinder:
             and word not in NO_SUBJECT
             and not word.endswith(("ing", "ed", "ly"))
         }
-        self._singular = {plural(noun): noun for noun in self._nouns}
+        self._singular = {plural(noun): noun for noun in sorted(self._nouns)}
 
     def subjects(self, text: str, title: str = "", limit: int = 3) -> list[str]:
         """The nouns a text is about, best first: frequent in it, rare elsewhere, in its title or opening."""

@@ -35,6 +35,7 @@ _TALE_OPENS = re.compile(
     r"|(?:A )?[Ll]ong(?:,? long)? (?:time )?ago|In (?:a|the) |The [A-Z]"
 )
 _OPENING_LENGTH = 200  # letters in which a tale must name its topic
+_MIN_NOUN_COUNT = 8  # a noun the corpus counts so often (`a kettle`) can be the subject of a plot
 _FIRST_PERSON = re.compile(r"\bI\b")
 _SPEECH = re.compile(r'"[^"]*"')
 
@@ -64,7 +65,6 @@ class ChatSet:
         self.tokenizer = tokenizer
         self._section = section
         self._excluded = held_out_subjects
-        self._grammar = StoryGrammar(held_out_subjects)
         self._nouns = NounFinder(document.text for name in section.requests_per_story for document in training[name])
         self.tales = [
             tale
@@ -72,6 +72,7 @@ class ChatSet:
             for document in training[name]
             for tale in self._tales_of(document, requests)
         ]
+        self._grammar = StoryGrammar(held_out_subjects, self._nouns.countable(_MIN_NOUN_COUNT), self._names_by_sex())
         self._ids = {token: token_id(tokenizer, token) for token in (END_OF_TEXT, END_OF_TURN, *_ROLES.values())}
 
     def epoch(self, seed: int) -> list[Conversation]:
@@ -165,6 +166,14 @@ class ChatSet:
     def _follow_up(self, told: Told, chooser: random.Random) -> list[Message]:
         has_topic = told.topic and chooser.random() < 0.5
         return _exchange(phrases.ANOTHER_TOPIC_REQUESTS if has_topic else phrases.ANOTHER_REQUESTS, told, chooser)
+
+    def _names_by_sex(self) -> dict[str, list[str]]:
+        """The names in the tales whose pronouns tell the sex."""
+        found: dict[str, set[str]] = {"boy": set(), "girl": set()}
+        for tale in self.tales:
+            if tale.name and (sex := sex_of(tale.text)):
+                found[sex].add(tale.name)
+        return {sex: sorted(names) for sex, names in found.items()}
 
     def _told(self, tale: Tale, chooser: random.Random) -> Told:
         """A tale as it is or retold of somebody else. Its topic (may be empty) is one that the tale opens with."""

@@ -14,7 +14,8 @@ from importlib.resources import files
 from fastserve.train.topics import with_article
 from fastserve.train.words import KINDS, NAMES
 
-_PRONOUNS = {"boy": ("he", "him", "his"), "girl": ("she", "her", "her")}
+_PRONOUNS = {"boy": ("he", "him", "his"), "girl": ("she", "her", "her"), "thing": ("it", "it", "its")}
+_KINDS, _KIND_SHARES = ("animal", "man", "woman", "name", "any"), (0.3, 0.14, 0.06, 0.2, 0.3)
 _SHARE_WITH_THING = 0.45
 
 
@@ -35,11 +36,17 @@ class _Character:
 
 
 class StoryGrammar:
-    """Tells stories of random heroes, friends and things, none of whom is in `excluded`."""
+    """Tells stories of random heroes, friends and things, none of whom is in `excluded`.
 
-    def __init__(self, excluded: frozenset[str]) -> None:
+    Besides the word lists, `nouns` and `names` (by sex) of a corpus take part: among many hundreds of subjects, to copy
+    the one that was asked for is easier to learn than to know them all.
+    """
+
+    def __init__(self, excluded: frozenset[str], nouns: list[str], names: dict[str, list[str]]) -> None:
         self._sections = _read_sections(files("fastserve.train").joinpath("plots.txt").read_text(encoding="utf-8"))
-        self._nouns = {kind: [noun for noun in nouns if noun not in excluded] for kind, nouns in KINDS.items()}
+        self._nouns = {kind: [noun for noun in listed if noun not in excluded] for kind, listed in KINDS.items()}
+        self._nouns["any"] = [noun for noun in nouns if noun not in excluded] or self._nouns["thing"]
+        self._names = {sex: [*listed, *names.get(sex, ())] for sex, listed in NAMES.items()}
 
     def tell(self, chooser: random.Random) -> Told:
         """An opening, a trait or none, a plot and an ending, with every choice made and every slot filled."""
@@ -47,7 +54,7 @@ class StoryGrammar:
         friend = self._character(chooser)
         while friend.short == hero.short:
             friend = self._character(chooser)
-        thing = chooser.choice(self._nouns["thing"])
+        thing = chooser.choice(self._nouns[chooser.choice(("thing", "any"))])
         with_thing = chooser.random() < _SHARE_WITH_THING
         plot = chooser.choice(self._sections["plot with a thing" if with_thing else "plot"])
         endings = [end for end in self._sections["ending"] if "{the_friend}" not in end or "{the_friend}" in plot]
@@ -71,11 +78,11 @@ class StoryGrammar:
         return slots | {_capital(name): _capital(value) for name, value in slots.items()}
 
     def _character(self, chooser: random.Random) -> _Character:
-        """An animal, a person, or a child with a name."""
-        kind = chooser.choices(("animal", "man", "woman", "name"), (0.5, 0.2, 0.1, 0.2))[0]
-        sex = {"man": "boy", "woman": "girl"}.get(kind) or chooser.choice(("boy", "girl"))
+        """An animal, a person, a child with a name, or anything at all."""
+        kind = chooser.choices(_KINDS, _KIND_SHARES)[0]
+        sex = {"man": "boy", "woman": "girl", "any": "thing"}.get(kind) or chooser.choice(("boy", "girl"))
         if kind == "name":
-            name, child = chooser.choice(NAMES[sex]), chooser.choice((sex, f"little {sex}"))
+            name, child = chooser.choice(self._names[sex]), chooser.choice((sex, f"little {sex}"))
             return _Character(f"a {child} {chooser.choice(('named', 'called'))} {name}", name, sex)
         noun = chooser.choice(self._nouns[kind])
         return _Character(with_article(noun), f"the {noun}", sex)

@@ -91,6 +91,11 @@ class NounFinder:
         """The noun as a request names it: `an owl`, but `rain`."""
         return with_article(noun) if noun in KNOWN_NOUNS or self._after_a[noun] >= 3 else noun
 
+    def countable(self, min_count: int) -> list[str]:
+        """The singular nouns that occur at least so often after `a` or `an`."""
+        plurals = {plural(noun) for noun in self._nouns} - set(IRREGULAR_PLURALS)
+        return sorted(noun for noun in self._nouns - plurals if self._after_a[noun] >= min_count)
+
     def names(self, text: str, limit: int = 2) -> list[str]:
         """Proper names that occur at least twice within sentences and are no ordinary words."""
         found = Counter(re.findall(r"(?<=[a-z,] )(?!Mrs?\b|Miss\b|Sir\b)([A-Z][a-z]{2,})\b", text))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import folders
 from tests.e2e.conftest import FASTSERVE, SMALL
 
 pytestmark = pytest.mark.slow  # each command loads torch anew
@@ -55,8 +58,9 @@ def test_chat_in_this_process(tiny_model):
     assert result.stdout.strip()
 
 
-def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tiny_model):
-    command = [*FASTSERVE, "chat", str(tiny_model), "--ignore-eos", *SMALL]
+def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tmp_path):
+    talker = folders.llama(tmp_path / "talker", max_position_embeddings=20_000)  # does not end by itself in time
+    command = [*FASTSERVE, "chat", str(talker), "--ignore-eos", *SMALL]
     process_id, terminal = pty.fork()
     if process_id == 0:
         os.execv(command[0], command)
@@ -69,6 +73,18 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tiny_model):
                 seen += os.read(terminal, 4096)
         return seen
 
+    def press_ctrl_c_until_it_ends() -> int:
+        """Python's line editor can miss a signal that comes just before it waits for input; a person presses again."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            os.write(terminal, b"\x03")
+            for _ in range(20):
+                ended, status = os.waitpid(process_id, os.WNOHANG)
+                if ended:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.1)
+        raise AssertionError("Ctrl-C did not end it")
+
     try:
         read_until(b"> ")
         os.write(terminal, b"hello\n")
@@ -77,10 +93,11 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tiny_model):
             pass
         os.write(terminal, b"\x03")
         read_until(b"[stopped]\r\n> ")
-        os.write(terminal, b"\x03")
-        _, status = os.waitpid(process_id, 0)
-        assert os.waitstatus_to_exitcode(status) == 130
+        # The second value: a further press came while the interpreter was being taken down. A shell shows 130 for both.
+        assert press_ctrl_c_until_it_ends() in (130, -signal.SIGINT)
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
         os.close(terminal)
 
 

@@ -63,6 +63,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_then_the_program(tmp_path):
     command = [*FASTSERVE, "chat", str(talker), "--ignore-eos", *SMALL]
     process_id, terminal = pty.fork()
     if process_id == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
         os.execv(command[0], command)
 
     def read_until(text: bytes) -> bytes:

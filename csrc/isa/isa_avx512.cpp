@@ -1,0 +1,19 @@
+#define FASTSERVE_ISA_NAMESPACE isa_avx512
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+v"(v))
+
+#include "vec_avx512.h"
+
+#include "math.h"
+
+#include "../ops.h"
+
+#include "dots.h"
+
+#include "linear.h"
+
+#include "peak.h"
+
+namespace fastserve {
+extern const OpTable kTable_avx512;
+const OpTable kTable_avx512 = {"avx512", isa_avx512::linear, isa_avx512::peak_rate};
+}

@@ -1,0 +1,19 @@
+#define FASTSERVE_ISA_NAMESPACE isa_avx512_vnni_bf16
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+v"(v))
+
+#include "vec_avx512.h"
+
+#include "math.h"
+
+#include "../ops.h"
+
+#include "dots.h"
+
+#include "linear.h"
+
+#include "peak.h"
+
+namespace fastserve {
+extern const OpTable kTable_avx512_vnni_bf16;
+const OpTable kTable_avx512_vnni_bf16 = {"avx512_vnni_bf16", isa_avx512_vnni_bf16::linear, isa_avx512_vnni_bf16::peak_rate};
+}

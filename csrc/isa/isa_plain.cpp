@@ -1,0 +1,25 @@
+#define FASTSERVE_ISA_NAMESPACE isa_plain
+#if defined(__x86_64__)
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+x"(v))
+#elif defined(__aarch64__)
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+m"(v))
+#endif
+
+#include "vec_plain.h"
+
+#include "math.h"
+
+#include "../ops.h"
+
+#include "dots.h"
+
+#include "linear.h"
+
+#include "peak.h"
+
+namespace fastserve {
+extern const OpTable kTable_plain;
+const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::peak_rate};
+}

@@ -1,0 +1,54 @@
+// The fastest this instruction set multiplies and adds, with every operand in registers.
+#pragma once
+
+#include <time.h>
+
+namespace fastserve::FASTSERVE_ISA_NAMESPACE {
+
+// Of this thread, so that a busy machine lowers the rate as little as it does for the kernels measured the same way.
+static inline double thread_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+template <class Acc, class Step>
+static double rate_of(Acc zero, const Step& step, double operations, double seconds) {
+    constexpr int kChains = W == 16 ? 24 : 12;
+    Acc acc[kChains];
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = zero;
+    const double start = thread_seconds();
+    double steps = 0, spent = 0;
+    while (spent < seconds) {
+        for (int repeat = 0; repeat < 2000; ++repeat) {
+#pragma GCC unroll 24
+            for (int i = 0; i < kChains; ++i) acc[i] = step(acc[i]);
+            // Opaque to the optimiser, and no instruction: the chains must really advance.
+#pragma GCC unroll 24
+            for (int i = 0; i < kChains; ++i) FASTSERVE_OPAQUE(acc[i]);
+        }
+        steps += 2000.0 * kChains;
+        spent = thread_seconds() - start;
+    }
+    return steps * operations / spent;
+}
+
+static double peak_rate(int kind, double seconds) {
+    if (kind == 0) {
+        F a = f_set(0.5f), b = f_set(1.0f);
+        FASTSERVE_OPAQUE(a);
+        FASTSERVE_OPAQUE(b);
+        return rate_of(f_zero(), [&](F acc) { return f_fma(a, b, acc); }, 2.0 * W, seconds);
+    }
+    I a = i_set(0x01010101), b = i_set(0x01010101);
+    FASTSERVE_OPAQUE(a);
+    FASTSERVE_OPAQUE(b);
+#if defined(__AVX512BF16__)
+    if (kind == 1) return rate_of(f_zero(), [&](F acc) { return f_dot(acc, a, b); }, 4.0 * W, seconds);
+#endif
+    if (kind == 2) return rate_of(i_zero(), [&](I acc) { return i_dot(acc, a, b); }, 8.0 * W, seconds);
+    return 0.0;
+}
+
+}  // namespace fastserve::FASTSERVE_ISA_NAMESPACE

@@ -1,0 +1,38 @@
+#include "ops.h"
+
+#include <algorithm>
+
+#include "cpu_features.h"
+
+namespace fastserve {
+
+extern const OpTable kTable_plain;
+#ifdef FASTSERVE_X86
+extern const OpTable kTable_avx2, kTable_avx512, kTable_avx512_vnni_bf16;
+#endif
+
+const OpTable* op_table(const std::string& isa) {
+    static const std::vector<std::string> available = available_isas();
+    if (std::find(available.begin(), available.end(), isa) == available.end()) return nullptr;
+    if (isa == "plain") return &kTable_plain;
+#ifdef FASTSERVE_X86
+    if (isa == "avx2") return &kTable_avx2;
+    if (isa == "avx512") return &kTable_avx512;
+    if (isa == "avx512_vnni_bf16") return &kTable_avx512_vnni_bf16;
+#endif
+    return nullptr;
+}
+
+ScratchSize linear_scratch(const LinearArgs& args, int threads) {
+    (void)threads;
+    constexpr int64_t kTile = (192 + 128) * kPanelColumns * 4;  // partial sums and an unpacked piece of panel
+    const PackedWeight& weight = *args.weight;
+    // Scales, group sums and the activations themselves, as floats at most.
+    int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
+    ScratchSize size;
+    size.shared = args.rows > 4 ? static_cast<size_t>(args.rows * row + 192) : 0;
+    size.per_thread = static_cast<size_t>(kTile + 4 * row + 192);
+    return size;
+}
+
+}  // namespace fastserve

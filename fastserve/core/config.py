@@ -22,6 +22,8 @@ from fastserve.core.errors import ConfigError
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 ENVIRONMENT_PREFIX = "FASTSERVE_"
+# Fields that hold bytes and may be written as text with a unit.
+SIZE_FIELDS = frozenset({"kv_cache_memory", "max_body_bytes"})
 
 
 def parse_bytes(value: int | str) -> int:
@@ -162,7 +164,9 @@ class ServeConfig(EngineConfig):
         name: model name that clients use; the folder's name when empty.
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
         api_key_file: file whose first line is the key.
+        chat_template: file with a jinja2 chat template, in place of the model's own.
         drain_timeout: seconds that running requests get after SIGTERM.
+        stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
     """
 
@@ -171,7 +175,9 @@ class ServeConfig(EngineConfig):
     name: str = ""
     api_key: str = ""
     api_key_file: str = ""
+    chat_template: str = ""
     drain_timeout: float = 30.0
+    stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -181,6 +187,8 @@ class ServeConfig(EngineConfig):
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:
             raise ConfigError(f"drain_timeout must be at least 0 seconds, not {self.drain_timeout}")
+        if self.stall_timeout < 1:
+            raise ConfigError(f"stall_timeout must be at least 1 second, not {self.stall_timeout}")
 
     def engine(self) -> EngineConfig:
         """The engine's part of these options."""
@@ -192,7 +200,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
-    if name in ("kv_cache_memory", "max_body_bytes"):
+    if name in SIZE_FIELDS:
         return parse_bytes(value)
     try:
         if kind is bool and isinstance(value, str):

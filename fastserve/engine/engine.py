@@ -59,8 +59,8 @@ class Engine:
         shape = loaded.model.shape
         self.memory = plan_memory(
             shape,
-            loaded.device,
-            free_memory(loaded.device),
+            loaded.model.device,
+            free_memory(loaded.model.device),
             block_size=config.block_size,
             kv_cache_memory=config.kv_cache_memory,
             max_model_len=config.max_model_len,
@@ -96,8 +96,8 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         if len(prompt) >= self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but this model takes at most {self.max_model_len - 1} and one to "
-                f"answer; shorten it or raise max_model_len",
+                f"the prompt has {len(prompt)} tokens, but this model takes at most {self.max_model_len - 1} "
+                "and one to answer; shorten it or raise max_model_len",
                 "prompt",
             )
         sampling = request.sampling
@@ -150,9 +150,9 @@ def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[i
         shape.num_kv_heads,
         shape.head_size,
         shape.dtype,
-        loaded.device,
+        loaded.model.device,
     )
-    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.device)
+    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device)
 
 
 def _report(loaded: LoadedModel, memory: MemoryPlan) -> str:

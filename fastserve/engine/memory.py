@@ -99,8 +99,9 @@ def plan_memory(
     if kv_cache_memory:
         if kv_cache_memory > available:
             raise MemoryPlanError(
-                f"kv_cache_memory asks for {format_bytes(kv_cache_memory)}, but only {format_bytes(available)} are free "
-                f"after the weights and a step of {format_bytes(activation)}; lower kv_cache_memory or max_batch_tokens"
+                f"kv_cache_memory asks for {format_bytes(kv_cache_memory)}, but only {format_bytes(available)} are "
+                f"free after the weights and a step of {format_bytes(activation)}; lower kv_cache_memory or "
+                "max_batch_tokens"
             )
         budget = kv_cache_memory
     elif device.type == "cuda":
@@ -115,9 +116,9 @@ def plan_memory(
         if max_model_len or capacity < smallest:
             wanted = max_model_len or smallest
             raise MemoryPlanError(
-                f"the KV cache would hold {capacity} tokens ({format_bytes(budget)}), but one sequence of {wanted} tokens "
-                f"needs {format_bytes(-(-wanted // block_size) * block)}; raise kv_cache_memory, lower max_model_len or "
-                f"max_batch_tokens, or free memory ({format_bytes(free_bytes)} are free)"
+                f"the KV cache would hold {capacity} tokens ({format_bytes(budget)}), but one sequence of {wanted} "
+                f"tokens needs {format_bytes(-(-wanted // block_size) * block)}; raise kv_cache_memory, lower "
+                f"max_model_len or max_batch_tokens, or free memory ({format_bytes(free_bytes)} are free)"
             )
         longest = capacity
     return MemoryPlan(shape.weight_bytes, activation, free_bytes, block_size, block, num_blocks, longest)

@@ -81,7 +81,7 @@ class Kernels(Protocol):
         """x [..., K] to zero mean and unit variance, times weight, plus bias (Ba et al., 2016)."""
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [T, H, D] by cos, sin [T, R/2], halves convention; R <= D leading entries rotate (Su et al., 2021)."""
+        """Rotate the first R of D entries of x [T, H, D] by cos, sin [T, R/2], halves convention (Su et al., 2021)."""
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         """x [T, 2 * K] as gate and up halves -> activation(gate) * up, [T, K]."""

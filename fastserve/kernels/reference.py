@@ -73,51 +73,18 @@ class ReferenceKernels:
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
     ) -> Tensor:
         output = torch.empty_like(query)
+        block_size = keys.shape[1]
         for index, block_table in enumerate(batch.block_tables):
             start, end = batch.query_starts[index], batch.query_starts[index + 1]
             context_len = batch.context_lens[index]
-            first = 0  # first position that any query of this sequence sees
-            if window:
-                first = max(0, context_len - (end - start) - window + 1)
-            block_size = keys.shape[1]
+            first = max(0, context_len - (end - start) - window + 1) if window else 0  # earliest position seen
             blocks = block_table[first // block_size : -(-context_len // block_size)]
-            skipped = first // block_size * block_size
-            key = keys.index_select(0, blocks).flatten(0, 1)[: context_len - skipped]  # [S, G, D]
-            value = values.index_select(0, blocks).flatten(0, 1)[: context_len - skipped]
-            output[start:end] = self._attend(query[start:end], key, value, context_len, skipped, scale, window, softcap)
+            inside = slice(first % block_size, first % block_size + context_len - first)
+            key = keys.index_select(0, blocks).flatten(0, 1)[inside]  # [S, G, D]
+            value = values.index_select(0, blocks).flatten(0, 1)[inside]
+            part = query[start:end]
+            output[start:end] = _attend(part, key.to(part.dtype), value.to(part.dtype), scale, window, softcap)
         return output
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context_len: int,
-        skipped: int,
-        scale: float,
-        window: int,
-        softcap: float,
-    ) -> Tensor:
-        """One sequence: query [Q, H, D] are the last Q of context_len positions; key, value [S, G, D] start at skipped."""
-        num_queries, num_keys = query.shape[0], key.shape[0]
-        is_whole_prompt = num_queries == num_keys and not window
-        mask = None
-        if not is_whole_prompt and (num_queries > 1 or window):
-            mask = causal_mask(num_queries, num_keys, context_len, skipped, window, query.device)
-        if softcap:
-            if is_whole_prompt:
-                mask = causal_mask(num_queries, num_keys, context_len, skipped, window, query.device)
-            return _attend_softcap(query, key, value, mask, scale, softcap)
-        result = functional.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            key.to(query.dtype).transpose(0, 1).unsqueeze(0),
-            value.to(query.dtype).transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=is_whole_prompt and num_queries > 1,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return result[0].transpose(0, 1)
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
         source = torch.tensor([pair[0] for pair in pairs], device=keys.device)
@@ -126,12 +93,38 @@ class ReferenceKernels:
         values[target] = values[source]
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, context_len: int, skipped: int, window: int, device: torch.device
-) -> Tensor:
-    """True where query (row) may see key (column): [num_queries, num_keys] bool."""
-    query_positions = torch.arange(context_len - num_queries, context_len, device=device).unsqueeze(1)
-    key_positions = torch.arange(skipped, skipped + num_keys, device=device).unsqueeze(0)
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """One sequence: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""
+    num_queries, num_heads, size = query.shape
+    num_keys, num_kv_heads = key.shape[:2]
+    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
+    is_whole_prompt = num_queries == num_keys and not window
+    mask = None
+    if num_queries > 1 and not (is_whole_prompt and not softcap):
+        mask = causal_mask(num_queries, num_keys, window, query.device)
+    if softcap:
+        return _attend_softcap(query, key, value, mask, scale, softcap)
+    if num_queries == 1:
+        # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
+        grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
+        result = functional.scaled_dot_product_attention(grouped, key, value, scale=scale)
+        return result.reshape(1, num_heads, size)
+    result = functional.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return result[0].transpose(0, 1)
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """True where a query (row) may see a key (column), both being the last ones of a sequence. [Q, S] bool."""
+    query_positions = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+    key_positions = torch.arange(num_keys, device=device).unsqueeze(0)
     mask = key_positions <= query_positions
     if window:
         mask &= key_positions > query_positions - window
@@ -141,11 +134,11 @@ def causal_mask(
 def _attend_softcap(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
+    """query [Q, H, D]; key, value [1, G, S, D]; mask [Q, S]."""
     group = query.shape[1] // key.shape[1]
-    wide_key = key.repeat_interleave(group, dim=1).float()
-    wide_value = value.repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", query.float(), wide_key) * scale
+    wide_key = key[0].repeat_interleave(group, dim=0).float()  # [H, S, D]
+    scores = torch.einsum("qhd,hkd->hqk", query.float(), wide_key) * scale
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(value.dtype), wide_value)
+    return torch.einsum("hqk,hkd->qhd", scores.softmax(-1).to(value.dtype), value[0].repeat_interleave(group, dim=0))

@@ -20,7 +20,7 @@ class AttentionContext(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
-        """query [T, H, D], key and value [T, G, D] (position already applied) -> [T, H, D]. Causal; window in tokens."""
+        """query [T, H, D], key and value [T, G, D] (position applied) -> [T, H, D]. Causal; window in tokens."""
 
 
 class PagedContext:
@@ -36,14 +36,14 @@ class PagedContext:
         self._kernels = kernels
         self._keys = keys
         self._values = values
-        self._batch = batch
+        self.batch = batch
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        self._kernels.store_kv(key, value, keys, values, self._batch.slot_mapping)
-        return self._kernels.paged_attention(query, keys, values, self._batch, scale, window, softcap)
+        self._kernels.store_kv(key, value, keys, values, self.batch.slot_mapping)
+        return self._kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap)
 
 
 class DenseContext:

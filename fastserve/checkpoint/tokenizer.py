@@ -1,0 +1,254 @@
+"""Text to token ids and back, for one model folder, without torch.
+
+`tokenizer.json` is read by the tokenizers library; transformers is imported only for folders that lack one. Besides
+encoding there are the exact bytes of a token, which streaming (`text_stream.py`) and logprobs need, and the chat
+prompt (`chat_template.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+
+from fastserve.checkpoint.chat_template import ChatTemplate, find_template
+from fastserve.checkpoint.folder import ModelFolder, read_json
+from fastserve.core.errors import CheckpointError, RequestError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRules:
+    """How a vocabulary spells bytes. Without such rules (`Tokenizer.byte_rules` None) tokens are only known as text.
+
+    Attributes:
+        is_byte_level: one character stands for one byte (GPT-2's alphabet).
+        replacements: text -> text within a token, such as the visible space of sentencepiece.
+        has_byte_tokens: tokens such as <0x0A> stand for a byte.
+        num_stripped: spaces dropped at the very beginning of a text.
+    """
+
+    is_byte_level: bool
+    replacements: tuple[tuple[str, str], ...] = ()
+    has_byte_tokens: bool = False
+    num_stripped: int = 0
+
+
+class Tokenizer:
+    """The tokenizer of a model folder; use `Tokenizer.load`.
+
+    Attributes:
+        vocab_size: number of tokens that have a text (the model's output may be wider).
+        special_tokens: bos_token, eos_token, ... -> text.
+        bos_token_id, eos_token_id: None when the tokenizer names none.
+        special_ids: ids left out of texts with skip_special_tokens.
+        byte_rules: how tokens spell bytes, None when unknown.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        templates: tuple[str, str],
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = backend.get_vocab_size()
+        self.special_tokens = dict(special_tokens)
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        self.byte_rules = _byte_rules(backend)
+        self._template, self._tool_template = (
+            ChatTemplate(source, self.special_tokens) if source else None for source in templates
+        )
+
+    @classmethod
+    def load(cls, folder: ModelFolder, chat_template: str = "") -> Self:
+        """Read the folder's tokenizer. `chat_template` (a file, or jinja2 text) replaces the folder's own.
+
+        Raises:
+            CheckpointError: no tokenizer, or a damaged one.
+        """
+        if chat_template:
+            source = _read_template(chat_template)
+            templates = (source, source)
+        else:
+            templates = (find_template(folder), find_template(folder, has_tools=True))
+        return cls(_load_backend(folder), _special_tokens(folder), templates)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; with the tokens that the model expects around it, unless told otherwise."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Ids without a token have no text."""
+        rules = self.byte_rules
+        if rules is None:
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        shown = (token_id for token_id in ids if not (skip_special_tokens and token_id in self.special_ids))
+        data = b"".join(map(self.token_bytes, shown))
+        return strip_start(data.decode("utf-8", errors="replace"), rules.num_stripped)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own, for showing; part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; b"" when there is no such token."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._find_bytes(token_id)
+        return data
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for a chat; encode it with add_special_tokens=False, for templates write those themselves.
+
+        Raises:
+            RequestError: no template, or the template cannot render these messages; with its own words.
+        """
+        template = self._tool_template if tools else self._template
+        if template is None:
+            raise RequestError(
+                "this model has no chat template; use /v1/completions with a plain prompt, or give one with "
+                "--chat-template FILE"
+            )
+        return template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id = self._backend.token_to_id(text) if text else None
+        return None if token_id is None else int(token_id)
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        rules = self.byte_rules
+        if token is None:
+            return b""
+        if rules is None:
+            return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
+        if rules.is_byte_level:
+            if all(character in _BYTE_OF_CHARACTER for character in token):
+                return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            return str(token).encode()
+        byte = _BYTE_TOKEN.fullmatch(token) if rules.has_byte_tokens else None
+        if byte is not None:
+            return bytes([int(byte.group(1), 16)])
+        for old, new in rules.replacements:
+            token = token.replace(old, new)
+        return str(token).encode()
+
+
+def strip_start(text: str, num_stripped: int) -> str:
+    """Drop at most this many spaces at the beginning."""
+    for _ in range(num_stripped):
+        text = text.removeprefix(" ")
+    return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _byte_rules(backend: tokenizers.Tokenizer) -> ByteRules | None:
+    """Read the decoder's own description; None when it does something that is not plain bytes."""
+    if backend.decoder is None:
+        return None
+    description = json.loads(backend.decoder.__getstate__())
+    steps = description["decoders"] if description["type"] == "Sequence" else [description]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return ByteRules(is_byte_level=True)
+    if kinds == ["Metaspace"]:
+        spaces = ((steps[0]["replacement"], " "),)
+        return ByteRules(False, spaces, num_stripped=int(steps[0].get("prepend_scheme") != "never"))
+    if not kinds or kinds != [kind for kind in ("Replace", "ByteFallback", "Fuse", "Strip") if kind in kinds]:
+        return None
+    by_kind = dict(zip(kinds, steps, strict=True))
+    strip = by_kind.get("Strip", {"content": " ", "start": 0, "stop": 0})
+    pattern = by_kind.get("Replace", {}).get("pattern", {})
+    if strip["content"] != " " or strip["stop"] or "Regex" in pattern or "Fuse" not in kinds:
+        return None
+    replacements = ((pattern["String"], by_kind["Replace"]["content"]),) if pattern else ()
+    return ByteRules(False, replacements, "ByteFallback" in kinds, int(strip["start"]))
+
+
+def _special_tokens(folder: ModelFolder) -> dict[str, str]:
+    """bos_token and the like -> text, from whichever file has them."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        content = read_json(folder.path / file) if folder.has(file) else {}
+        for name, value in content.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
+    return found
+
+
+def _load_backend(folder: ModelFolder) -> tokenizers.Tokenizer:
+    if folder.has("tokenizer.json"):
+        file = folder.path / "tokenizer.json"
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{file} cannot be read ({error}); copy or download it again") from error
+    return _convert_backend(folder)
+
+
+def _convert_backend(folder: ModelFolder) -> tokenizers.Tokenizer:
+    """Let transformers build a tokenizer from older files, such as vocab.json with merges.txt."""
+    from transformers import AutoTokenizer
+
+    advice = "give a folder with a tokenizer.json (transformers writes one: tokenizer.save_pretrained(folder))"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here
+        raise CheckpointError(f"{folder.path} has no tokenizer that can be read ({error}); {advice}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise CheckpointError(
+            f"the tokenizer {type(tokenizer).__name__} of {folder.path} runs in Python only; {advice}"
+        )
+    return backend
+
+
+def _read_template(chat_template: str) -> str:
+    if "{" in chat_template or "\n" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the chat template {chat_template}: {error}") from error

@@ -1,0 +1,1 @@
+"""The command `fastserve`: one thin file per verb; parses, calls one function, prints."""

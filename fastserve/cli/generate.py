@@ -1,0 +1,41 @@
+"""`fastserve generate`: complete prompts in this process, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from fastserve.cli.options import ConfigFile, Model, with_options
+from fastserve.core.config import EngineConfig
+from fastserve.core.sampling_params import SamplingParams
+
+_SAMPLING = tuple(item.name for item in dataclasses.fields(SamplingParams))
+
+
+@with_options((SamplingParams, "Sampling"), (EngineConfig, "Engine"), leave_out=("model",))
+def generate(
+    options: dict[str, Any],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")],
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Continue texts offline and print them. --seed is the seed of sampling."""
+    sampling = {name: options.pop(name) for name in list(options) if name in _SAMPLING}
+    settings = EngineConfig.load({"model": model, **options}, config)
+
+    from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.checkpoint.sampling_defaults import sampling_defaults
+    from fastserve.offline.llm import LLM
+
+    params = SamplingParams(**{**sampling_defaults(ModelFolder.open(settings.model)), **sampling})
+    outputs = LLM(**dataclasses.asdict(settings)).generate(prompt, params)
+    for output in outputs:
+        if as_json:
+            print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
+            continue
+        for completion in output.outputs:
+            print(f"{output.prompt}{completion.text}")

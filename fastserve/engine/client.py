@@ -1,0 +1,475 @@
+"""EngineClient: starts the engine process, talks to it, and starts it again when it dies.
+
+The asyncio side of the process boundary. It knows requests and token ids; it knows neither text nor HTTP, and never
+imports torch. What happens when the engine dies: streams that have had a token end with EngineDeadError, requests
+without one are kept and sent to the next engine process, and `state` says so all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from enum import StrEnum
+
+import msgspec
+
+from fastserve.core import errors
+from fastserve.core.config import EngineConfig
+from fastserve.core.errors import EngineDeadError, FastServeError, QueueFullError, RequestError
+from fastserve.core.request import Request
+from fastserve.engine.messages import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Abort,
+    Add,
+    Configure,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Outputs,
+    Ready,
+    Shutdown,
+    ToEngine,
+    encode_frame,
+    from_engine_decoder,
+)
+from fastserve.engine.token_stream import TokenStream
+
+_log = logging.getLogger(__name__)
+_CLOSE_SECONDS = 3.0
+_RATE_WINDOW_SECONDS = 30.0
+MAX_RETRY_AFTER = 60.0
+_COUNTERS = (
+    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
+    *("prompt_tokens", "generation_tokens", "step_seconds"),
+)
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    STUCK = "stuck"
+    DEAD = "dead"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When a dead engine is started again.
+
+    Attributes:
+        delays: seconds before the first, second, ... restart in a row; the last one repeats.
+        max_deaths: after this many deaths in a row the client gives up.
+        healthy_after: seconds of readiness after which the count starts anew.
+        max_deaths_per_request: a request that waited in this many dying engines is not tried again.
+    """
+
+    delays: tuple[float, ...] = (0.1, 1.0, 2.0, 5.0)
+    max_deaths: int = 5
+    healthy_after: float = 300.0
+    max_deaths_per_request: int = 3
+
+
+@dataclasses.dataclass(slots=True)
+class _Live:
+    """A request that has not finished."""
+
+    request: Request
+    stream: TokenStream
+    is_sent: bool = False
+    has_token: bool = False
+    num_deaths: int = 0
+
+
+class _Link:
+    """One engine process and the socket to it."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self.last_frame = time.monotonic()
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, command: Sequence[str]) -> _Link:
+        """Start `command` with the number of its end of a socket pair as the last argument."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # whatever a library prints there must not mix with the output of the command
+            )
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    def send(self, message: ToEngine) -> None:
+        self._writer.write(encode_frame(message))
+
+    async def receive(self) -> FromEngine:
+        """Raises EOFError or OSError when the process is gone, ValueError for a frame that is none of ours."""
+        (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+        if length > MAX_FRAME_BYTES:
+            raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+        message: FromEngine = from_engine_decoder.decode(await self._reader.readexactly(length))
+        self.last_frame = time.monotonic()
+        return message
+
+    def cut(self) -> None:
+        """Close the socket at once, whatever is in flight: the reader sees the end."""
+        self._writer.transport.abort()
+
+    async def end(self, grace: float = 0.0) -> int:
+        """Wait `grace` seconds for the process to exit, kill it otherwise; returns its exit status."""
+        deadline = time.monotonic() + grace
+        while self.process.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if self.process.poll() is None:
+            self.process.kill()
+        status = await asyncio.to_thread(self.process.wait)
+        self.cut()
+        return status
+
+
+def default_command() -> list[str]:
+    """How the engine process is started: this interpreter, without the working directory unless we use it too."""
+    searches_here = "" in sys.path or os.getcwd() in sys.path
+    return [sys.executable, *([] if searches_here else ["-P"]), "-m", "fastserve.engine.process"]
+
+
+class EngineClient:
+    """One engine process, seen from an event loop. All methods belong to that loop's thread.
+
+    Attributes:
+        state: see EngineState. Requests are taken (and wait) in every state but DEAD.
+        stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
+        num_restarts: times that the process was started again.
+        ready: limits and memory report of the engine, from the first time it was ready.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] | None = None,
+        stall_timeout: float = 60.0,
+        restarts: RestartPolicy | None = None,
+    ) -> None:
+        """
+        Args:
+            config: options of the engine; `max_waiting` bounds the queue here.
+            command: program of the engine process; it gets the socket's number as its last argument.
+            stall_timeout: seconds without a sign of life after which a ready engine is killed and restarted.
+            restarts: when to try again after a death.
+        """
+        self.state = EngineState.STARTING
+        self.stats = EngineStats()
+        self.num_restarts = 0
+        self.ready: Ready | None = None
+        self._config = config
+        self._command = list(command or default_command())
+        self._stall_timeout = stall_timeout
+        self._restarts = restarts or RestartPolicy()
+        self._live: dict[str, _Live] = {}
+        self._finish_times: deque[float] = deque(maxlen=1000)
+        self._past = EngineStats()
+        self._link: _Link | None = None
+        self._failure: FastServeError | None = None
+        self._ready_since: float | None = None
+        self._is_closing = False
+        self._started: asyncio.Future[None] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._dead = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start the engine process and wait until the model is loaded.
+
+        Raises:
+            FastServeError: it cannot start, with the engine's own message (ConfigError, CheckpointError, ...).
+        """
+        assert self._supervisor is None, "start() is called once"
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        self._supervisor.add_done_callback(self._on_supervisor_end)
+        await self._started
+
+    def stream(self, *requests: Request) -> TokenStream:
+        """Queue a group of requests and return the stream of their tokens. All are taken, or none.
+
+        Raises:
+            QueueFullError: too many requests wait already.
+            EngineDeadError: the engine died too often, or is being closed.
+        """
+        self._admit(len(requests))
+        stream = TokenStream([request.request_id for request in requests], self.abort)
+        for request in requests:
+            assert request.request_id not in self._live, f"request id {request.request_id} is in use"
+            live = _Live(request, stream)
+            self._live[request.request_id] = live
+            if self.state is EngineState.READY:
+                self._send(live)
+        return stream
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop these requests; ids that have finished are ignored."""
+        known = [self._live.pop(request_id) for request_id in request_ids if request_id in self._live]
+        sent = [live.request.request_id for live in known if live.is_sent]
+        if sent and self._link is not None:
+            self._link.send(Abort(sent))
+
+    def end_all(self, error: FastServeError) -> None:
+        """Stop every request; their readers get `error`."""
+        ended = list(self._live.values())
+        self.abort(list(self._live))
+        for live in ended:
+            live.stream.fail(error)
+
+    async def close(self) -> None:
+        """End the engine process. Streams that still run end with EngineDeadError."""
+        self._is_closing = True
+        self.end_all(EngineDeadError("the server is shutting down"))
+        if self._link is not None:
+            self._link.send(Shutdown())
+        if self._supervisor is not None:
+            done, _ = await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
+            if not done:
+                self.kill()
+                self._supervisor.cancel()
+                await asyncio.wait([self._supervisor])
+        self.state = EngineState.DEAD
+
+    def kill(self) -> None:
+        """End the engine process at once."""
+        if self._link is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._link.process.kill()
+
+    async def wait_dead(self) -> None:
+        """Return when the engine has died so often that it is not started again."""
+        await self._dead.wait()
+
+    @property
+    def process_id(self) -> int | None:
+        """Process id of the engine, while there is one."""
+        return self._link.process.pid if self._link is not None else None
+
+    @property
+    def totals(self) -> EngineStats:
+        """The counters summed over all engine processes so far, with the gauges of the present one."""
+        return _add_counters(self._past, self.stats)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not finished, wherever they are."""
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not had a token."""
+        return sum(not live.has_token for live in self._live.values())
+
+    @property
+    def capacity(self) -> int:
+        """Most requests that can be here at once: running and waiting."""
+        return self._config.max_batch_sequences + self._config.max_waiting
+
+    # Admission
+
+    def _admit(self, count: int) -> None:
+        if self.state is EngineState.DEAD or self._is_closing:
+            raise EngineDeadError("the engine is not running; see the server's log")
+        if count > self.capacity:
+            raise RequestError(
+                f"this request asks for {count} sequences; the server takes at most {self.capacity} at once: "
+                "send fewer, or raise max_waiting"
+            )
+        waiting = self.num_waiting
+        # What fits into the running batch does not wait.
+        free = max(0, self._config.max_batch_sequences - (len(self._live) - waiting))
+        if waiting + count > free + self._config.max_waiting:
+            raise QueueFullError(
+                f"{waiting} requests are waiting, which is as many as may (max_waiting={self._config.max_waiting}); "
+                "try again later",
+                self._retry_after(count),
+            )
+
+    def _retry_after(self, count: int) -> float:
+        """Seconds until `count` requests will have finished, going by the last half minute."""
+        now = time.monotonic()
+        recent = [moment for moment in self._finish_times if now - moment < _RATE_WINDOW_SECONDS]
+        if not recent:
+            return MAX_RETRY_AFTER / 10
+        rate = len(recent) / max(now - recent[0], 1.0)
+        return float(min(MAX_RETRY_AFTER, max(1, math.ceil(count / rate))))
+
+    def _send(self, live: _Live) -> None:
+        assert self._link is not None
+        self._link.send(Add(live.request))
+        live.is_sent = True
+
+    # The life of the process
+
+    async def _supervise(self) -> None:
+        assert self._started is not None
+        deaths = 0
+        while True:
+            cause = await self._run_once()
+            if self._is_closing:
+                return
+            if not self._started.done():
+                self.state = EngineState.DEAD
+                self._started.set_exception(cause)
+                return
+            if self._ready_since is not None:
+                if time.monotonic() - self._ready_since >= self._restarts.healthy_after:
+                    deaths = 0
+                self._ready_since = None
+            deaths += 1
+            if deaths >= self._restarts.max_deaths:
+                self._give_up(cause, deaths)
+                return
+            delay = self._restarts.delays[min(deaths, len(self._restarts.delays)) - 1]
+            _log.error("%s; starting it again in %g s (death %d in a row)", cause, delay, deaths)
+            await asyncio.sleep(delay)
+            self.num_restarts += 1
+
+    def _on_supervisor_end(self, task: asyncio.Task[None]) -> None:
+        """A fault of our own in the supervisor must not leave readers waiting for ever."""
+        if task.cancelled() or task.exception() is None:
+            return
+        _log.error("the engine's supervisor failed", exc_info=task.exception())
+        self._give_up(EngineDeadError("the engine's supervisor failed"), 1)
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_exception(EngineDeadError("the engine's supervisor failed; see the log"))
+
+    def _give_up(self, cause: FastServeError, deaths: int) -> None:
+        _log.error("%s; death %d in a row, giving up", cause, deaths)
+        self.state = EngineState.DEAD
+        self.end_all(EngineDeadError("the engine died too often and is not started again"))
+        self._dead.set()
+
+    async def _run_once(self) -> FastServeError:
+        """One process from birth to death; returns why it ended."""
+        self._failure = None
+        try:
+            link = self._link = await _Link.open(self._command)
+        except OSError as error:
+            return EngineDeadError(f"cannot start the engine process: {error}")
+        watchdog = asyncio.create_task(self._watch(link), name="engine watchdog")
+        reason = ""
+        try:
+            link.send(Configure(dataclasses.asdict(self._config)))
+            while True:
+                self._receive(await link.receive())
+        except (EOFError, OSError):
+            pass
+        except (ValueError, msgspec.MsgspecError) as error:
+            reason = f": it sent something unexpected ({error})"
+        finally:
+            watchdog.cancel()
+            self._link = None
+            self._on_death()
+            status = await link.end(grace=_CLOSE_SECONDS if self._is_closing else 0.0)
+        return self._failure or EngineDeadError(f"the engine process ended {_describe_status(status)}{reason}")
+
+    def _receive(self, message: FromEngine) -> None:
+        if isinstance(message, Outputs):
+            self.stats = message.stats
+            for output in message.outputs:
+                live = self._live.get(output.request_id)
+                if live is None:
+                    continue
+                live.has_token = True
+                if output.finish_reason is not None:
+                    del self._live[output.request_id]
+                    self._finish_times.append(time.monotonic())
+                live.stream.push(output)
+        elif isinstance(message, Ready):
+            self._on_ready(message)
+        else:
+            self._failure = _rebuild_error(message)
+
+    def _on_ready(self, message: Ready) -> None:
+        assert self._started is not None
+        if self.ready is not None:
+            _log.info("the engine is ready again; %d requests go on", len(self._live))
+        self.ready = message
+        self.state = EngineState.READY
+        self._ready_since = time.monotonic()
+        for live in self._live.values():
+            self._send(live)
+        if not self._started.done():
+            self._started.set_result(None)
+
+    def _on_death(self) -> None:
+        """End the streams that cannot go on; keep the requests that have had nothing yet."""
+        if self._started is not None and self._started.done():
+            self.state = EngineState.RESTARTING
+        self._past = _add_counters(self._past, self.stats)
+        self.stats = EngineStats()
+        for request_id, live in list(self._live.items()):
+            live.num_deaths += live.is_sent
+            live.is_sent = False
+            if live.has_token:
+                error = EngineDeadError("the engine died while it worked on this request; send it again")
+            elif live.num_deaths >= self._restarts.max_deaths_per_request:
+                error = EngineDeadError(f"the engine died {live.num_deaths} times while this request waited")
+            else:
+                continue
+            del self._live[request_id]
+            live.stream.fail(error)
+
+    async def _watch(self, link: _Link) -> None:
+        """Notice a process that is gone though its socket is open, and one that no longer gives a sign of life."""
+        suspicions = 0
+        while True:
+            await asyncio.sleep(min(0.5, self._stall_timeout / 4))
+            is_gone = link.process.poll() is not None
+            silence = time.monotonic() - link.last_frame
+            is_silent = self.state is EngineState.READY and silence > self._stall_timeout
+            # Twice in a row, so that frames which wait in our own loop are read first.
+            suspicions = suspicions + 1 if is_gone or is_silent else 0
+            if suspicions < 2:
+                continue
+            if is_silent:
+                self.state = EngineState.STUCK
+                _log.error("no sign of life from the engine for %.0f s: killing it", silence)
+                link.process.kill()
+            link.cut()
+            return
+
+
+def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
+    return msgspec.structs.replace(
+        present, **{name: getattr(past, name) + getattr(present, name) for name in _COUNTERS}
+    )
+
+
+def _rebuild_error(message: Failed) -> FastServeError:
+    kind = getattr(errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, FastServeError):
+        return kind(message.message)
+    return EngineDeadError(f"the engine failed: {message.message}")
+
+
+def _describe_status(status: int) -> str:
+    if status >= 0:
+        return f"with exit status {status}"
+    hint = " (is there enough memory?)" if status == -signal.SIGKILL else ""
+    return f"by signal {signal.Signals(-status).name}{hint}"

@@ -1,0 +1,207 @@
+"""The engine process: reads requests from an inherited socket, runs the engine, writes tokens back.
+
+Started by `EngineClient` as `python -m fastserve.engine.process FD`. It owns the model and imports torch; the other
+end owns HTTP and text. It opens no port and reads no pickle: frames are the typed structs of `engine/messages.py`.
+The parent decides about its life: SIGINT and SIGTERM are ignored here (a terminal and a service manager send them to
+the whole group), and the process ends when the socket closes, when it is told to, or when the parent dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from fastserve.core.config import EngineConfig
+from fastserve.core.errors import FastServeError
+from fastserve.core.logs import configure_logging
+from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
+from fastserve.engine.messages import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Abort,
+    Add,
+    Configure,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Outputs,
+    Ready,
+    Shutdown,
+    ToEngine,
+    encode_frame,
+    to_engine_decoder,
+)
+
+HEARTBEAT_SECONDS = 0.5
+_RECEIVE_BYTES = 1 << 18
+_PR_SET_PDEATHSIG = 1
+_log = logging.getLogger(__name__)
+
+
+class RunnableEngine(Protocol):
+    """What this process needs of an engine (`engine.engine.Engine`; tests bring a small one)."""
+
+    max_model_len: int
+    vocab_size: int
+    report: str
+
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> list[TokenOutput]: ...
+    def stats(self) -> EngineStats: ...
+
+
+class Connection:
+    """Whole frames over a blocking stream socket."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._socket = stream
+        self._buffer = bytearray()
+        self._poll = select.poll()
+        self._poll.register(stream, select.POLLIN)
+
+    def receive(self, timeout: float) -> list[ToEngine]:
+        """Every frame that has arrived; waits up to `timeout` seconds when there is none.
+
+        Raises:
+            EOFError: the other end is gone.
+            ValueError: what arrived is no frame of ours.
+        """
+        wait_ms = int(timeout * 1000)
+        while self._poll.poll(wait_ms):
+            data = self._socket.recv(_RECEIVE_BYTES)
+            if not data:
+                raise EOFError("the server process is gone")
+            self._buffer += data
+            wait_ms = 0
+        return list(self._frames())
+
+    def _frames(self) -> Iterator[ToEngine]:
+        start = 0
+        while len(self._buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            yield to_engine_decoder.decode(bytes(self._buffer[start + HEADER.size : end]))
+            start = end
+        del self._buffer[:start]
+
+    def send(self, message: FromEngine) -> None:
+        """Write one frame; waits while the other end is slow.
+
+        Raises:
+            OSError: the other end is gone.
+        """
+        self._socket.sendall(encode_frame(message))
+
+
+def build_engine(config: EngineConfig) -> RunnableEngine:
+    """Load the model. Imported here because this is where torch comes in."""
+    from fastserve.engine.engine import Engine
+
+    return Engine(config)
+
+
+def run(connection: Connection, engine: RunnableEngine) -> None:
+    """Serve until told to stop or the other end closes: receive, step, send. A heartbeat goes out while idle."""
+    last_sent = 0.0
+    while True:
+        outputs: list[TokenOutput] = []
+        for message in connection.receive(0.0 if engine.has_work() else HEARTBEAT_SECONDS):
+            if isinstance(message, Shutdown):
+                return
+            outputs += _apply(engine, message)
+        stepped = engine.has_work()
+        if stepped:
+            outputs += engine.step()
+        now = time.monotonic()
+        if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
+            connection.send(Outputs(outputs, engine.stats()))
+            last_sent = now
+
+
+def _apply(engine: RunnableEngine, message: ToEngine) -> list[TokenOutput]:
+    if isinstance(message, Abort):
+        engine.abort(message.request_ids)
+    elif isinstance(message, Add):
+        try:
+            engine.add(message.request)
+        except Exception as error:
+            # One request that cannot be served must not end the others.
+            if not isinstance(error, FastServeError):
+                _log.exception("request %s was refused", message.request.request_id)
+            text = str(error) or type(error).__name__
+            return [TokenOutput(message.request.request_id, [], finish_reason=FINISH_ERROR, error=text)]
+    else:
+        raise ValueError(f"unexpected {type(message).__name__} after the start")
+    return []
+
+
+def main(descriptor: int, build: Callable[[EngineConfig], RunnableEngine] = build_engine) -> int:
+    """Run one engine on the socket `descriptor`; returns the exit status."""
+    _follow_parent()
+    configure_logging("engine")
+    # Children of ours (compilers, say) must not hold the socket open after we are gone.
+    os.set_inheritable(descriptor, False)
+    connection = Connection(socket.socket(fileno=descriptor))
+    try:
+        config = _receive_config(connection)
+        try:
+            engine = build(config)
+            connection.send(Ready(engine.max_model_len, engine.vocab_size, engine.report))
+            run(connection, engine)
+        except (EOFError, ConnectionError):
+            raise
+        except FastServeError as error:
+            _log.debug("failed", exc_info=True)
+            connection.send(Failed(str(error), type(error).__name__))
+            return error.exit_code
+        except Exception as error:
+            _log.exception("the engine failed")
+            connection.send(Failed(_describe(error), type(error).__name__))
+            return 1
+    except (EOFError, ConnectionError):
+        return 0  # the parent is gone: nobody is left to tell
+    return 0
+
+
+def _receive_config(connection: Connection) -> EngineConfig:
+    messages: list[ToEngine] = []
+    while not messages:
+        messages = connection.receive(HEARTBEAT_SECONDS)
+    first = messages[0]
+    if not isinstance(first, Configure) or len(messages) > 1:
+        raise ValueError(f"the first frame must be Configure alone, not {type(first).__name__}")
+    return EngineConfig.from_options(first.options)
+
+
+def _describe(error: BaseException) -> str:
+    """The error and, when it was caused by another one, the first cause."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = f"{type(error).__name__}: {error}"
+    return text if root is error else f"{text} (caused by {type(root).__name__}: {root})"
+
+
+def _follow_parent() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

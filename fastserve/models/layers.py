@@ -1,0 +1,142 @@
+"""Parts of a transformer for serving: norms, attention, feed-forward. Plain objects over packed parameters.
+
+No autograd, no padding, no cache: rows are the tokens of all sequences of the step, and attention goes through the
+context. Parts are put together in `decoder.py`. Legend: T tokens, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastserve.models.attention import AttentionContext
+from fastserve.models.parameters import ParameterLoader
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin [T, R/2]
+
+
+class RmsNorm:
+    """x / rms(x) * weight."""
+
+    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
+        self._kernels = parameters.kernels
+        self._weight = parameters.tensor(role, (size,), layer)
+        self._epsilon = epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.rms_norm(x, self._weight, self._epsilon)
+
+
+class LayerNorm:
+    """(x - mean) / deviation * weight + bias."""
+
+    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
+        self._kernels = parameters.kernels
+        self._weight = parameters.tensor(role, (size,), layer)
+        self._bias = parameters.tensor(role, (size,), layer, "bias")
+        self._epsilon = epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.layer_norm(x, self._weight, self._bias, self._epsilon)
+
+
+NORMS: dict[str, Any] = {"rms": RmsNorm, "layer": LayerNorm}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes and options that all attention layers of a network share."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    scale: float
+    softcap: float
+    norm_epsilon: float
+
+
+class Attention:
+    """Merged q/k/v projection, optional norms on queries and keys, rotation, attention, output projection."""
+
+    def __init__(self, parameters: ParameterLoader, shape: AttentionShape, layer: int, window: int) -> None:
+        heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
+        parts = {"query": heads * size, "key": kv_heads * size, "value": kv_heads * size}
+        if parameters.has_role("query_key_value"):
+            parts = {"query_key_value": (heads + 2 * kv_heads) * size}
+        self._kernels = parameters.kernels
+        self._qkv = parameters.linear(parts, shape.hidden_size, shape.qkv_bias, layer)
+        self._output = parameters.linear(
+            {"attention_output": shape.hidden_size}, heads * size, shape.output_bias, layer
+        )
+        self._norms = None
+        if shape.qk_norm:
+            self._norms = tuple(
+                RmsNorm(parameters, role, size, shape.norm_epsilon, layer) for role in ("query_norm", "key_norm")
+            )
+        self._layer = layer
+        self._window = window
+        self._scale = shape.scale
+        self._softcap = shape.softcap
+        self._num_heads = heads
+        self._num_rotated = heads + kv_heads
+        self._head_size = size
+
+    def __call__(self, x: Tensor, rotation: Rotation | None, context: AttentionContext) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        heads, rotated = self._num_heads, self._num_rotated
+        qkv = self._kernels.linear(self._qkv, x).view(x.shape[0], -1, self._head_size)  # [T, H + 2G, D]
+        query_key, value = qkv[:, :rotated], qkv[:, rotated:]
+        if self._norms is not None:
+            query_norm, key_norm = self._norms
+            query_key = torch.cat((query_norm(query_key[:, :heads]), key_norm(query_key[:, heads:])), dim=1)
+        if rotation is not None:
+            query_key = self._kernels.apply_rope(query_key, *rotation)
+        attended = context.attend(
+            self._layer, query_key[:, :heads], query_key[:, heads:], value, self._scale, self._window, self._softcap
+        )
+        return self._kernels.linear(self._output, attended.reshape(x.shape[0], -1))
+
+
+class GatedMlp:
+    """activation(gate(x)) * up(x), then down. Gate and up are one matrix."""
+
+    def __init__(
+        self, parameters: ParameterLoader, hidden_size: int, inner_size: int, activation: str, bias: bool, layer: int
+    ) -> None:
+        self._kernels = parameters.kernels
+        self._activation = activation
+        parts = {"gate": inner_size, "up": inner_size}
+        if parameters.has_role("gate_up"):
+            parts = {"gate_up": 2 * inner_size}
+        self._gate_up = parameters.linear(parts, hidden_size, bias, layer)
+        self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self._kernels.gated_activation(self._kernels.linear(self._gate_up, x), self._activation)
+        return self._kernels.linear(self._down, inner)
+
+
+class PlainMlp:
+    """down(activation(up(x)))."""
+
+    def __init__(
+        self, parameters: ParameterLoader, hidden_size: int, inner_size: int, activation: str, bias: bool, layer: int
+    ) -> None:
+        self._kernels = parameters.kernels
+        self._activation = activation
+        self._up = parameters.linear({"up": inner_size}, hidden_size, bias, layer)
+        self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self._kernels.activation(self._kernels.linear(self._up, x), self._activation)
+        return self._kernels.linear(self._down, inner)
+
+
+MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp}

@@ -1,0 +1,149 @@
+"""From a model folder to a network ready to serve: precision, device, backend, kernels, weights.
+
+Every choice is made here, once, and said in the report. Our own modules run the families of `families.py`; everything
+else goes through transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.kernels import select
+from fastserve.kernels.interface import Kernels, KernelSpec
+from fastserve.models.decoder import Decoder, DecoderConfig
+from fastserve.models.families import FAMILIES, Family
+from fastserve.models.model import ServingModel
+from fastserve.models.parameters import ParameterLoader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network, the operations it was built for, and one line per decision."""
+
+    model: ServingModel
+    kernels: Kernels
+    report: list[str]
+
+
+def load_model(
+    folder: ModelFolder,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    kernels: str = "auto",
+    backend: str = "auto",
+    block_size: int = 16,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a folder. Arguments are those of `EngineConfig`.
+
+    Raises:
+        CheckpointError: unknown architecture, quantised folder, missing, unexpected or misshapen tensors.
+        ConfigError: a backend, device or kernels were named that cannot be used here.
+    """
+    _refuse_quantised(folder)
+    torch_dtype = resolve_dtype(folder, dtype)
+    torch_device = resolve_device(device)
+    family, config, reason = choose_native(folder, backend)
+    report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}"]
+    if family is None or config is None:
+        from fastserve.models import transformers_backend
+
+        report.append(f"backend: transformers ({reason})")
+        other, chosen, lines = transformers_backend.load(
+            folder,
+            dtype=torch_dtype,
+            device=torch_device,
+            kernels=kernels,
+            block_size=block_size,
+            trust_remote_code=trust_remote_code,
+        )
+        return LoadedModel(other, chosen, [*report, *lines])
+    report.append(f"backend: native ({reason})")
+    spec = KernelSpec(
+        torch_device.type, torch_dtype, config.num_heads, config.num_kv_heads, config.head_size, block_size
+    )
+    chosen, lines = select.select(kernels, spec)
+    model = _load_native(folder, family, config, chosen, torch_dtype, torch_device)
+    return LoadedModel(model, chosen, [*report, *lines])
+
+
+def resolve_dtype(folder: ModelFolder, name: str) -> torch.dtype:
+    """The compute precision: as named, or what the folder was saved in, float32 when it does not say."""
+    if name == "auto":
+        name = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"the folder asks for dtype {name!r}; choose dtype={', dtype='.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device; auto takes a GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}, but this machine or this build of PyTorch has no CUDA; use device=cpu")
+    return torch.device(name)
+
+
+def choose_native(folder: ModelFolder, backend: str) -> tuple[Family | None, DecoderConfig | None, str]:
+    """The family and its config, or None twice when transformers is to run it; and why, for people.
+
+    Raises:
+        CheckpointError: the native modules were asked for and cannot run this folder.
+    """
+    if backend == "transformers":
+        return None, None, "as asked"
+    name = folder.architecture
+    family = FAMILIES.get(name)
+    reason = f"{name or 'an unnamed architecture'} has no native modules"
+    if family is not None:
+        try:
+            return family, family.read_config(folder.config), name
+        except CheckpointError as error:
+            reason = str(error)
+    if backend == "native":
+        raise CheckpointError(
+            f"backend=native cannot run {folder.path}: {reason}. Native architectures: {', '.join(FAMILIES)}. "
+            "Use backend=auto or backend=transformers to let transformers run it"
+        )
+    return None, None, reason
+
+
+def _load_native(
+    folder: ModelFolder,
+    family: Family,
+    config: DecoderConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Decoder:
+    reader = folder.weights
+    prefix = next((item for item in family.prefixes if f"{item}{family.names['embedding']}.weight" in reader), "")
+    names = {role: name if role == "head" else prefix + name for role, name in family.names.items()}
+    parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device)
+    ignored = family.ignored
+    if config.tied_embeddings:
+        ignored = (*ignored, rf"{names['head']}\.weight")
+    try:
+        model = Decoder(config, parameters)
+        parameters.finish(ignored)
+    finally:
+        reader.close()
+    return model
+
+
+def _refuse_quantised(folder: ModelFolder) -> None:
+    quantization = folder.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise CheckpointError(
+            f"{folder.path} is quantised (quant_method {method}); quantised folders are not supported yet: "
+            "give the folder of the unquantised model"
+        )

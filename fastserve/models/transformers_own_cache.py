@@ -1,0 +1,116 @@
+"""Models of transformers that cannot use our paged cache: each sequence on its own, with the model's own cache object.
+
+Covers attention that is not exchangeable (Falcon, BLOOM), positions inside the attention (ALiBi), and recurrent state
+(Mamba). Slower, and prefixes cannot be shared; but what is served is what the model says, checked at load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastserve.core.errors import CheckpointError
+from fastserve.models.attention import AttentionContext, PagedContext
+from fastserve.models.model import ModelShape
+from fastserve.models.transformers_network import Network, Probe
+
+_STATE_NAMES = ("past_key_values", "cache_params", "state")
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One request's state: keyword arguments for the next call, and how many tokens it holds."""
+
+    state: dict[str, Any]
+    num_tokens: int
+
+
+class OwnCacheModel:
+    """A ServingModel that runs one sequence at a time.
+
+    Args:
+        network: body and head.
+        shape: numbers from the config.
+        probe: what the model says without a cache.
+
+    Raises:
+        CheckpointError: with its own cache the model does not give its own logits.
+    """
+
+    has_own_cache = True
+
+    def __init__(self, network: Network, shape: ModelShape, probe: Probe) -> None:
+        self.shape = shape
+        self.device = network.device
+        self.report: list[str] = []
+        self._network = network
+        self._kept: dict[str, _Kept] = {}
+        self._one_by_one = False
+        problem = self._problem(probe)
+        if problem:
+            self._one_by_one = True
+            self.report.append("a continued prompt is run token by token: the model cannot take several at once there")
+            problem = self._problem(probe)
+        if problem:
+            raise CheckpointError(f"this model cannot be served with its own cache: {problem}")
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
+        assert isinstance(context, PagedContext), "which request a token belongs to is in the batch"
+        batch = context.batch
+        assert len(batch.request_ids) == len(batch.context_lens), "models with their own cache need request ids"
+        rows = []
+        for index, request_id in enumerate(batch.request_ids):
+            start, end = batch.query_starts[index], batch.query_starts[index + 1]
+            first_position = batch.context_lens[index] - (end - start)
+            rows.append(self._run(request_id, input_ids[start:end], first_position))
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
+        return self._network.logits(hidden)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Drop the caches of these requests."""
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
+
+    def _run(self, request_id: str, input_ids: Tensor, first_position: int) -> Tensor:
+        """Tokens of one sequence; a first position of 0 begins it anew."""
+        if first_position == 0:
+            self._kept[request_id] = _Kept({}, 0)
+        kept = self._kept[request_id]
+        assert kept.num_tokens == first_position, "a sequence's tokens must come in order"
+        step = 1 if self._one_by_one and first_position else len(input_ids)
+        return torch.cat([self._call(kept, chunk) for chunk in input_ids.split(step)])
+
+    def _call(self, kept: _Kept, input_ids: Tensor) -> Tensor:
+        output = self._network.body(input_ids=input_ids.unsqueeze(0), use_cache=True, **kept.state)
+        kept.state = {name: output[name] for name in _STATE_NAMES if output.get(name) is not None}
+        kept.num_tokens += len(input_ids)
+        if not kept.state:
+            raise CheckpointError("it returns no cache")
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def _problem(self, probe: Probe) -> str:
+        """What is wrong when each sequence comes as a beginning, a continuation and single tokens; "" when nothing."""
+        rows = []
+        try:
+            for ids in probe.sequences:
+                position = 0
+                for chunk in ids.split((2, 2, *(1 for _ in ids[4:]))):
+                    rows.append(self._run("probe", chunk, position))
+                    position += len(chunk)
+        except Exception as error:  # a model's code may raise anything
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self.release(["probe"])
+        error_found = probe.error(self._network.logits(torch.cat(rows)))
+        return "" if error_found <= probe.largest_error else f"its logits differ, relative error {error_found:.2g}"

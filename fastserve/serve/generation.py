@@ -1,0 +1,239 @@
+"""The one path from a prompt to text: prompts -> Requests -> TokenOutputs -> Deltas.
+
+Both endpoints use it, streaming or not. A Generation is what one HTTP request asked for: one or more prompts times n
+choices. It finds stop strings (a hit aborts the sequence in the engine), counts tokens and feeds the metrics; it knows
+nothing of how replies look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+
+from fastserve.checkpoint.text_stream import TextStream
+from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.errors import FastServeError, RequestError
+from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
+from fastserve.core.sampling_params import SamplingParams
+from fastserve.engine.client import EngineClient
+from fastserve.engine.token_stream import TokenStream
+from fastserve.serve.errors import ApiError
+from fastserve.serve.metrics import Metrics
+
+# Longer texts are tokenised in a thread, so that they do not hold up other streams.
+_LONG_TEXT = 20_000
+
+
+@dataclass(slots=True)
+class Choice:
+    """One completion in the making. `index` is its place in the reply: prompts in order, n choices of each together."""
+
+    index: int
+    prompt_index: int
+    request: Request
+    text_stream: TextStream
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    first_time: float = 0.0
+    last_time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token output added to a choice."""
+
+    choice: Choice
+    text: str
+    logprobs: list[TokenLogprobs]
+    is_first: bool
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a whole reply; `cached_tokens` is the part of the prompts found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class Answer:
+    """A finished choice, whole."""
+
+    choice: Choice
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Generation:
+    """Choices that are being made; iterate `deltas()` or await `collect()`, and `close()` in any case."""
+
+    def __init__(self, choices: list[Choice], stream: TokenStream, metrics: Metrics) -> None:
+        self.choices = choices
+        self._stream = stream
+        self._metrics = metrics
+        self._by_id = {choice.request.request_id: choice for choice in choices}
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """New text of any choice, as it comes.
+
+        Raises:
+            FastServeError: the engine died, or refused the request.
+        """
+        async for output in self._stream:
+            choice = self._by_id[output.request_id]
+            if output.finish_reason == FINISH_ERROR:
+                raise FastServeError(output.error or "the engine refused this request")
+            delta = self._take(choice, output)
+            if choice.finish_reason is not None:
+                if output.finish_reason is None:
+                    self._stream.drop(output.request_id)
+                self._metrics.observe_end(choice)
+            yield delta
+
+    async def collect(self) -> list[Answer]:
+        """Every choice, finished. Stops the engine's work when this is cancelled."""
+        answers = [Answer(choice) for choice in self.choices]
+        pieces: list[list[str]] = [[] for _ in answers]
+        try:
+            async for delta in self.deltas():
+                pieces[delta.choice.index].append(delta.text)
+                answers[delta.choice.index].logprobs.extend(delta.logprobs)
+        finally:
+            self.close()
+        for answer, texts in zip(answers, pieces, strict=True):
+            answer.text = "".join(texts)
+        return answers
+
+    def close(self) -> None:
+        """Stop what still runs; a choice that had not finished counts as aborted."""
+        self._stream.close()
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                choice.finish_reason = FINISH_ABORT
+                self._metrics.observe_abort()
+
+    @property
+    def usage(self) -> Usage:
+        """Counts so far; each prompt counts once, whatever n is."""
+        firsts = {choice.prompt_index: choice for choice in reversed(self.choices)}
+        return Usage(
+            prompt_tokens=sum(len(choice.request.prompt_ids) for choice in firsts.values()),
+            completion_tokens=sum(choice.num_tokens for choice in self.choices),
+            cached_tokens=sum(choice.num_cached_tokens for choice in firsts.values()),
+        )
+
+    def _take(self, choice: Choice, output: TokenOutput) -> Delta:
+        is_first = choice.last_time == 0.0
+        if is_first:
+            choice.num_cached_tokens = output.num_cached_tokens
+            choice.prompt_logprobs = output.prompt_logprobs
+        taken, text = _push(choice, output)
+        now = time.monotonic()
+        self._metrics.observe_tokens(choice, now, output.scheduled_time, taken)
+        choice.first_time = choice.first_time or now
+        choice.last_time = now
+        return Delta(choice, text, (output.logprobs or [])[:taken], is_first)
+
+
+def _push(choice: Choice, output: TokenOutput) -> tuple[int, str]:
+    """Turn the new tokens into text; returns how many of them belong to the completion (a stop string cuts)."""
+    stream = choice.text_stream
+    text = stream.push(output.token_ids, output.finish_reason is not None, output.stop_token_id)
+    taken = stream.num_tokens - choice.num_tokens
+    choice.num_tokens = stream.num_tokens
+    if stream.stop_reason is not None:
+        choice.finish_reason, choice.stop_reason = FINISH_STOP, stream.stop_reason
+    elif output.finish_reason is not None:
+        choice.finish_reason = output.finish_reason
+        if output.stop_token_id in choice.request.sampling.stop_token_ids:
+            choice.stop_reason = output.stop_token_id
+    return taken, text
+
+
+class Generator:
+    """Starts generations on one model: checks lengths and ids, splits n, hands the requests to the engine."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, metrics: Metrics) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self.is_draining = False
+
+    def check_open(self) -> None:
+        """Raise ApiError (503) while no request can be taken."""
+        if self.is_draining:
+            raise ApiError("the server is shutting down", 503, code="draining", retry_after=5)
+        if self._client.ready is None:
+            raise ApiError("the model is still being loaded", 503, code="starting", retry_after=2)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together, tokens."""
+        assert self._client.ready is not None
+        return self._client.ready.max_model_len
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`; long ones are made in a thread.
+
+        Raises:
+            RequestError: half of a surrogate pair, which JSON can write and no text can hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode at character {error.start}", "prompt") from error
+        if len(text) < _LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def start(self, name: str, prompts: Sequence[list[int]], sampling: SamplingParams, priority: int = 0) -> Generation:
+        """Queue every choice of every prompt under request ids that begin with `name`.
+
+        Raises:
+            RequestError, ApiError: a prompt is too long, or has ids outside the vocabulary.
+            QueueFullError, EngineDeadError: it cannot be taken now.
+        """
+        self.check_open()
+        now = time.monotonic()
+        choices: list[Choice] = []
+        for prompt_index, prompt_ids in enumerate(prompts):
+            fitted = self._fit(prompt_ids, sampling)
+            for single in fork(fitted):
+                index = len(choices)
+                request = Request(f"{name}-{index}", prompt_ids, single, now, priority)
+                text_stream = TextStream(self._tokenizer, prompt_ids, single)
+                choices.append(Choice(index, prompt_index, request, text_stream))
+        return Generation(choices, self._client.stream(*(choice.request for choice in choices)), self._metrics)
+
+    def _fit(self, prompt_ids: list[int], sampling: SamplingParams) -> SamplingParams:
+        """`sampling` with max_tokens resolved against the room that the prompt leaves."""
+        assert self._client.ready is not None
+        limit, vocab_size = self.max_model_len, self._client.ready.vocab_size
+        if not prompt_ids:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        if max(prompt_ids) >= vocab_size:
+            raise RequestError(f"the prompt has token id {max(prompt_ids)}; ids end at {vocab_size - 1}", "prompt")
+        for field_name, token_ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+            if token_ids and max(token_ids) >= vocab_size:
+                raise RequestError(f"{field_name} has id {max(token_ids)}; ids end at {vocab_size - 1}", field_name)
+        room = limit - len(prompt_ids)
+        if room < 1:
+            raise _too_long(f"the prompt has {len(prompt_ids)} tokens; the model takes at most {limit - 1}", "prompt")
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
+            raise _too_long(
+                f"the model's context is {limit} tokens, but {len(prompt_ids)} in the prompt and {sampling.max_tokens} "
+                f"to make (max_tokens) are {len(prompt_ids) + sampling.max_tokens}; lower max_tokens or leave it out",
+                "max_tokens",
+            )
+        return replace(sampling, max_tokens=room if sampling.max_tokens is None else sampling.max_tokens)
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(message, 400, param=param, code="context_length_exceeded")

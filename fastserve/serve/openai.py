@@ -1,0 +1,269 @@
+"""Bodies of requests in OpenAI's form, with the extra sampling fields that users of vLLM know.
+
+Types are checked here, strictly; ranges are checked once, by SamplingParams. A field that we do not know, or do not
+support yet, is refused by name: nothing that would change the answer is ignored silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastserve.core.errors import RequestError
+from fastserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
+
+MAX_PROMPTS = 2048
+MAX_MESSAGES = 4096
+MAX_TEMPLATE_ARGUMENTS = 32
+
+Name = Annotated[str, Field(max_length=1024)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+# Bookkeeping of OpenAI's own service: taken and not used, because it cannot change the answer.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "parallel_tool_calls", "prediction"),
+    }
+)
+# Known fields that are not supported yet, with the values that ask for nothing.
+_NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+    "tool_calls": ([],),
+    "refusal": (),
+    "annotations": ([],),
+}
+
+
+class Body(BaseModel):
+    """Base of all bodies: strict types; see the module docstring about unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in values.keys() - cls.model_fields.keys() - _WITHOUT_EFFECT:
+            value = values[name]
+            if value is None or value in _NOT_SUPPORTED.get(name, ()):
+                continue
+            reason = "is not supported yet" if name in _NOT_SUPPORTED else "is not a known field"
+            raise RequestError(f"{str(name)[:100]} {reason}", str(name)[:100])
+        return values
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationBody(Body):
+    """What completions and chat completions share. None means not given: the model's own default applies."""
+
+    model: Name | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+
+    # Fields that are passed to SamplingParams as they are.
+    _SAMPLING: ClassVar[tuple[str, ...]] = (
+        *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
+        *("min_tokens", "prompt_logprobs", "skip_special_tokens"),
+    )
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs comes with the whole answer only; leave out stream", "prompt_logprobs")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream has the token counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The body's values over the model's defaults.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        values: dict[str, Any] = dict(defaults)
+        for name in self._SAMPLING:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = value
+        values["max_tokens"] = self._max_tokens()
+        values["logprobs"] = self.num_logprobs
+        if self.logit_bias is not None:
+            values["logit_bias"] = _token_biases(self.logit_bias)
+        return SamplingParams(**values)
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. `prompt` is a text or token ids, or a list of either."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more prompts, all texts or all token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def _max_tokens(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default for completions
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn. Content is a text or a list of text parts."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    name: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_parts(cls, values: Any) -> Any:
+        content = values.get("content") if isinstance(values, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") != "text":
+                raise RequestError(f"this model takes text only, not {str(part.get('type'))[:50]!r}", "messages")
+        return values
+
+    def for_template(self) -> dict[str, Any]:
+        """The form that chat templates expect: plain text, and developer under its older name system."""
+        if isinstance(self.content, list):
+            content = "".join(part.text for part in self.content)
+        else:
+            content = self.content or ""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class ChatTemplateFields(Body):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS)] | None = None
+
+
+class ChatBody(GenerationBody, ChatTemplateFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+        return self
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeBody(ChatTemplateFields):
+    """POST /tokenize: `prompt`, or `messages` to be put through the chat template."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: Name | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000)]
+
+
+def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): value for token_id, value in biases.items()}
+    except ValueError as error:
+        raise RequestError("logit_bias takes token ids as keys", "logit_bias") from error

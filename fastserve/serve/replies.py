@@ -1,0 +1,295 @@
+"""What clients get back: chat completions and text completions in OpenAI's form, whole or as chunks of a stream.
+
+One class per endpoint with the same four methods, so that `app.py` has one path for both. Replies are msgspec structs,
+written straight to bytes; what stays the same in every chunk of a stream is encoded once.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from fastserve import __version__
+from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.request import TokenLogprobs
+from fastserve.serve.generation import Answer, Choice, Delta, Usage
+
+_encode = msgspec.json.Encoder().encode
+PromptLogprobs = list[dict[str, "PromptLogprob"] | None]
+
+
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class UsageReply(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class PromptLogprob(msgspec.Struct):
+    """One candidate at one position of the prompt (vLLM's form)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class ChatMessage(msgspec.Struct):
+    role: str
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType = UNSET
+
+
+class CompletionLogprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class Head(msgspec.Struct):
+    """The beginning that every object of one reply shares."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Reply(Protocol):
+    """How one endpoint writes its replies."""
+
+    id: str
+
+    def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
+        """The event that opens a choice; b"" when the endpoint has none."""
+        ...
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        """The event for one token output; `usage` is included when given."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The event that ends a stream with its token counts."""
+        ...
+
+    def whole(self, answers: list[Answer], usage: Usage) -> bytes:
+        """The body of a reply that is not streamed."""
+        ...
+
+
+class _BaseReply:
+    """Ids, envelope and logprob forms that both endpoints share."""
+
+    KIND = CHUNK_KIND = "text_completion"
+
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, num_top: int | None) -> None:
+        """
+        Args:
+            num_top: alternatives per token in logprobs; None leaves logprobs out.
+        """
+        self.id = reply_id
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        head = Head(reply_id, self.KIND, int(time.time()), model, f"fastserve-{__version__}")
+        chunk_head = Head(reply_id, self.CHUNK_KIND, head.created, model, head.system_fingerprint)
+        # Without the closing brace: choices and usage follow.
+        self._head = _encode(head)[:-1] + b',"choices":'
+        self._chunk_head = b"data: " + _encode(chunk_head)[:-1] + b',"choices":'
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._chunk_head + b'[],"usage":' + _encode(_usage_reply(usage)) + b"}\n\n"
+
+    def _event(self, choice: msgspec.Struct, usage: Usage | None) -> bytes:
+        if usage is None:
+            return self._chunk_head + b"[" + _encode(choice) + b"]}\n\n"
+        return self._chunk_head + b"[" + _encode(choice) + b'],"usage":' + _encode(_usage_reply(usage)) + b"}\n\n"
+
+    def _body(self, choices: list[Any], usage: Usage) -> bytes:
+        return self._head + _encode(choices) + b',"usage":' + _encode(_usage_reply(usage)) + b"}"
+
+    def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
+        if choice.prompt_logprobs is None:
+            return UNSET
+        return [None if item is None else self._named(item) for item in choice.prompt_logprobs]
+
+    def _named(self, item: TokenLogprobs) -> dict[str, PromptLogprob]:
+        named: dict[str, PromptLogprob] = {}
+        for place, (token_id, logprob) in enumerate(zip(item.token_ids, item.logprobs, strict=True)):
+            if str(token_id) not in named:
+                rank = item.rank if place == 0 else place
+                named[str(token_id)] = PromptLogprob(_finite(logprob), rank, self._tokenizer.token_text(token_id))
+        return named
+
+
+class ChatReply(_BaseReply):
+    """Replies of /v1/chat/completions."""
+
+    KIND = "chat.completion"
+    CHUNK_KIND = "chat.completion.chunk"
+
+    def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
+        return self._event(ChatChunkChoice(choice.index, ChatDelta(role="assistant", content="")), usage)
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        choice = delta.choice
+        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs))
+        item.finish_reason = choice.finish_reason
+        if choice.stop_reason is not None:
+            item.stop_reason = choice.stop_reason
+        return self._event(item, usage)
+
+    def whole(self, answers: list[Answer], usage: Usage) -> bytes:
+        choices = [
+            ChatChoice(
+                index=answer.choice.index,
+                message=ChatMessage("assistant", answer.text),
+                logprobs=self._logprobs(answer.logprobs),
+                finish_reason=answer.choice.finish_reason,
+                stop_reason=answer.choice.stop_reason,
+                prompt_logprobs=self._prompt_logprobs(answer.choice),
+            )
+            for answer in answers
+        ]
+        return self._body(choices, usage)
+
+    def _logprobs(self, items: list[TokenLogprobs]) -> ChatLogprobs | None:
+        if self._num_top is None:
+            return None
+        return ChatLogprobs([self._content(item, self._num_top) for item in items])
+
+    def _content(self, item: TokenLogprobs, num_top: int) -> ContentLogprob:
+        top = [TopLogprob(*self._token(token_id, logprob)) for token_id, logprob in most_probable(item, num_top)]
+        return ContentLogprob(*self._token(item.token_ids[0], item.logprobs[0]), top)
+
+    def _token(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        tokenizer = self._tokenizer
+        return tokenizer.token_text(token_id), _finite(logprob), list(tokenizer.token_bytes(token_id))
+
+
+class CompletionReply(_BaseReply):
+    """Replies of /v1/completions."""
+
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, num_top: int | None) -> None:
+        super().__init__(reply_id, model, tokenizer, num_top)
+        self._offsets: dict[int, int] = {}
+
+    def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
+        return b""
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        choice = delta.choice
+        logprobs = self._logprobs(choice, delta.logprobs)
+        item = CompletionChoice(choice.index, delta.text, logprobs, choice.finish_reason, choice.stop_reason)
+        return self._event(item, usage)
+
+    def whole(self, answers: list[Answer], usage: Usage) -> bytes:
+        choices = [
+            CompletionChoice(
+                index=answer.choice.index,
+                text=answer.text,
+                logprobs=self._logprobs(answer.choice, answer.logprobs),
+                finish_reason=answer.choice.finish_reason,
+                stop_reason=answer.choice.stop_reason,
+                prompt_logprobs=self._prompt_logprobs(answer.choice),
+            )
+            for answer in answers
+        ]
+        return self._body(choices, usage)
+
+    def _logprobs(self, choice: Choice, items: list[TokenLogprobs]) -> CompletionLogprobs | None:
+        if self._num_top is None:
+            return None
+        reply = CompletionLogprobs([], [], [], [])
+        offset = self._offsets.get(choice.index, 0)
+        for item in items:
+            top = most_probable(item, self._num_top)
+            reply.tokens.append(self._spell(item.token_ids[0]))
+            reply.token_logprobs.append(_finite(item.logprobs[0]))
+            reply.top_logprobs.append({self._spell(token_id): _finite(logprob) for token_id, logprob in top})
+            reply.text_offset.append(offset)
+            # Characters that begin in this token: all bytes but UTF-8's continuation bytes.
+            offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(item.token_ids[0]))
+        self._offsets[choice.index] = offset
+        return reply
+
+    def _spell(self, token_id: int) -> str:
+        """A token's text; parts of characters are spelled out in bytes, as OpenAI does, so that they stay distinct."""
+        text = self._tokenizer.token_text(token_id)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
+
+
+def most_probable(item: TokenLogprobs, count: int) -> list[tuple[int, float]]:
+    """The `count` most probable tokens at a position, best first; the chosen token counts if it is one of them."""
+    candidates = dict(zip(item.token_ids, item.logprobs, strict=True))
+    if item.rank > count:
+        del candidates[item.token_ids[0]]
+    return sorted(candidates.items(), key=lambda pair: -pair[1])[:count]
+
+
+def _usage_reply(usage: Usage) -> UsageReply:
+    total = usage.prompt_tokens + usage.completion_tokens
+    return UsageReply(usage.prompt_tokens, usage.completion_tokens, total, PromptDetails(usage.cached_tokens))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no -inf; a token that was masked out gets a value that is as good as none, as in vLLM."""
+    return max(logprob, -9999.0)

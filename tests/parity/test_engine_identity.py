@@ -1,0 +1,104 @@
+"""fp32: a sequence's tokens are the same alone, in a batch, chunked, preempted, and with a prefix-cache hit.
+
+Greedy and sampled with a seed; also log probabilities alone against chunked, and the whole against transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastserve import LLM, RequestOutput, SamplingParams
+from tests import folders
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, max_tokens=24, ignore_eos=True, seed=17)
+PROMPTS = [[3 + (7 * index + 11 * place) % 310 for place in range(5 + 3 * index)] for index in range(32)]
+
+
+@pytest.fixture(scope="module", params=["llama3", "qwen3", "mistral", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.FAMILIES[request.param](tmp_path_factory.mktemp("model") / request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[list[int]]]:
+    llm = LLM(folder, dtype="float32", max_batch_sequences=1, prefix_caching=False, kv_cache_memory="8MiB")
+    return {
+        "greedy": tokens(llm.generate(PROMPTS, GREEDY)),
+        "sampled": tokens(llm.generate(PROMPTS, seeded())),
+    }
+
+
+def seeded() -> list[SamplingParams]:
+    return [replace(SAMPLED, seed=index) for index in range(len(PROMPTS))]
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def check(llm: LLM, alone: dict[str, list[list[int]]]) -> None:
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == alone["greedy"]
+    assert tokens(llm.generate(PROMPTS, seeded())) == alone["sampled"]
+
+
+def test_in_a_batch_of_32(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    check(LLM(folder, dtype="float32", max_batch_sequences=32, prefix_caching=False), alone)
+
+
+def test_chunked_at_16_tokens(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    check(
+        LLM(folder, dtype="float32", max_batch_sequences=16, max_batch_tokens=16, prefix_caching=False), alone
+    )
+
+
+def test_preempted_midway(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    probe = LLM(folder, dtype="float32", max_model_len=160)
+    small = 40 * probe.engine.memory.block_bytes  # 640 tokens for 32 sequences of 29 to 122
+    llm = LLM(folder, dtype="float32", max_model_len=160, kv_cache_memory=small, prefix_caching=False)
+    check(llm, alone)
+    assert llm.engine.stats().num_preemptions > 0
+
+
+def test_with_a_prefix_cache_hit(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    llm = LLM(folder, dtype="float32")
+    check(llm, alone)
+    again = llm.generate(PROMPTS, GREEDY)
+    assert tokens(again) == alone["greedy"]
+    assert sum(output.num_cached_tokens for output in again) > 1000
+
+
+def test_logprobs_and_prompt_logprobs_do_not_depend_on_chunking(folder: Path) -> None:
+    params = replace(GREEDY, logprobs=3, prompt_logprobs=2)
+    whole = LLM(folder, dtype="float32").generate(PROMPTS[20:24], params)
+    chunked = LLM(folder, dtype="float32", max_batch_sequences=4, max_batch_tokens=7).generate(PROMPTS[20:24], params)
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.prompt_logprobs is not None and other.prompt_logprobs is not None
+        assert one.prompt_logprobs[0] is None
+        assert len(one.prompt_logprobs) == len(one.prompt_token_ids)
+        for mine, theirs, token_id in zip(
+            one.prompt_logprobs[1:], other.prompt_logprobs[1:], one.prompt_token_ids[1:], strict=True
+        ):
+            assert mine is not None and theirs is not None
+            assert mine.keys() == theirs.keys()
+            assert mine[token_id].logprob == pytest.approx(theirs[token_id].logprob, abs=1e-4)
+        assert one.outputs[0].logprobs is not None
+        for token_id, item in zip(one.outputs[0].token_ids, one.outputs[0].logprobs, strict=True):
+            assert item[token_id].rank == 1
+            assert len(item) == 3
+
+
+def test_greedy_tokens_equal_those_of_transformers(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, expected in list(zip(PROMPTS, alone["greedy"], strict=True))[::6]:
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=24, min_new_tokens=24, eos_token_id=None
+            )
+        assert output[0, len(prompt) :].tolist() == expected

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
+from fastserve.kernels.quant import QuantizedWeight, quantize_activations
 
 _ACTIVATIONS = {
     "silu": functional.silu,
@@ -31,15 +32,38 @@ class ReferenceKernels:
     def supports(self, spec: KernelSpec) -> list[str]:
         return []
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        return PackedLinear(weight, bias)
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+    ) -> PackedLinear:
+        if isinstance(weight, QuantizedWeight):
+            activation_bits = weight.scheme.activation_bits
+            return PackedLinear(weight.dequantize(), bias, is_gated=is_gated, activation_bits=activation_bits)
+        return PackedLinear(weight, bias, is_gated=is_gated)
 
-    def linear(self, packed: PackedLinear, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
+    def linear(
+        self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None
+    ) -> Tensor:
+        result = self._product(packed, x)
+        if packed.is_gated:
+            result = self.gated_activation(result, activation)
+        elif activation:
+            result = self.activation(result, activation)
+        return result if residual is None else result + residual
+
+    def _product(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        num_rows, dtype = x.shape[0], x.dtype
+        scales: Tensor | float = 1.0
+        if packed.activation_bits == 8:
+            x, scales = quantize_activations(x)
+        weight = packed.weight
+        if weight.dtype != x.dtype:  # a quantised weight is held dequantised, in float32
+            x = x.to(weight.dtype)
         if x.dtype is torch.float32 and x.device.type == "cpu" and num_rows % _ROW_MULTIPLE:
             x = functional.pad(x, (0, 0, 0, -num_rows % _ROW_MULTIPLE))
-            return functional.linear(x, packed.weight, packed.bias)[:num_rows]
-        return functional.linear(x, packed.weight, packed.bias)
+        if packed.activation_bits == 16:
+            return functional.linear(x, weight, None if packed.bias is None else packed.bias.to(x.dtype))[:num_rows].to(dtype)
+        result = functional.linear(x, weight)[:num_rows] * scales
+        return (result if packed.bias is None else result + packed.bias).to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()

@@ -8,17 +8,25 @@ namespace fastserve {
 
 extern const OpTable kTable_plain;
 #ifdef FASTSERVE_X86
-extern const OpTable kTable_avx2, kTable_avx512, kTable_avx512_vnni_bf16;
+extern const OpTable kTable_avx2, kTable_avx512, kTable_avx512_vnni_bf16, kTable_amx;
+#endif
+#ifdef FASTSERVE_AMX_EMULATION
+extern const OpTable kTable_amx_emulated;
 #endif
 
 const OpTable* op_table(const std::string& isa) {
     static const std::vector<std::string> available = available_isas();
+#ifdef FASTSERVE_AMX_EMULATION
+    // The emulation is compiled with AVX-512, VNNI and BF16 around it.
+    if (isa == "amx_emulated") return op_table("avx512_vnni_bf16") ? &kTable_amx_emulated : nullptr;
+#endif
     if (std::find(available.begin(), available.end(), isa) == available.end()) return nullptr;
     if (isa == "plain") return &kTable_plain;
 #ifdef FASTSERVE_X86
     if (isa == "avx2") return &kTable_avx2;
     if (isa == "avx512") return &kTable_avx512;
     if (isa == "avx512_vnni_bf16") return &kTable_avx512_vnni_bf16;
+    if (isa == "amx") return &kTable_amx;
 #endif
     return nullptr;
 }

@@ -19,6 +19,11 @@ constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in 
 constexpr int64_t kPrivateRows = 4;          // up to here every thread prepares the activations for itself
 constexpr int kPrefetchBytes = 2048;
 
+// How the tile unit is configured, where there is one.
+struct TileShape {
+    int64_t rows = 0, words = 0;
+};
+
 // One register tile over a run of K.
 struct Block {
     const PackedWeight* weight;
@@ -37,6 +42,8 @@ struct Block {
     int centre;                // zero point of symmetric weights
     bool load;                 // c holds what came before
     bool finish;               // the (only) group ends here: apply its scale
+    int64_t rows, columns;     // of this tile; the kernels in registers are made for theirs
+    TileShape* tiles;
 };
 
 using Kernel = void (*)(const Block&);
@@ -223,17 +230,29 @@ struct Recipe {
     const Kernels* native;   // over unpacked words
     Unpack unpack;           // null: the packed words are native
     int64_t element;         // bytes of a prepared activation
+    Kernel tiles = nullptr;  // over native words, on the tile unit: then for every number of rows
 };
 
+}  // namespace fastserve::FASTSERVE_ISA_NAMESPACE
+
+#ifdef FASTSERVE_TILES
+#include "linear_tiles.h"
+#endif
+
+namespace fastserve::FASTSERVE_ISA_NAMESPACE {
+
+// In registers, or on the tile unit for what it can multiply.
 template <class D, bool Scaled>
 static Recipe recipe_of(Path path, int64_t element) {
     using N = typename D::Native;
-    if constexpr (__is_same(D, N)) {
-        return {path, &kernels_of<D, Scaled, kMaxRows>(), &kernels_of<D, Scaled, kMaxRows>(), nullptr, element};
-    } else {
-        return {path, &kernels_of<D, Scaled, kDirectRows>(), &kernels_of<N, Scaled, kMaxRows>(), unpack_words<D>,
-                element};
-    }
+    constexpr bool kIsNative = __is_same(D, N);
+    Recipe recipe{path, &kernels_of<D, Scaled, kIsNative ? kMaxRows : kDirectRows>(), nullptr, nullptr, element};
+    recipe.native = &kernels_of<N, Scaled, kMaxRows>();
+    if constexpr (!kIsNative) recipe.unpack = unpack_words<D>;
+#ifdef FASTSERVE_TILES
+    if constexpr (!__is_same(typename D::Acc, F) || __is_same(typename D::Part, I)) recipe.tiles = tile_kernel<N, Scaled>;
+#endif
+    return recipe;
 }
 
 static Recipe choose_recipe(const LinearArgs& args) {
@@ -264,10 +283,11 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 // Products of one panel with rows [first, last) into c [rows, 64].
 static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const Prepared& x, int64_t first, int64_t last,
-                           int64_t panel, float* c, uint8_t* unpacked) {
+                           int64_t panel, float* c, uint8_t* unpacked, TileShape& tiles) {
     const PackedWeight& weight = *args.weight;
     const int64_t rows = last - first, width = weight.panel_columns(panel), groups = weight.groups;
-    const bool direct = !recipe.unpack || rows <= kDirectRows;
+    const bool direct = !recipe.unpack || (rows <= kDirectRows && !recipe.tiles);
+    const int64_t max_rows = recipe.tiles ? 32 : kMaxRows;
     const Kernels& kernels = direct ? *recipe.direct : *recipe.native;
     const int64_t parts = direct ? kernels.parts : recipe.direct->parts;  // native words per packed word, unless direct
     const int64_t depth = weight.depth_per_word();
@@ -275,11 +295,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
     const int64_t header_bytes = weight.header_bytes(width), word_row = width * 4;
     // Packed words per piece of K.
     int64_t piece = all_words;
-    if (rows > kMaxRows || !direct) {
+    if (rows > max_rows || !direct) {
         piece = direct ? kSegmentWords : kSegmentWords / parts;
         if (groups > 1) piece = piece < group_words ? group_words : piece / group_words * group_words;
     }
-    const int64_t row_blocks = ceil_div(rows, kMaxRows);
+    const int64_t row_blocks = ceil_div(rows, max_rows);
     for (int64_t start = 0; start < all_words; start += piece) {
         const int64_t count = min_of(piece, all_words - start);
         const int64_t group = groups > 1 ? start / group_words : 0;
@@ -289,9 +309,9 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         const int64_t block_bytes = header_bytes + group_words * word_row;
         Block b{};
         b.weight = &weight;
+        b.tiles = &tiles;
         b.word_stride = word_row;
         b.header_stride = block_bytes;
-        b.zeros_offset = width * weight.scale_bytes();
         b.a_stride = x.stride;
         b.sums_stride = groups * 4;
         b.groups = groups_here;
@@ -312,18 +332,22 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
             b.group_stride = b.words_per_group * word_row;
         }
         for (int64_t i = 0; i < row_blocks; ++i) {
+            // Register tiles of equal height; the tile unit wants full ones and a rest.
             Range range{rows * i / row_blocks, rows * (i + 1) / row_blocks};
+            if (recipe.tiles) range = {i * max_rows, min_of((i + 1) * max_rows, rows)};
             const int64_t r = range.end - range.begin, row = first + range.begin;
             b.a = x.data + row * x.stride + start * depth * recipe.element;
             b.sums = x.sums + row * b.sums_stride + group * 4;
-            const bool wide = width == kPanelColumns && kernels.wide[r - 1];
-            const int64_t step = wide ? kPanelColumns : kColumnMultiple;
+            const bool wide = recipe.tiles || (width == kPanelColumns && kernels.wide[r - 1]);
+            const int64_t step = recipe.tiles ? width : wide ? kPanelColumns : kColumnMultiple;
+            b.rows = r;
+            b.columns = step;
             for (int64_t column = 0; column < width; column += step) {
                 b.words = words + column * 4;
                 b.header = block + column * weight.scale_bytes();
-                b.zeros_offset = width * weight.scale_bytes() + column - column * weight.scale_bytes();
+                b.zeros_offset = (width - column) * weight.scale_bytes() + column;  // from this tile's scales
                 b.c = c + range.begin * kPanelColumns + column;
-                (wide ? kernels.wide : kernels.narrow)[r - 1](b);
+                (recipe.tiles ? recipe.tiles : (wide ? kernels.wide : kernels.narrow)[r - 1])(b);
             }
         }
     }
@@ -365,6 +389,7 @@ static void linear(const LinearArgs& args, const Worker& worker) {
     float* c = reinterpret_cast<float*>(worker.scratch);
     uint8_t* unpacked = worker.scratch + kChunkRows * kPanelColumns * 4;
     const int64_t panels = args.weight->panels;
+    TileShape tiles;
     // Enough units of work for every thread, but no chunk smaller than a register tile.
     int64_t chunks = max_of(ceil_div(args.rows, kChunkRows), ceil_div(4 * worker.count, panels));
     chunks = max_of(ceil_div(args.rows, kChunkRows), min_of(chunks, args.rows / kMaxRows));
@@ -372,9 +397,12 @@ static void linear(const LinearArgs& args, const Worker& worker) {
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
         const int64_t chunk = unit / panels, panel = unit % panels;
         const int64_t first = args.rows * chunk / chunks, last = args.rows * (chunk + 1) / chunks;
-        multiply_panel(args, recipe, x, first, last, panel, c, unpacked);
+        multiply_panel(args, recipe, x, first, last, panel, c, unpacked, tiles);
         write_panel(args, x, first, last, panel, c);
     }
+#ifdef FASTSERVE_TILES
+    if (tiles.rows) tile_release();
+#endif
 }
 
 }  // namespace fastserve::FASTSERVE_ISA_NAMESPACE

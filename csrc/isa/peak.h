@@ -34,7 +34,34 @@ static double rate_of(Acc zero, const Step& step, double operations, double seco
     return steps * operations / spent;
 }
 
+#ifdef FASTSERVE_TILES
+template <class D>
+static double tile_rate(double seconds) {
+    TileShape shape;
+    configure_tiles(shape, 32, 16);
+    alignas(64) static const uint8_t zeros[1024] = {};
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    tile_load<4>(zeros, 64), tile_load<5>(zeros, 64), tile_load<6>(zeros, 64), tile_load<7>(zeros, 64);
+    const double start = thread_seconds();
+    double steps = 0, spent = 0;
+    while (spent < seconds) {
+        for (int repeat = 0; repeat < 500; ++repeat) {
+            tile_multiply<D, 0, 4, 6>(), tile_multiply<D, 1, 4, 7>();
+            tile_multiply<D, 2, 5, 6>(), tile_multiply<D, 3, 5, 7>();
+        }
+        steps += 2000.0;
+        spent = thread_seconds() - start;
+    }
+    tile_release();
+    return steps * 2.0 * 16 * 16 * (D::kInteger ? 64 : 32) / spent;
+}
+#endif
+
 static double peak_rate(int kind, double seconds) {
+#ifdef FASTSERVE_TILES
+    if (kind == 1) return tile_rate<PairBf16>(seconds);
+    if (kind == 2) return tile_rate<ByteU8>(seconds);
+#endif
     if (kind == 0) {
         F a = f_set(0.5f), b = f_set(1.0f);
         FASTSERVE_OPAQUE(a);

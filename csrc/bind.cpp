@@ -68,6 +68,93 @@ public:
         pool_.run(linear_scratch(args, pool_.size()), [&](const Worker& worker) { table_->linear(args, worker); });
     }
 
+    void attention(uintptr_t query, int x_type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
+                   int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
+                   int cache_type, const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
+                   int64_t block_size, const std::vector<int64_t>& query_starts,
+                   const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, float scale,
+                   float softcap, int64_t window, bool causal) {
+        std::vector<const int64_t*> tables;
+        for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
+        AttentionArgs args{};
+        args.query = at<void>(query);
+        args.x_type = static_cast<DType>(x_type);
+        args.query_stride = query_stride;
+        args.query_head_stride = query_head_stride;
+        args.out = at<void>(out);
+        args.num_heads = num_heads;
+        args.num_kv_heads = num_kv_heads;
+        args.head_size = head_size;
+        args.keys = at<void>(keys);
+        args.values = at<void>(values);
+        args.cache_type = static_cast<DType>(cache_type);
+        args.key_strides = {key_strides.at(0), key_strides.at(1), key_strides.at(2)};
+        args.value_strides = {value_strides.at(0), value_strides.at(1), value_strides.at(2)};
+        args.block_size = block_size;
+        args.num_sequences = static_cast<int64_t>(context_lens.size());
+        args.query_starts = query_starts.data();
+        args.context_lens = context_lens.data();
+        args.block_tables = tables.data();
+        args.scale = scale;
+        args.softcap = softcap;
+        args.window = window;
+        args.causal = causal;
+        nb::gil_scoped_release release;
+        pool_.run(attention_scratch(args), [&](const Worker& worker) { table_->attention(args, worker); });
+    }
+
+    void norm(uintptr_t x, int type, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+              int64_t size, uintptr_t weight, uintptr_t bias, uintptr_t out, float epsilon, bool subtract_mean) {
+        NormArgs args{at<void>(x),      static_cast<DType>(type), outer,         inner,   outer_stride,
+                      inner_stride,     size,                     at<void>(weight), at<void>(bias), at<void>(out),
+                      epsilon,          subtract_mean};
+        nb::gil_scoped_release release;
+        pool_.run({}, [&](const Worker& worker) { table_->norm(args, worker); });
+    }
+
+    void rope(uintptr_t x, int type, int64_t tokens, int64_t heads, int64_t size, int64_t token_stride,
+              int64_t head_stride, uintptr_t cos, uintptr_t sin, int64_t half, uintptr_t out) {
+        RopeArgs args{at<void>(x),   static_cast<DType>(type), tokens,        heads, size,         token_stride,
+                      head_stride,   at<void>(cos),            at<void>(sin), half,  at<void>(out)};
+        nb::gil_scoped_release release;
+        pool_.run({}, [&](const Worker& worker) { table_->rope(args, worker); });
+    }
+
+    void store(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads, int64_t size,
+               int64_t key_stride, int64_t key_head_stride, int64_t value_stride, int64_t value_head_stride,
+               uintptr_t keys, uintptr_t values, uintptr_t slots) {
+        StoreArgs args{at<void>(key),
+                       at<void>(value),
+                       static_cast<DType>(type),
+                       static_cast<DType>(cache_type),
+                       tokens,
+                       heads,
+                       size,
+                       key_stride,
+                       key_head_stride,
+                       value_stride,
+                       value_head_stride,
+                       at<void>(keys),
+                       at<void>(values),
+                       at<int64_t>(slots)};
+        nb::gil_scoped_release release;
+        pool_.run({}, [&](const Worker& worker) { table_->store(args, worker); });
+    }
+
+    void activation(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out, int activation,
+                    bool gated) {
+        ActivationArgs args{at<void>(x),   static_cast<DType>(type),           rows, size, stride,
+                            at<void>(out), static_cast<Activation>(activation), gated};
+        nb::gil_scoped_release release;
+        pool_.run({}, [&](const Worker& worker) { table_->activation(args, worker); });
+    }
+
+    void argmax(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out) {
+        ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
+        nb::gil_scoped_release release;
+        pool_.run(argmax_scratch(args, pool_.size()), [&](const Worker& worker) { table_->argmax(args, worker); });
+    }
+
     double peak(int kind, double seconds) {
         nb::gil_scoped_release release;
         return measure_peak(*table_, pool_, kind, seconds);
@@ -103,6 +190,12 @@ NB_MODULE(_native, m) {
              nb::arg("zeros") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
              nb::arg("gated") = false)
         .def("linear", &Backend::linear)
+        .def("attention", &Backend::attention)
+        .def("norm", &Backend::norm)
+        .def("rope", &Backend::rope)
+        .def("store", &Backend::store)
+        .def("activation", &Backend::activation)
+        .def("argmax", &Backend::argmax)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<ReadMeter>(m, "ReadMeter")
         .def(

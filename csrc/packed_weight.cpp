@@ -104,6 +104,8 @@ private:
 
 }  // namespace
 
+const PackedWeight kNoWeight{};
+
 int64_t PackedWeight::source_row(int64_t column) const {
     if (!gated) return column < n ? column : -1;
     int64_t panel = column / kPanelColumns, within = column % kPanelColumns;

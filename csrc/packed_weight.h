@@ -43,7 +43,7 @@ struct WeightSource {
 };
 
 struct PackedWeight {
-    Format format;
+    Format format = Format::bf16;
     ScaleType scale_type = ScaleType::f32;
     bool gated = false, has_zeros = false;
     int64_t n = 0, k = 0;            // of the source
@@ -78,6 +78,9 @@ struct PackedWeight {
     }
     FASTSERVE_INLINE int64_t bytes() const { return static_cast<int64_t>(data.bytes()); }
 };
+
+// No weight: what a kernel gets where the words are not packed ones.
+extern const PackedWeight kNoWeight;
 
 // Throws std::invalid_argument with a sentence for the user.
 std::unique_ptr<PackedWeight> pack(const WeightSource& source, ThreadPool& pool);

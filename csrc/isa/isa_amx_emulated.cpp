@@ -13,9 +13,14 @@
 
 #include "linear.h"
 
+#include "attention.h"
+
+#include "elementwise.h"
+
 #include "peak.h"
 
 namespace fastserve {
 extern const OpTable kTable_amx_emulated;
-const OpTable kTable_amx_emulated = {"amx_emulated", isa_amx_emulated::linear, isa_amx_emulated::peak_rate};
+const OpTable kTable_amx_emulated = {"amx_emulated", isa_amx_emulated::linear, isa_amx_emulated::attention, isa_amx_emulated::norm, isa_amx_emulated::rope, isa_amx_emulated::store, isa_amx_emulated::activation,
+                             isa_amx_emulated::argmax, isa_amx_emulated::peak_rate};
 }

@@ -11,9 +11,14 @@
 
 #include "linear.h"
 
+#include "attention.h"
+
+#include "elementwise.h"
+
 #include "peak.h"
 
 namespace fastserve {
 extern const OpTable kTable_avx2;
-const OpTable kTable_avx2 = {"avx2", isa_avx2::linear, isa_avx2::peak_rate};
+const OpTable kTable_avx2 = {"avx2", isa_avx2::linear, isa_avx2::attention, isa_avx2::norm, isa_avx2::rope, isa_avx2::store, isa_avx2::activation,
+                             isa_avx2::argmax, isa_avx2::peak_rate};
 }

@@ -67,6 +67,11 @@ static inline void i_store_s8(int8_t* p, I v) {
     __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
 }
+static inline F f_where_positive(F x, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, f_zero(), _CMP_GT_OQ));
+}
+// p where v > limit, else 0.
+static inline F f_zero_below(F v, F limit, F p) { return _mm256_and_ps(_mm256_cmp_ps(v, limit, _CMP_GT_OQ), p); }
 static inline float f_sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -90,6 +95,9 @@ static inline I i_dot(I acc, I w, I a) {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, a_even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, a_odd));
 }
+
+constexpr bool kHasTranspose = false;
+static inline void transpose_words(const char* const*, int64_t, uint32_t*, int64_t) {}
 
 // Sixteen floats, looked up by the low four bits of each word.
 struct Table {

@@ -70,6 +70,13 @@ static inline void f_store_bf16(uint16_t* p, F v) {
 static inline void i_store_s8(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
 }
+static inline F f_where_positive(F x, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, f_zero(), _CMP_GT_OQ), no, yes);
+}
+// p where v > limit, else 0.
+static inline F f_zero_below(F v, F limit, F p) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, limit, _CMP_GT_OQ), p);
+}
 static inline float f_sum(F v) { return _mm512_reduce_add_ps(v); }
 static inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }
 static inline float f_largest(F v) { return _mm512_reduce_max_ps(v); }
@@ -93,6 +100,41 @@ struct Table {
     explicit Table(const float* v) : values(_mm512_loadu_ps(v)) {}
     F look_up(I index) const { return _mm512_permutexvar_ps(index, values); }
 };
+
+constexpr bool kHasTranspose = true;
+
+// Words [word, word + 16) of 16 rows -> out [16 words, 16 rows], `stride` words apart.
+static inline void transpose_words(const char* const* rows, int64_t word, uint32_t* out, int64_t stride) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + 4 * word);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        _mm512_storeu_si512(out + j * stride, _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88));
+        _mm512_storeu_si512(out + (8 + j) * stride, _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd));
+        _mm512_storeu_si512(out + (4 + j) * stride, _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88));
+        _mm512_storeu_si512(out + (12 + j) * stride, _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd));
+    }
+}
 
 #if defined(__AVX512BF16__)
 // acc + the two products of bfloat16 per word.

@@ -62,6 +62,9 @@ static inline void f_store_bf16(uint16_t* p, F v) {
 static inline void i_store_s8(int8_t* p, I v) {
     for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(v[i]);
 }
+static inline F f_where_positive(F x, F yes, F no) { return x > 0.0f ? yes : no; }
+// p where v > limit, else 0.
+static inline F f_zero_below(F v, F limit, F p) { return f_bits(i_and((I)(v > limit), i_bits(p))); }
 static inline float f_sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline int32_t i_sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
 static inline float f_largest(F v) {
@@ -77,6 +80,9 @@ static inline I i_dot(I acc, I w, I a) {
     acc = i_add(acc, i_mul(i_and(i_shr<16>(w), byte), i_sra<24>(i_shl<8>(a))));
     return i_add(acc, i_mul(i_shr<24>(w), i_sra<24>(a)));
 }
+
+constexpr bool kHasTranspose = false;
+static inline void transpose_words(const char* const*, int64_t, uint32_t*, int64_t) {}
 
 // Sixteen floats, looked up by the low four bits of each word.
 struct Table {

@@ -125,3 +125,6 @@ class Kernels(Protocol):
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
         """Copy cache blocks source -> target within one layer."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""

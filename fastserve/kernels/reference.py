@@ -116,6 +116,9 @@ class ReferenceKernels:
         keys[target] = keys[source]
         values[target] = values[source]
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """One sequence: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""

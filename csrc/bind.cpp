@@ -161,6 +161,7 @@ public:
     }
 
     ThreadPool& pool() { return pool_; }
+    const OpTable& table() const { return *table_; }
 
 private:
     const OpTable* table_;
@@ -200,7 +201,7 @@ NB_MODULE(_native, m) {
     nb::class_<ReadMeter>(m, "ReadMeter")
         .def(
             "__init__",
-            [](ReadMeter* self, size_t bytes, Backend& backend) { new (self) ReadMeter(bytes, backend.pool()); },
+            [](ReadMeter* self, size_t bytes, Backend& backend) { new (self) ReadMeter(bytes, backend.table(), backend.pool()); },
             nb::arg("bytes"), nb::arg("backend"), nb::keep_alive<1, 3>())
         .def("measure", [](ReadMeter& self) {
             nb::gil_scoped_release release;

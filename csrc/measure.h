@@ -13,11 +13,12 @@ struct OpTable;
 // Bytes per second that all threads together read from memory, over a buffer of `bytes` (use more than 1 GB).
 class ReadMeter {
 public:
-    ReadMeter(size_t bytes, ThreadPool& pool);
+    ReadMeter(size_t bytes, const OpTable& table, ThreadPool& pool);
     double measure();
 
 private:
     Buffer buffer_;
+    const OpTable& table_;
     ThreadPool& pool_;
 };
 

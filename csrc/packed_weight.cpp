@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kMaxIntegerDepth = 66000;  // 127 * 255 * K must fit 31 bits
 
+constexpr int64_t kRowsAtOnce = 16;
+
 // Position of k (0..7) among the nibbles of a word, see the header.
 constexpr int kNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -40,14 +42,22 @@ public:
     Packer(const WeightSource& source, PackedWeight& packed) : source_(source), packed_(packed) {}
 
     void pack_panel(int64_t panel) {
-        int64_t width = packed_.panel_columns(panel);
+        const int64_t width = packed_.panel_columns(panel), depth = packed_.depth_per_word();
         uint8_t* base = packed_.data.data() + panel * packed_.panel_bytes;
-        for (int64_t column = 0; column < width; ++column) {
-            int64_t row = packed_.source_row(panel * kPanelColumns + column);
-            for (int64_t g = 0; g < packed_.groups; ++g) {
-                uint8_t* block = base + packed_.group_offset(g, width);
-                if (packed_.is_scaled()) write_header(block, row, g, column, width);
-                write_words(block + packed_.header_bytes(width) + column * 4, row, g, width);
+        for (int64_t g = 0; g < packed_.groups; ++g) {
+            uint8_t* block = base + packed_.group_offset(g, width);
+            const int64_t first = g * packed_.group, last = min_of(first + packed_.group, packed_.k_padded);
+            for (int64_t column = 0; packed_.is_scaled() && column < width; ++column) {
+                write_header(block, packed_.source_row(panel * kPanelColumns + column), g, column, width);
+            }
+            // A few word rows at a time, so that a column's writes stay in the cache until its neighbours' arrive.
+            uint8_t* words = block + packed_.header_bytes(width);
+            for (int64_t k = first; k < last; k += kRowsAtOnce * depth, words += kRowsAtOnce * width * 4) {
+                const int64_t end = min_of(k + kRowsAtOnce * depth, last);
+                for (int64_t column = 0; column < width; ++column) {
+                    const int64_t row = packed_.source_row(panel * kPanelColumns + column);
+                    write_words(words + column * 4, row, k, end, width);
+                }
             }
         }
     }
@@ -65,12 +75,23 @@ private:
         if (packed_.has_zeros) block[width * size + column] = real ? source_.zeros[row * source_groups() + g] : 0;
     }
 
-    void write_words(uint8_t* words, int64_t row, int64_t g, int64_t width) {
-        int64_t depth = packed_.depth_per_word();
-        int64_t first = g * packed_.group, last = min_of(first + packed_.group, packed_.k_padded);
+    void write_words(uint8_t* words, int64_t row, int64_t first, int64_t last, int64_t width) {
+        const int64_t depth = packed_.depth_per_word();
+        const bool real = row >= 0 && last <= packed_.k;
+        const int64_t bytes = packed_.format == Format::f32 ? 4 : packed_.format == Format::bf16 ? 2 : 1;
+        const uint8_t* from = real ? static_cast<const uint8_t*>(source_.values) + (row * source_.row_stride + first) * bytes
+                                   : nullptr;
         for (int64_t k = first; k < last; k += depth, words += width * 4) {
             uint32_t word = 0;
-            for (int64_t i = 0; i < depth; ++i) word |= field(row, k + i, static_cast<int>(i));
+            if (real && depth < 8) {
+                std::memcpy(&word, from, 4);
+                from += 4;
+            } else if (real) {
+                for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(from[i] & 15u) << (4 * kNibble[i]);
+                from += 8;
+            } else {
+                for (int64_t i = 0; i < depth; ++i) word |= field(row, k + i, static_cast<int>(i));
+            }
             std::memcpy(words, &word, 4);
         }
     }

@@ -21,5 +21,5 @@
 namespace fastserve {
 extern const OpTable kTable_amx;
 const OpTable kTable_amx = {"amx", isa_amx::linear, isa_amx::attention, isa_amx::norm, isa_amx::rope, isa_amx::store, isa_amx::activation,
-                             isa_amx::argmax, isa_amx::peak_rate};
+                             isa_amx::argmax, isa_amx::peak_rate, isa_amx::read_memory};
 }

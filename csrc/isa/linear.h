@@ -13,7 +13,8 @@
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 constexpr int kMaxRows = W == 4 ? 4 : 6;     // rows of a register tile
-constexpr int kDirectRows = 4;               // up to here quantised words are unpacked in registers
+constexpr int kDirectRows = 4;               // rows of a register tile that unpacks its words itself
+constexpr int kDirectLimit = 24;             // rows from which it pays to unpack a piece of panel once for all
 constexpr int kSegmentWords = 128;           // words of K per piece of panel: 32 KB
 constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in the L2 cache
 constexpr int64_t kPrivateRows = 4;          // up to here every thread prepares the activations for itself
@@ -42,6 +43,7 @@ struct Block {
     int centre;                // zero point of symmetric weights
     bool load;                 // c holds what came before
     bool finish;               // the (only) group ends here: apply its scale
+    bool stream;               // the words come from memory: fetch ahead
     int64_t rows, columns;     // of this tile; the kernels in registers are made for theirs
     TileShape* tiles;
 };
@@ -146,7 +148,7 @@ static void block_kernel(const Block& b) {
             I row[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) row[v] = i_load(at + v * W * 4);
-            if constexpr (R <= 2 && NV * W == kPanelColumns) {
+            if (NV * W == kPanelColumns && b.stream) {
 #pragma GCC unroll 8
                 for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytes + line * 64, 0, 3);
             }
@@ -213,6 +215,7 @@ template <class D>
 static void unpack_words(const PackedWeight& weight, const uint8_t* words, int64_t count, int64_t width, uint8_t* out) {
     const D dot(weight);
     for (int64_t i = 0; i < count; ++i) {
+        for (int64_t line = 0; line < width * 4; line += 64) __builtin_prefetch(words + kPrefetchBytes + line, 0, 3);
         for (int64_t column = 0; column < width; column += W) {
             store_parts<D, 0>(dot, i_load(words + column * 4), out + column * 4, width * 4);
         }
@@ -226,7 +229,7 @@ enum class Path { floats, pairs, bytes };
 // How one product is computed.
 struct Recipe {
     Path path;
-    const Kernels* direct;   // over the packed words; rows up to kDirectRows unless `unpack` is null
+    const Kernels* direct;   // over the packed words; up to kDirectLimit rows unless `unpack` is null
     const Kernels* native;   // over unpacked words
     Unpack unpack;           // null: the packed words are native
     int64_t element;         // bytes of a prepared activation
@@ -286,8 +289,8 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
                            int64_t panel, float* c, uint8_t* unpacked, TileShape& tiles) {
     const PackedWeight& weight = *args.weight;
     const int64_t rows = last - first, width = weight.panel_columns(panel), groups = weight.groups;
-    const bool direct = !recipe.unpack || (rows <= kDirectRows && !recipe.tiles);
-    const int64_t max_rows = recipe.tiles ? 32 : kMaxRows;
+    const bool direct = !recipe.unpack || (rows <= kDirectLimit && !recipe.tiles);
+    const int64_t max_rows = recipe.tiles ? 32 : direct && recipe.unpack ? kDirectRows : kMaxRows;
     const Kernels& kernels = direct ? *recipe.direct : *recipe.native;
     const int64_t parts = direct ? kernels.parts : recipe.direct->parts;  // native words per packed word, unless direct
     const int64_t depth = weight.depth_per_word();
@@ -342,6 +345,7 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
             const int64_t step = recipe.tiles ? width : wide ? kPanelColumns : kColumnMultiple;
             b.rows = r;
             b.columns = step;
+            b.stream = direct && i == 0;
             for (int64_t column = 0; column < width; column += step) {
                 b.words = words + column * 4;
                 b.header = block + column * weight.scale_bytes();

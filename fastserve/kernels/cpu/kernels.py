@@ -42,6 +42,11 @@ class CPUKernels(ReferenceKernels):
     def isa(self) -> str:
         return self._backend.isa
 
+    @property
+    def native_backend(self) -> Any:
+        """The library's operations and its thread pool, for those who measure them."""
+        return self._backend
+
     def supports(self, spec: KernelSpec) -> list[str]:
         reasons = []
         if self._backend is None:

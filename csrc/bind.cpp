@@ -65,7 +65,8 @@ public:
                         static_cast<Activation>(activation),
                         quantize_x};
         nb::gil_scoped_release release;
-        pool_.run(linear_scratch(args, pool_.size()), [&](const Worker& worker) { table_->linear(args, worker); });
+        pool_.run(linear_scratch(args, pool_.size()), [&](const Worker& worker) { table_->linear(args, worker); },
+                  rows * weight.n * weight.k / 16);
     }
 
     void attention(uintptr_t query, int x_type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
@@ -109,7 +110,7 @@ public:
                       inner_stride,     size,                     at<void>(weight), at<void>(bias), at<void>(out),
                       epsilon,          subtract_mean};
         nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->norm(args, worker); });
+        pool_.run({}, [&](const Worker& worker) { table_->norm(args, worker); }, outer * inner * size);
     }
 
     void rope(uintptr_t x, int type, int64_t tokens, int64_t heads, int64_t size, int64_t token_stride,
@@ -117,7 +118,7 @@ public:
         RopeArgs args{at<void>(x),   static_cast<DType>(type), tokens,        heads, size,         token_stride,
                       head_stride,   at<void>(cos),            at<void>(sin), half,  at<void>(out)};
         nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->rope(args, worker); });
+        pool_.run({}, [&](const Worker& worker) { table_->rope(args, worker); }, tokens * heads * size);
     }
 
     void store(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads, int64_t size,
@@ -138,7 +139,7 @@ public:
                        at<void>(values),
                        at<int64_t>(slots)};
         nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->store(args, worker); });
+        pool_.run({}, [&](const Worker& worker) { table_->store(args, worker); }, 2 * tokens * heads * size);
     }
 
     void activation(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out, int activation,
@@ -146,13 +147,13 @@ public:
         ActivationArgs args{at<void>(x),   static_cast<DType>(type),           rows, size, stride,
                             at<void>(out), static_cast<Activation>(activation), gated};
         nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->activation(args, worker); });
+        pool_.run({}, [&](const Worker& worker) { table_->activation(args, worker); }, 8 * rows * size);
     }
 
     void argmax(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out) {
         ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
         nb::gil_scoped_release release;
-        pool_.run(argmax_scratch(args, pool_.size()), [&](const Worker& worker) { table_->argmax(args, worker); });
+        pool_.run(argmax_scratch(args, pool_.size()), [&](const Worker& worker) { table_->argmax(args, worker); }, rows * size);
     }
 
     double peak(int kind, double seconds) {

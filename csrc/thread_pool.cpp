@@ -84,10 +84,10 @@ Worker ThreadPool::worker(int index, int count) {
     return {index, count, &barrier_, shared_.data(), scratch_[index].data()};
 }
 
-void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object) {
+void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little) {
     std::lock_guard<std::mutex> one_caller(callers_);
     shared_.reserve(scratch.shared);
-    bool alone = num_threads_ == 1 || getpid() != owner_process_;
+    bool alone = is_little || num_threads_ == 1 || getpid() != owner_process_;
     for (int index = 0; index < (alone ? 1 : num_threads_); ++index) scratch_[index].reserve(scratch.per_thread);
     if (alone) {
         entry(object, worker(0, 1));

@@ -58,19 +58,23 @@ public:
 
     int size() const { return num_threads_; }
 
+    static constexpr int64_t kLittleWork = 16384;
+    static constexpr int64_t kMuchWork = int64_t{1} << 62;
+
     // Call body(worker) on every thread and return when all are done. One caller at a time; others wait.
-    // After a fork, in the child, the threads are gone: the caller then does all the work.
+    // After a fork, in the child, the threads are gone: the caller then does all the work. It also does when `work`,
+    // a count of values to go through, is too small to be worth waking anybody.
     template <class Body>
-    void run(ScratchSize scratch, const Body& body) {
+    void run(ScratchSize scratch, const Body& body, int64_t work = kMuchWork) {
         dispatch(
             scratch, [](const void* object, const Worker& worker) { (*static_cast<const Body*>(object))(worker); },
-            &body);
+            &body, work < kLittleWork);
     }
 
 private:
     using Entry = void (*)(const void*, const Worker&);
 
-    void dispatch(ScratchSize scratch, Entry entry, const void* object);
+    void dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little);
     void work(int index, int cpu);
     Worker worker(int index, int count);
 

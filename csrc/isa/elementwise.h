@@ -6,14 +6,15 @@
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 // Rounded as a store and a load in `type` would: the reference rounds a norm before it multiplies by the weight.
-static inline F f_rounded(F v, DType type) {
+static FASTSERVE_INLINE F f_rounded(F v, DType type) {
     if (type == DType::f32) return v;
     I bits = i_bits(v);
     I odd = i_and(i_shr<16>(bits), i_set(1));
     return f_bits(i_and(i_add(bits, i_add(odd, i_set(0x7fff))), i_set(static_cast<int>(0xffff0000u))));
 }
 
-static void norm(const NormArgs& args, const Worker& worker) {
+template <DType Type>
+static void norm_of(const NormArgs& args, const Worker& worker) {
     const Range rows = share_of(args.outer * args.inner, worker.index, worker.count);
     const int64_t size = args.size;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -21,12 +22,12 @@ static void norm(const NormArgs& args, const Worker& worker) {
         F total = f_zero();
         float mean = 0.0f;
         if (args.subtract_mean) {
-            for (int64_t i = 0; i < size; i += W) total = f_add(total, load_lanes(args.x, args.type, at + i, size - i));
+            for (int64_t i = 0; i < size; i += W) total = f_add(total, load_lanes(args.x, Type, at + i, size - i));
             mean = f_sum(total) / static_cast<float>(size);
             total = f_zero();
         }
         for (int64_t i = 0; i < size; i += W) {
-            F value = load_lanes(args.x, args.type, at + i, size - i);
+            F value = load_lanes(args.x, Type, at + i, size - i);
             // Lanes past the end are 0 and must stay so.
             if (args.subtract_mean) {
                 value = f_sub(value, f_set(mean));
@@ -41,20 +42,25 @@ static void norm(const NormArgs& args, const Worker& worker) {
         }
         const float scale = 1.0f / __builtin_sqrtf(f_sum(total) / static_cast<float>(size) + args.epsilon);
         for (int64_t i = 0; i < size; i += W) {
-            F value = load_lanes(args.x, args.type, at + i, size - i);
-            F weight = load_lanes(args.weight, args.type, i, size - i);
+            F value = load_lanes(args.x, Type, at + i, size - i);
+            F weight = load_lanes(args.weight, Type, i, size - i);
             if (args.subtract_mean) {
                 value = f_mul(f_mul(f_sub(value, f_set(mean)), f_set(scale)), weight);
-                if (args.bias) value = f_add(value, load_lanes(args.bias, args.type, i, size - i));
+                if (args.bias) value = f_add(value, load_lanes(args.bias, Type, i, size - i));
             } else {
-                value = f_mul(f_rounded(f_mul(value, f_set(scale)), args.type), weight);
+                value = f_mul(f_rounded(f_mul(value, f_set(scale)), Type), weight);
             }
-            store_lanes(args.out, args.type, row * size + i, size - i, value);
+            store_lanes(args.out, Type, row * size + i, size - i, value);
         }
     }
 }
 
-static void rope(const RopeArgs& args, const Worker& worker) {
+static void norm(const NormArgs& args, const Worker& worker) {
+    args.type == DType::f32 ? norm_of<DType::f32>(args, worker) : norm_of<DType::bf16>(args, worker);
+}
+
+template <DType Type>
+static void rope_of(const RopeArgs& args, const Worker& worker) {
     const Range rows = share_of(args.tokens * args.heads, worker.index, worker.count);
     const int64_t half = args.half, rotated = 2 * half;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -62,19 +68,23 @@ static void rope(const RopeArgs& args, const Worker& worker) {
         const int64_t at = token * args.token_stride + row % args.heads * args.head_stride, to = row * args.size;
         for (int64_t i = 0; i < half; i += W) {
             const int64_t left = half - i;
-            F first = load_lanes(args.x, args.type, at + i, left), second = load_lanes(args.x, args.type, at + half + i, left);
-            F c = load_lanes(args.cos, args.type, token * half + i, left);
-            F s = load_lanes(args.sin, args.type, token * half + i, left);
+            F first = load_lanes(args.x, Type, at + i, left), second = load_lanes(args.x, Type, at + half + i, left);
+            F c = load_lanes(args.cos, Type, token * half + i, left);
+            F s = load_lanes(args.sin, Type, token * half + i, left);
             // Each product is rounded before the sum, as the reference's tensors are.
-            F a = f_sub(f_rounded(f_mul(first, c), args.type), f_rounded(f_mul(second, s), args.type));
-            F b = f_add(f_rounded(f_mul(second, c), args.type), f_rounded(f_mul(first, s), args.type));
-            store_lanes(args.out, args.type, to + i, left, a);
-            store_lanes(args.out, args.type, to + half + i, left, b);
+            F a = f_sub(f_rounded(f_mul(first, c), Type), f_rounded(f_mul(second, s), Type));
+            F b = f_add(f_rounded(f_mul(second, c), Type), f_rounded(f_mul(first, s), Type));
+            store_lanes(args.out, Type, to + i, left, a);
+            store_lanes(args.out, Type, to + half + i, left, b);
         }
-        const int64_t bytes = element_bytes(args.type);
+        const int64_t bytes = element_bytes(Type);
         std::memcpy(static_cast<char*>(args.out) + (to + rotated) * bytes,
                     static_cast<const char*>(args.x) + (at + rotated) * bytes, (args.size - rotated) * bytes);
     }
+}
+
+static void rope(const RopeArgs& args, const Worker& worker) {
+    args.type == DType::f32 ? rope_of<DType::f32>(args, worker) : rope_of<DType::bf16>(args, worker);
 }
 
 static void copy_row(const void* from, DType from_type, int64_t at, void* to, DType to_type, int64_t to_at, int64_t size) {
@@ -100,7 +110,8 @@ static void store(const StoreArgs& args, const Worker& worker) {
     }
 }
 
-static void activation(const ActivationArgs& args, const Worker& worker) {
+template <DType Type>
+static void activation_of(const ActivationArgs& args, const Worker& worker) {
     // Pieces of a row, so that one long row is shared out too.
     constexpr int64_t kPiece = 1024;
     const int64_t pieces = ceil_div(args.size, kPiece);
@@ -109,13 +120,17 @@ static void activation(const ActivationArgs& args, const Worker& worker) {
         const int64_t row = unit / pieces, first = unit % pieces * kPiece, last = min_of(args.size, first + kPiece);
         for (int64_t i = first; i < last; i += W) {
             const int64_t left = args.size - i;
-            F value = activate(load_lanes(args.x, args.type, row * args.stride + i, left), args.activation);
+            F value = activate(load_lanes(args.x, Type, row * args.stride + i, left), args.activation);
             if (args.gated) {
-                value = f_mul(f_rounded(value, args.type), load_lanes(args.x, args.type, row * args.stride + args.size + i, left));
+                value = f_mul(f_rounded(value, Type), load_lanes(args.x, Type, row * args.stride + args.size + i, left));
             }
-            store_lanes(args.out, args.type, row * args.size + i, left, value);
+            store_lanes(args.out, Type, row * args.size + i, left, value);
         }
     }
+}
+
+static void activation(const ActivationArgs& args, const Worker& worker) {
+    args.type == DType::f32 ? activation_of<DType::f32>(args, worker) : activation_of<DType::bf16>(args, worker);
 }
 
 static void argmax(const ArgmaxArgs& args, const Worker& worker) {

@@ -59,16 +59,16 @@ static inline F activate(F x, Activation activation) {
     }
 }
 
-static inline F load_as_float(const void* p, DType type, int64_t at) {
+static FASTSERVE_INLINE F load_as_float(const void* p, DType type, int64_t at) {
     if (type == DType::f32) return f_load(static_cast<const float*>(p) + at);
     return f_load_bf16(static_cast<const uint16_t*>(p) + at);
 }
-static inline void store_as(void* p, DType type, int64_t at, F v) {
+static FASTSERVE_INLINE void store_as(void* p, DType type, int64_t at, F v) {
     if (type == DType::f32) f_store(static_cast<float*>(p) + at, v);
     else f_store_bf16(static_cast<uint16_t*>(p) + at, v);
 }
 // The first `count` < W lanes only; the others are 0.
-static inline F load_some(const void* p, DType type, int64_t at, int64_t count) {
+static __attribute__((noinline)) F load_some(const void* p, DType type, int64_t at, int64_t count) {
     alignas(64) float lanes[W] = {};
     for (int64_t i = 0; i < count; ++i) {
         lanes[i] = type == DType::f32 ? static_cast<const float*>(p)[at + i]
@@ -76,7 +76,7 @@ static inline F load_some(const void* p, DType type, int64_t at, int64_t count) 
     }
     return f_load(lanes);
 }
-static inline void store_some(void* p, DType type, int64_t at, int64_t count, F v) {
+static __attribute__((noinline)) void store_some(void* p, DType type, int64_t at, int64_t count, F v) {
     alignas(64) float lanes[W];
     f_store(lanes, v);
     for (int64_t i = 0; i < count; ++i) {
@@ -84,10 +84,10 @@ static inline void store_some(void* p, DType type, int64_t at, int64_t count, F 
         else static_cast<uint16_t*>(p)[at + i] = f32_to_bf16(lanes[i]);
     }
 }
-static inline F load_lanes(const void* p, DType type, int64_t at, int64_t left) {
+static FASTSERVE_INLINE F load_lanes(const void* p, DType type, int64_t at, int64_t left) {
     return left >= W ? load_as_float(p, type, at) : load_some(p, type, at, left);
 }
-static inline void store_lanes(void* p, DType type, int64_t at, int64_t left, F v) {
+static FASTSERVE_INLINE void store_lanes(void* p, DType type, int64_t at, int64_t left, F v) {
     if (left >= W) store_as(p, type, at, v);
     else store_some(p, type, at, left, v);
 }

@@ -88,9 +88,7 @@ class Kernels(Protocol):
         is_gated: the first N / 2 rows are the gate, the others are up.
         """
 
-    def linear(
-        self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; for a gated weight activation(gate) * up, [T, N / 2].
 
         A row's result does not depend on the other rows (see the contract's precision rule).

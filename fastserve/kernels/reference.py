@@ -40,9 +40,7 @@ class ReferenceKernels:
             return PackedLinear(weight.dequantize(), bias, is_gated=is_gated, activation_bits=activation_bits)
         return PackedLinear(weight, bias, is_gated=is_gated)
 
-    def linear(
-        self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         result = self._product(packed, x)
         if packed.is_gated:
             result = self.gated_activation(result, activation)
@@ -61,7 +59,9 @@ class ReferenceKernels:
         if x.dtype is torch.float32 and x.device.type == "cpu" and num_rows % _ROW_MULTIPLE:
             x = functional.pad(x, (0, 0, 0, -num_rows % _ROW_MULTIPLE))
         if packed.activation_bits == 16:
-            return functional.linear(x, weight, None if packed.bias is None else packed.bias.to(x.dtype))[:num_rows].to(dtype)
+            return functional.linear(x, weight, None if packed.bias is None else packed.bias.to(x.dtype))[:num_rows].to(
+                dtype
+            )
         result = functional.linear(x, weight)[:num_rows] * scales
         return (result if packed.bias is None else result + packed.bias).to(dtype)
 

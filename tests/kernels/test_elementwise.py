@@ -31,7 +31,11 @@ def assert_near(result: Tensor, expected: Tensor, floor: float = 0.1) -> None:
 def test_norms(isa: str, dtype: torch.dtype, size: int) -> None:
     kernels = native_kernels(isa)
     weight, bias = random(size, dtype=dtype, seed=1), random(size, dtype=dtype, seed=2)
-    for x in (random(5, size, dtype=dtype), random(3, 7, size + 4, dtype=dtype)[:, 1:4, :size], random(size, dtype=dtype)):
+    for x in (
+        random(5, size, dtype=dtype),
+        random(3, 7, size + 4, dtype=dtype)[:, 1:4, :size],
+        random(size, dtype=dtype),
+    ):
         assert_near(kernels.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x, weight, 1e-6))
         if size > 1:
             assert_near(kernels.layer_norm(x, weight, bias, 1e-5), REFERENCE.layer_norm(x, weight, bias, 1e-5))

@@ -97,7 +97,11 @@ def test_products_are_right_and_do_not_depend_on_the_batch(isa: str, name: str, 
         whole = kernels.linear(packed, x)
         assert_close(whole, exact(weight, x, isa), tolerance)
         for num_rows in ROWS:
-            assert torch.equal(kernels.linear(packed, x[:num_rows]), whole[:num_rows]), (num_outputs, num_inputs, num_rows)
+            assert torch.equal(kernels.linear(packed, x[:num_rows]), whole[:num_rows]), (
+                num_outputs,
+                num_inputs,
+                num_rows,
+            )
         assert torch.equal(kernels.linear(packed, x[37:42]), whole[37:42])
 
 
@@ -149,7 +153,9 @@ def test_strided_rows_and_outputs_in_place(kernels: object, isa: str) -> None:
 
 def test_eight_bit_sums_are_the_same_for_every_instruction_set() -> None:
     results = []
-    weight = quantize(torch.randn(64, 1088, generator=torch.Generator().manual_seed(4)), QuantScheme(8, activation_bits=8))
+    weight = quantize(
+        torch.randn(64, 1088, generator=torch.Generator().manual_seed(4)), QuantScheme(8, activation_bits=8)
+    )
     x = make_rows(7, 1088, torch.float32)
     for name in ("plain", "avx2", "avx512", "avx512_vnni_bf16"):
         try:

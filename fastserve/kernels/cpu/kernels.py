@@ -77,13 +77,9 @@ class CPUKernels(ReferenceKernels):
             values, code = weight.contiguous(), _DTYPES[weight.dtype]
         num_outputs, num_inputs = values.shape
         native = self._backend.pack(code, values.data_ptr(), num_outputs, num_inputs, num_inputs, **options)
-        return PackedLinear(
-            values.new_empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits
-        )
+        return PackedLinear(values.new_empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
 
-    def linear(
-        self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         weight = packed.native
         if x.stride(-1) != 1:
             x = x.contiguous()
@@ -108,7 +104,6 @@ class CPUKernels(ReferenceKernels):
             packed.activation_bits == 8,
         )
         return out
-
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return self._norm(x, weight, None, epsilon, subtract_mean=False)
@@ -152,7 +147,9 @@ class CPUKernels(ReferenceKernels):
 
     def _activation(self, x: Tensor, activation: str, is_gated: bool) -> Tensor:
         if x.dim() != 2 or x.stride(-1) != 1:
-            return self._activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, is_gated).view(*x.shape[:-1], -1)
+            return self._activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, is_gated).view(
+                *x.shape[:-1], -1
+            )
         size = x.shape[-1] // 2 if is_gated else x.shape[-1]
         out = torch.empty(x.shape[0], size, dtype=x.dtype)
         if out.numel():

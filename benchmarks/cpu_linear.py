@@ -5,8 +5,8 @@
 
 Few rows (1, 4, 16): bytes of weights per second over more than 1 GB of distinct layers, as a share of the memory
 reading speed of the same threads. Many rows (1024): operations per second as a share of the same instruction's rate
-with every operand in registers; the largest of several short runs, since a neighbour can only take away. Limits are measured
-before and after every case, and what is printed are medians (few rows) or best (many rows).
+with every operand in registers; the largest of several short runs, since a neighbour can only take away. Limits are
+measured before and after every case, and what is printed are medians (few rows) or best (many rows).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python benchmarks/peers.py install transformers
     python benchmarks/peers.py python transformers     # prints the environment's interpreter
 
-Environments lie in the user's cache. Versions are pinned, so that figures can be repeated; a benchmark names a peer that
-is not installed in `skipped` and never counts it. Recipes follow each project's documentation for a machine with a CPU
-only, with the cures that were needed here.
+Environments lie in the user's cache. Versions are pinned, so that figures can be repeated; a benchmark names a peer
+that is not installed in `skipped` and never counts it. Recipes follow each project's documentation for a machine with a
+CPU only, with the cures that were needed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Sixty-four streaming clients on one server for a minute: no error, no token lost or repeated, memory flat.
 
     python benchmarks/soak.py                       # the built-in model
-    python benchmarks/soak.py --seconds 600 --model ./my-model --dtype auto
+    python benchmarks/soak.py --seconds 600 --model ./my-model --dtype float32
 
 Starts the real server on a free port of the loopback. Every prompt is first answered alone, greedily; then 64 clients
 send the same prompts in random order, by both endpoints, and each answer must be that one: same text, same number of
-tokens, same finish; a quarter of the requests ask for logprobs and are compared token by token. float32 is the default
-because there the plain kernels promise the same output in any batch; in bfloat16 a difference may also be rounding.
-Memory is the resident set of the server and its engine; growth compares the median of the last third of the time with
-the first third after a warm-up.
+tokens, same finish; a quarter of the requests ask for logprobs and are compared token by token. The precision is the
+server's default; only float32 promises the same output in any batch, so in bfloat16 a different answer may be rounding:
+run it again with --dtype float32. Memory is the resident set of the server and its engine; growth compares the median
+of the last third of the time with the first third after a warm-up.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="after the warm-up")
     parser.add_argument("--warm-up", type=float, default=10.0, help="seconds that memory is not judged by")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
     with running_server(arguments.model, ["--dtype", arguments.dtype]) as (port, process, start_seconds):
         outcome, elapsed, watch, skipped = asyncio.run(

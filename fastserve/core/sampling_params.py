@@ -111,6 +111,8 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise RequestError(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RequestError("stop strings must be valid Unicode; one has half of a surrogate pair", "stop")
         if len(self.stop_token_ids) > MAX_STOP_STRINGS:
             raise RequestError(f"stop_token_ids takes at most {MAX_STOP_STRINGS} ids", "stop_token_ids")
         if any(not 0 <= token_id < 2**31 for token_id in self.stop_token_ids):

@@ -89,7 +89,7 @@ class Kernels(Protocol):
         """
 
     def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
-        """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; for a gated weight activation(gate) * up, [T, N / 2].
+        """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
 
         A row's result does not depend on the other rows (see the contract's precision rule).
         """

@@ -1,7 +1,7 @@
 """What a quantised weight is: integers, scales and zero points, and how they are made from and turned back to floats.
 
-One form for every scheme: `values` are unsigned (0..255 or 0..15) and a weight is scale * (value - zero), or a codebook's
-entry times scale. Model folders have several layouts on disk; whatever reads one makes a `QuantizedWeight`, and
+One form for every scheme: `values` are unsigned (0..255 or 0..15) and a weight is scale * (value - zero), or a
+codebook's entry times scale. Model folders have several layouts on disk; what reads one makes a `QuantizedWeight`, and
 `Kernels.pack_linear` turns that into a backend's own layout. Rounding here is to nearest, the plain method: better ones
 (GPTQ, AWQ, ...) choose other values for the same form. N output features, K input features, G groups along K.
 """
@@ -25,7 +25,7 @@ class QuantScheme:
 
     Attributes:
         weight_bits: 4 or 8.
-        group_size: weights along K that share a scale; 0: one scale per output feature. 8-bit weights and codebooks take 0.
+        group_size: weights along K that share a scale; 0: one scale per output feature (8-bit, codebooks).
         is_symmetric: no zero points (the middle of the range stands for 0).
         activation_bits: 16: activations stay as they are; 8: quantised per token as they come, symmetric.
         has_codebook: 4-bit values are indices into 16 free levels (k-means).
@@ -80,7 +80,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
-        num_rows, num_inputs = self.values.shape
+        num_inputs = self.values.shape[1]
         if self.codebook is not None:
             return self.codebook.float()[self.values.long()] * self.scales.float()
         group = self.scheme.group_size or num_inputs
@@ -136,7 +136,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_nibbles(values: Tensor) -> Tensor:
-    """Values [N, K] uint8 below 16 -> int32 [N, ceil(K / 8)], the first in the lowest bits (compressed-tensors' order)."""
+    """Values [N, K] uint8 below 16 -> int32 [N, ceil(K / 8)], the first in the lowest bits, as compressed-tensors."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).view(values.shape[0], -1, 8).long()
     words = (padded << torch.arange(0, 32, 4)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

@@ -201,6 +201,12 @@ class Generator:
             QueueFullError, EngineDeadError: it cannot be taken now.
         """
         self.check_open()
+        if priority and self._client.config.scheduler == "fcfs":
+            raise RequestError(
+                "priority has no effect here, because requests are served in order of arrival; leave it out, or start "
+                "the server with --scheduler priority",
+                "priority",
+            )
         now = time.monotonic()
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):

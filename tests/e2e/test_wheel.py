@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("hatchling", reason="hatchling is not installed (make setup)")
+    pytest.importorskip("scikit_build_core", reason="scikit-build-core is not installed (make setup)")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

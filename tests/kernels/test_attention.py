@@ -1,4 +1,4 @@
-"""Paged attention of every instruction set against float64, and its identities: chunks, batches, threads, to the bit."""
+"""Paged attention of every instruction set against float64; chunks, batches and threads change no bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations over the native library: hands addresses, shapes and strides of torch's tensors to C++, copies nothing.
+"""The operations over the native library: C++ gets addresses, shapes and strides of torch's tensors, nothing is copied.
 
 What the library does not speed up is inherited from the reference. Tensors are float32 or bfloat16 on the CPU; a last
 dimension is contiguous, rows may be strided. Every operation gives a row the same bits whatever else is in the batch.

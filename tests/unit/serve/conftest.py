@@ -8,12 +8,15 @@ import httpx
 import openai
 import pytest
 
+from fastserve.core.config import EngineConfig
 from tests.unit.serve.server import RunningServer, run_server
 
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with run_server(tmp_path_factory.mktemp("model"), max_body_bytes=200_000) as running:
+    with run_server(
+        tmp_path_factory.mktemp("model"), EngineConfig(scheduler="priority"), max_body_bytes=200_000
+    ) as running:
         yield running
 
 

@@ -27,6 +27,7 @@ def check_form(response: httpx.Response, status: int) -> dict:
         ("temperature", -0.1),
         ("temperature", "hot"),
         ("temperature", 1e999),
+        ("temperature", 10**400),
         ("top_p", 0),
         ("top_p", 1.5),
         ("top_k", -2),
@@ -47,6 +48,8 @@ def check_form(response: httpx.Response, status: int) -> dict:
         ("stop", ["x"] * 100),
         ("stop", [""]),
         ("stop", [5]),
+        ("stop", "\ud800"),
+        ("\ud800", 1),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [10**6]),
         ("stop_token_ids", [2**40]),
@@ -59,6 +62,8 @@ def check_form(response: httpx.Response, status: int) -> dict:
         ("priority", 2**40),
         ("stream", "yes"),
         ("model", 5),
+        ("model", "\ud800"),
+        ("logit_bias", {"\ud800": 1}),
         ("stream_options", {"include_usage": True}),
     ],
 )
@@ -66,7 +71,8 @@ def test_fields_out_of_range(http, field, value):
     for path, body in (("/v1/completions", TEXT), (CHAT, HELLO)):
         content = json.dumps({**body, field: value})
         error = check_form(http.post(path, content=content, headers={"content-type": "application/json"}), 400)
-        assert field in (error["param"] or "") or field in error["message"]
+        shown = field.encode("utf-8", "backslashreplace").decode()
+        assert shown in (error["param"] or "") or shown in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +120,14 @@ def test_fields_that_ask_for_nothing_are_fine(http, fields):
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "assistant", "tool_calls": [{"id": "1"}]}],
         [{"role": "user", "content": "hi", "colour": "red"}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "\ud800", "content": "hi"}],
+        [{"role": "user", "content": [{"type": "\ud800"}]}],
     ],
 )
 def test_messages_that_cannot_be_read(http, messages):
-    check_form(http.post(CHAT, json={"messages": messages}), 400)
+    content = json.dumps({"messages": messages})
+    check_form(http.post(CHAT, content=content, headers={"content-type": "application/json"}), 400)
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], [[]], [1, "a"], [-1], [10**6], [2**40], "", ["a", ""], {"a": 1}])
@@ -150,6 +160,27 @@ def test_logprobs_limits(http):
 def test_bodies_that_are_no_request(http, content):
     response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     check_form(response, 400)
+
+
+@pytest.mark.parametrize("name", ["%ED%A0%80", "a/b/c", "%00", "x" * 2000])
+def test_odd_model_names(http, name):
+    content = json.dumps({**TEXT, "model": name})
+    response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    check_form(response, 400 if len(name) > 1024 else 404)
+    check_form(http.get(f"/v1/models/{name}"), 404)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"\ud800": 1}},
+        {"chat_template_kwargs": {str(number): 1 for number in range(40)}},
+        {"chat_template_kwargs": [1]},
+    ],
+)
+def test_odd_mappings(http, fields):
+    content = json.dumps({**HELLO, **fields})
+    check_form(http.post(CHAT, content=content, headers={"content-type": "application/json"}), 400)
 
 
 def test_nul_and_control_characters_are_just_text(http):

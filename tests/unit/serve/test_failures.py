@@ -181,6 +181,11 @@ def test_a_slow_reader_gets_every_token_and_holds_up_nobody(slow):
     assert done == "[DONE]"
 
 
+def test_priority_is_refused_where_it_has_no_effect(slow):
+    response = httpx.post(f"{slow.url}/v1/completions", json={"prompt": "a", "priority": 1})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")
+
+
 def test_metrics_add_up(slow):
     for _ in range(2):
         httpx.post(f"{slow.url}/v1/completions", json={"prompt": "abc", "max_tokens": 5})

@@ -129,6 +129,26 @@ def test_a_second_signal_exits_at_once(folder):
             time.sleep(0.05)
 
 
+def test_ctrl_c_while_the_model_is_loaded_ends_at_once(folder):
+    config = {"model": str(folder), "port": 0}
+    repository = str(Path(__file__).resolve().parents[3])
+    program = _PROGRAM.format(repository=repository, options=config, command=COMMAND)
+    environment = {**os.environ, "FAKE_ENGINE_LOAD": "60"}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 20
+        while not children(process.pid) or not num_listening([process.pid]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1.0)  # well into loading
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=5)
+        assert process.returncode == 0
+        assert "curl" not in output
+    finally:
+        process.kill()
+
+
 def test_the_engine_dies_with_a_server_that_is_killed(folder):
     with started(folder) as server:
         engine = children(server.process.pid)

@@ -8,7 +8,9 @@ namespace fastserve {
 
 namespace {
 
-constexpr int kSpins = 4000;   // about 50 microseconds of polling: longer than the gap between two operations of a step
+// About 100 microseconds of polling: longer than the gap between two operations of a step. With more threads than
+// processors the one that is waited for may need ours, so there it is hardly any.
+constexpr int kSpins = 4000, kSpinsWhenCrowded = 20;
 constexpr int kYields = 2000;  // then give the processor away, but stay runnable
 
 inline void pause_cpu() {
@@ -21,8 +23,8 @@ inline void pause_cpu() {
 
 // Poll until done() or until spinning and yielding are exhausted.
 template <class Done>
-bool poll(const Done& done) {
-    for (int i = 0; i < kSpins; ++i) {
+bool poll(const Done& done, int spins) {
+    for (int i = 0; i < spins; ++i) {
         if (done()) return true;
         pause_cpu();
     }
@@ -45,9 +47,17 @@ void pin(int cpu) {
 #endif
 }
 
+int usable_processors() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 }  // namespace
 
-void Barrier::wait(int count) {
+void Barrier::wait(int count, int spins) {
     uint32_t phase = phase_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
         arrived_.store(0, std::memory_order_relaxed);
@@ -55,11 +65,12 @@ void Barrier::wait(int count) {
         return;
     }
     auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
-    while (!poll(passed)) usleep(50);  // a team member was preempted for long
+    while (!poll(passed, spins)) usleep(50);  // a team member was preempted for long
 }
 
 ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus)
-    : num_threads_(num_threads < 1 ? 1 : num_threads), owner_process_(getpid()), scratch_(num_threads_) {
+    : num_threads_(num_threads < 1 ? 1 : num_threads), owner_process_(getpid()),
+      spins_(num_threads_ > usable_processors() ? kSpinsWhenCrowded : kSpins), scratch_(num_threads_) {
     for (int index = 1; index < num_threads_; ++index) {
         int cpu = index < static_cast<int>(cpus.size()) ? cpus[index] : -1;
         threads_.emplace_back([this, index, cpu] { work(index, cpu); });
@@ -81,7 +92,7 @@ ThreadPool::~ThreadPool() {
 }
 
 Worker ThreadPool::worker(int index, int count) {
-    return {index, count, &barrier_, shared_.data(), scratch_[index].data()};
+    return {index, count, &barrier_, shared_.data(), scratch_[index].data(), spins_};
 }
 
 void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little) {
@@ -104,7 +115,7 @@ void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, 
     }
     entry(object, worker(0, num_threads_));
     auto finished = [&] { return pending_.load(std::memory_order_acquire) == 0; };
-    while (!poll(finished)) usleep(50);
+    while (!poll(finished, spins_)) usleep(50);
 }
 
 void ThreadPool::work(int index, int cpu) {
@@ -112,7 +123,7 @@ void ThreadPool::work(int index, int cpu) {
     uint32_t seen = 0;
     auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
     while (true) {
-        if (!poll(called)) {
+        if (!poll(called, spins_)) {
             std::unique_lock<std::mutex> lock(sleep_mutex_);
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
             wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });

@@ -22,7 +22,8 @@ namespace fastserve {
 // Waits for the other threads of a team; used again and again.
 class Barrier {
 public:
-    void wait(int count);
+    // `spins`: how often to look before the processor is given away.
+    void wait(int count, int spins);
 
 private:
     std::atomic<int> arrived_{0};
@@ -36,9 +37,10 @@ struct Worker {
     Barrier* team;
     uint8_t* shared;   // scratch of all threads, as large as was asked of `run`
     uint8_t* scratch;  // this thread's own
+    int spins;
 
     FASTSERVE_INLINE void barrier() const {
-        if (count > 1) team->wait(count);
+        if (count > 1) team->wait(count, spins);
     }
 };
 
@@ -80,6 +82,7 @@ private:
 
     const int num_threads_;
     const int owner_process_;
+    const int spins_;
     std::mutex callers_;
     Barrier barrier_;
     Buffer shared_;

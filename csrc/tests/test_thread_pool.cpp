@@ -14,7 +14,7 @@ namespace {
 void every_thread_runs_once() {
     for (int count : {1, 2, 3, 5}) {
         ThreadPool pool(count, {});
-        for (int repeat = 0; repeat < 300; ++repeat) {
+        for (int repeat = 0; repeat < 100; ++repeat) {
             std::vector<int> calls(static_cast<size_t>(count), 0);
             pool.run({}, [&](const Worker& worker) {
                 CHECK(worker.count == count, "count %d", worker.count);
@@ -26,7 +26,7 @@ void every_thread_runs_once() {
 }
 
 void barriers_separate_phases() {
-    constexpr int kPhases = 200;
+    constexpr int kPhases = 50;
     ThreadPool pool(3, {});
     std::vector<int> written(3, -1);
     pool.run({}, [&](const Worker& worker) {

@@ -1,22 +1,39 @@
-"""Who goes first: an opinion in four methods. The mechanism (batching, memory, safety) is Scheduler's alone.
+"""Who goes first: an opinion in five methods. The mechanism (batching, memory, safety) is Scheduler's alone.
 
 A policy sees sequences but changes none. `rank` orders sequences, lower first; the worst-ranked holder of memory is
-the victim when blocks run out. A rank is taken when a sequence joins the queue and must not depend on later events.
+the victim when blocks run out. Ranks of running sequences are taken before each step when the policy is preemptive;
+the rank of a waiting one stands until it runs or until `review_time`, so a step never looks at the whole queue.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastserve.core.errors import ConfigError
+from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.sequence import Sequence
 
 Rank = tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy may know about the engine.
+
+    Attributes:
+        cost: how long steps take; it learns while the engine runs.
+        max_batch_sequences: most sequences in one step.
+    """
+
+    cost: CostModel = field(default_factory=CostModel)
+    max_batch_sequences: int = 64
+
+
 class SchedulingPolicy(Protocol):
-    """Order of service.
+    """Order of service. Made with a PolicyContext as its only argument.
 
     Attributes:
         preemptive: a better-ranked waiting sequence may pause a running one when the batch is full.
@@ -25,10 +42,13 @@ class SchedulingPolicy(Protocol):
     preemptive: bool
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
-        """A new sequence joins."""
+        """A new sequence joins; `rank` follows."""
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         """Sortable; lower is served first. Ties are broken by arrival."""
+
+    def review_time(self, sequence: Sequence, now: float) -> float:
+        """When the rank just taken is to be taken again, should the sequence still wait; inf for never."""
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         """A step computed `num_tokens` of it; `seconds` is its share of the step's time."""
@@ -42,11 +62,17 @@ class FCFS:
 
     preemptive = False
 
+    def __init__(self, context: PolicyContext) -> None:
+        self._context = context
+
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         pass
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         return (sequence.request.arrival_time,)
+
+    def review_time(self, sequence: Sequence, now: float) -> float:
+        return math.inf
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         pass
@@ -64,23 +90,24 @@ class Priority(FCFS):
         return (sequence.request.priority, sequence.request.arrival_time)
 
 
-_POLICIES: dict[str, type[Any]] = {"fcfs": FCFS, "priority": Priority}
+_POLICIES = {
+    "fcfs": "fastserve.scheduler.policy:FCFS",
+    "priority": "fastserve.scheduler.policy:Priority",
+}
+POLICY_NAMES = tuple(_POLICIES)
 
 
-def make_policy(name: str) -> SchedulingPolicy:
+def make_policy(name: str, context: PolicyContext | None = None) -> SchedulingPolicy:
     """A policy by name, or an outside one as "module:Class".
 
     Raises:
         ConfigError: no such policy.
     """
-    if name in _POLICIES:
-        policy: SchedulingPolicy = _POLICIES[name]()
-        return policy
-    module_name, _, class_name = name.partition(":")
+    module_name, _, class_name = _POLICIES.get(name, name).partition(":")
     if not class_name:
-        raise ConfigError(f"scheduler must be {', '.join(_POLICIES)} or module:Class, not {name!r}")
+        raise ConfigError(f"scheduler must be {', '.join(POLICY_NAMES)} or module:Class, not {name!r}")
     try:
-        made: SchedulingPolicy = getattr(importlib.import_module(module_name), class_name)()
+        made: SchedulingPolicy = getattr(importlib.import_module(module_name), class_name)(context or PolicyContext())
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"scheduler {name!r} cannot be loaded: {error}") from error
     return made

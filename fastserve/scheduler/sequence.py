@@ -38,6 +38,7 @@ class Sequence:
         block_hashes: prefix hashes of the leading full blocks, as far as computed.
         num_published: leading blocks already offered to the prefix cache.
         is_known: the executor holds this sequence's request (so plans need not send it).
+        num_cached_expected: leading tokens that the prefix cache held when it arrived.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         scheduled_time, first_token_time: monotonic seconds, None until then.
     """
@@ -54,6 +55,7 @@ class Sequence:
     residency: Residency = Residency.NONE
     is_known: bool = False
     num_preemptions: int = 0
+    num_cached_expected: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -69,6 +71,13 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_uncached(self) -> int:
+        """Tokens to compute before the next one can be sampled, less those the prefix cache is expected to give."""
+        if self.residency is Residency.NONE:
+            return max(1, len(self.token_ids) - self.num_cached_expected)
         return len(self.token_ids) - self.num_computed
 
     @property

@@ -38,7 +38,7 @@ class Machine:
     coefficients: Coefficients = LLAMA_01B_CPU
     max_batch_sequences: int = 16
     max_batch_tokens: int = 512
-    context: int = 2048
+    context: int = 4096
     num_blocks: int = 0
     block_size: int = 16
     prefix_caching: bool = True
@@ -142,7 +142,11 @@ def simulate(requests: list[Request], machine: Machine, policy: str, sample_ever
 
 
 def capacity(trace: Trace, machine: Machine) -> float:
-    """Requests per second with FCFS when all are there at the start."""
+    """Requests per second with FCFS while the queue is never empty: from a full batch to the last first token.
+
+    The end, when the last long answers run in an ever smaller batch, says nothing about a server under load.
+    """
     requests = make_requests(trace.all_at_once())
-    run = simulate(requests, machine, "fcfs")
-    return len(requests) / max(item.last_token for item in run.times)
+    first_tokens = sorted(item.first_token for item in simulate(requests, machine, "fcfs").times)
+    filled = min(machine.max_batch_sequences, len(requests) // 2)
+    return (len(requests) - filled) / (first_tokens[-1] - first_tokens[filled - 1])

@@ -1,4 +1,4 @@
-"""Who goes first: an opinion in five methods. The mechanism (batching, memory, safety) is Scheduler's alone.
+"""Who goes first: an opinion in a few methods. The mechanism (batching, memory, safety) is Scheduler's alone.
 
 A policy sees sequences but changes none. `rank` orders sequences, lower first; the worst-ranked holder of memory is
 the victim when blocks run out. Ranks of running sequences are taken before each step when the policy is preemptive;
@@ -37,18 +37,30 @@ class SchedulingPolicy(Protocol):
 
     Attributes:
         preemptive: a better-ranked waiting sequence may pause a running one when the batch is full.
+        evicts: a better-ranked sequence that is to start may take the memory of paused ones. Without it, it waits for
+            free memory: what was computed is not thrown away for order's sake.
     """
 
     preemptive: bool
+    evicts: bool
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         """A new sequence joins; `rank` follows."""
+
+    def lane(self, sequence: Sequence) -> str:
+        """Sequences of one lane wait in order of rank; between lanes `lane_rank` decides. Fixed for a sequence."""
+
+    def lane_rank(self, lane: str) -> float:
+        """Lower goes first; asked whenever a place is free, so it may change at any time."""
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         """Sortable; lower is served first. Ties are broken by arrival."""
 
     def review_time(self, sequence: Sequence, now: float) -> float:
         """When the rank just taken is to be taken again, should the sequence still wait; inf for never."""
+
+    def on_start(self, sequence: Sequence, now: float) -> None:
+        """It joins the batch, for the first time or after a pause."""
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         """A step computed `num_tokens` of it; `seconds` is its share of the step's time."""
@@ -61,6 +73,7 @@ class FCFS:
     """First come, first served. Memory pressure evicts the latest arrival."""
 
     preemptive = False
+    evicts = False
 
     def __init__(self, context: PolicyContext) -> None:
         self._context = context
@@ -68,11 +81,20 @@ class FCFS:
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         pass
 
+    def lane(self, sequence: Sequence) -> str:
+        return ""
+
+    def lane_rank(self, lane: str) -> float:
+        return 0.0
+
     def rank(self, sequence: Sequence, now: float) -> Rank:
         return (sequence.request.arrival_time,)
 
     def review_time(self, sequence: Sequence, now: float) -> float:
         return math.inf
+
+    def on_start(self, sequence: Sequence, now: float) -> None:
+        pass
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         pass
@@ -85,6 +107,7 @@ class Priority(FCFS):
     """The request's priority, smaller first, then arrival. A more urgent arrival pauses the least urgent runner."""
 
     preemptive = True
+    evicts = True
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         return (sequence.request.priority, sequence.request.arrival_time)
@@ -93,6 +116,12 @@ class Priority(FCFS):
 _POLICIES = {
     "fcfs": "fastserve.scheduler.policy:FCFS",
     "priority": "fastserve.scheduler.policy:Priority",
+    "skip-join-mlfq": "fastserve.scheduler.mlfq:SkipJoinMLFQ",
+    "hrrn": "fastserve.scheduler.shortest:HRRN",
+    "srpt-oracle": "fastserve.scheduler.shortest:SRPTOracle",
+    "srpt-predicted": "fastserve.scheduler.shortest:SRPTPredicted",
+    "aged-srpt": "fastserve.scheduler.shortest:AgedSRPT",
+    "fair": "fastserve.scheduler.fair:VirtualTokenCounter",
 }
 POLICY_NAMES = tuple(_POLICIES)
 

@@ -1,18 +1,19 @@
 """The waiting sequences, best rank first, with ranks that may change while they wait.
 
-Nothing is sorted anew in a step: a heap holds (rank, arrival), outdated items are skipped when they surface, and a
-second heap holds the times at which policies want to look at a sequence again (a promotion, a deadline). The cost of
-a step depends on how many sequences start, stop or come up for review, not on how many wait.
+Nothing is sorted anew in a step: a heap per lane holds (rank, arrival), outdated items are skipped when they surface,
+and one more heap holds the times at which the policy wants to look at a sequence again (a promotion, say). The cost
+of a step depends on how many sequences start, stop or come up for review and on the number of lanes, not on how many
+wait.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from fastserve.scheduler.policy import Rank
+from fastserve.scheduler.policy import Rank, SchedulingPolicy
 from fastserve.scheduler.sequence import Sequence
 
 
@@ -26,11 +27,11 @@ class Ranked(NamedTuple):
 
 
 class WaitingQueue:
-    """Args: `place` gives a sequence's rank at a time, and when that rank is to be taken again (inf: never)."""
+    """Args: `policy` gives ranks, lanes, and the times at which ranks are taken again."""
 
-    def __init__(self, place: Callable[[Sequence, float], tuple[Rank, float]]) -> None:
-        self._place = place
-        self._heap: list[Ranked] = []
+    def __init__(self, policy: SchedulingPolicy) -> None:
+        self._policy = policy
+        self._lanes: dict[str, list[Ranked]] = {}
         self._reviews: list[tuple[float, Ranked]] = []
         self._current: dict[str, Ranked] = {}
         self._version = 0
@@ -46,9 +47,6 @@ class WaitingQueue:
     def discard(self, sequence: Sequence) -> None:
         """Forget a sequence, here or not."""
         self._current.pop(sequence.request_id, None)
-        if len(self._heap) > 2 * len(self._current) + 64:
-            self._heap = list(self._current.values())
-            heapq.heapify(self._heap)
 
     def review(self, now: float) -> None:
         """Take anew the ranks whose time has come."""
@@ -60,24 +58,33 @@ class WaitingQueue:
 
     def first(self) -> Ranked | None:
         """The best item, left where it is."""
-        heap = self._heap
-        while heap and not self._is_current(heap[0]):
-            heapq.heappop(heap)
-        return heap[0] if heap else None
+        best: Ranked | None = None
+        best_lane = math.inf
+        emptied: list[str] = []
+        for name, heap in self._lanes.items():
+            while heap and not self._is_current(heap[0]):
+                heapq.heappop(heap)
+            if not heap:
+                emptied.append(name)
+            elif len(self._lanes) == 1:
+                return heap[0]
+            else:
+                rank = self._policy.lane_rank(name)
+                if best is None or (rank, heap[0]) < (best_lane, best):
+                    best, best_lane = heap[0], rank
+        for name in emptied:
+            del self._lanes[name]
+        return best
 
-    def pop(self) -> Ranked:
-        """Take the best item out. There must be one."""
-        item = self.first()
-        assert item is not None
-        heapq.heappop(self._heap)
+    def pop(self, item: Ranked) -> None:
+        """Take out the item that `first` gave."""
+        heapq.heappop(self._lanes[self._policy.lane(item.sequence)])
         del self._current[item.sequence.request_id]
-        return item
 
     def put_back(self, items: Iterable[Ranked]) -> None:
         """Return popped items with the ranks they had."""
         for item in items:
-            self._current[item.sequence.request_id] = item
-            heapq.heappush(self._heap, item)
+            self._add(item)
 
     def get(self, request_id: str) -> Ranked | None:
         """The item of a waiting sequence."""
@@ -86,11 +93,18 @@ class WaitingQueue:
     def _is_current(self, item: Ranked) -> bool:
         return self._current.get(item.sequence.request_id) is item
 
+    def _add(self, item: Ranked) -> None:
+        self._current[item.sequence.request_id] = item
+        heap = self._lanes.setdefault(self._policy.lane(item.sequence), [])
+        heapq.heappush(heap, item)
+        if len(heap) > 2 * len(self._current) + 64:  # most of it is outdated
+            heap[:] = [kept for kept in heap if self._is_current(kept)]
+            heapq.heapify(heap)
+
     def _insert(self, sequence: Sequence, now: float) -> None:
-        rank, review_time = self._place(sequence, now)
         self._version += 1
-        item = Ranked(rank, sequence.arrival_order, self._version, sequence)
-        self._current[sequence.request_id] = item
-        heapq.heappush(self._heap, item)
+        item = Ranked(self._policy.rank(sequence, now), sequence.arrival_order, self._version, sequence)
+        self._add(item)
+        review_time = self._policy.review_time(sequence, now)
         if review_time < math.inf:
             heapq.heappush(self._reviews, (max(review_time, math.nextafter(now, math.inf)), item))

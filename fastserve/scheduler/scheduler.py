@@ -89,7 +89,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
-        self._waiting = WaitingQueue(self._place_in_queue)
+        self._waiting = WaitingQueue(policy)
         self._may_place = True
         self._paused: dict[str, Sequence] = {}  # waiting, but holding blocks
         self._num_arrived = 0
@@ -155,7 +155,8 @@ class Scheduler:
                 if take == 0 or not self._start(first, now):
                     if not self._paused:
                         break
-                    skipped.append(self._waiting.pop())
+                    self._waiting.pop(first)
+                    skipped.append(first)
                     continue
                 take = min(first.sequence.num_remaining, spare)  # less than before where the prefix cache helped
                 item = first
@@ -191,9 +192,6 @@ class Scheduler:
 
     # -- queue ---------------------------------------------------------------------------------------------------
 
-    def _place_in_queue(self, sequence: Sequence, now: float) -> tuple[Rank, float]:
-        return self._policy.rank(sequence, now), self._policy.review_time(sequence, now)
-
     def _rank_running(self, now: float) -> None:
         rank = self._policy.rank
         running = [Ranked(rank(item.sequence, now), item.arrival_order, 0, item.sequence) for item in self._running]
@@ -212,9 +210,10 @@ class Scheduler:
         sequence = item.sequence
         if sequence.residency is Residency.NONE and not (self._may_place and self._place(item, now)):
             return False
-        self._waiting.pop()
+        self._waiting.pop(item)
         self._paused.pop(sequence.request_id, None)
         sequence.status = Status.RUNNING
+        self._policy.on_start(sequence, now)
         bisect.insort(self._running, item)
         if sequence.scheduled_time is None:
             sequence.scheduled_time = now
@@ -242,7 +241,7 @@ class Scheduler:
             missing = self._num_blocks(len(other.sequence.token_ids)) - len(other.sequence.block_ids)
             needed += max(1, missing)
         while needed > self.block_pool.num_free:
-            victim = self._worst_holder()
+            victim = self._worst_holder() if self._policy.evicts else None
             if victim is None or victim < item:
                 return False
             self._drop(victim.sequence, now)

@@ -50,7 +50,8 @@ class Run:
 
     Attributes:
         times: per request, in the trace's order.
-        num_steps, num_preemptions, num_recomputed_tokens, num_cached_tokens: counts over the run.
+        num_steps, num_recomputed_tokens, num_cached_tokens: counts over the run.
+        num_preemptions, num_pauses: times that a started sequence lost its memory, and its place in the batch.
         busy_seconds: virtual time spent in steps.
         wall_seconds: real time the simulation took.
     """
@@ -58,6 +59,7 @@ class Run:
     times: list[RequestTimes]
     num_steps: int = 0
     num_preemptions: int = 0
+    num_pauses: int = 0
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
     busy_seconds: float = 0.0
@@ -136,6 +138,7 @@ def simulate(requests: list[Request], machine: Machine, policy: str, sample_ever
         if sample_every and (not run.queue_lengths or now - run.queue_lengths[-1][0] >= sample_every):
             run.queue_lengths.append((now, scheduler.num_running, scheduler.num_waiting))
     run.num_preemptions = scheduler.num_preemptions
+    run.num_pauses = scheduler.num_pauses
     run.num_recomputed_tokens = scheduler.num_recomputed_tokens
     run.wall_seconds = time.perf_counter() - started
     return run

@@ -80,6 +80,7 @@ class Scheduler:
         self.block_pool = block_pool
         self.cost = cost or CostModel()
         self.num_preemptions = 0
+        self.num_pauses = 0
         self.num_recomputed_tokens = 0
         self._policy = policy
         self._max_sequences = max_batch_sequences
@@ -221,6 +222,7 @@ class Scheduler:
 
     def _pause(self, sequence: Sequence, now: float) -> None:
         """Back to the queue; what it holds stays its own."""
+        self.num_pauses += 1
         sequence.status = Status.WAITING
         if sequence.residency is Residency.DEVICE:
             self._paused[sequence.request_id] = sequence

@@ -112,7 +112,7 @@ class AgedSRPT(SRPTPredicted):
     The rank is a time: arrival, plus a delay that grows with the expected work, less a head start until the first
     token is out. Both are in proportion to the backlog met on arrival, so that an idle server is first come, first
     served, and a sequence is overtaken only by arrivals of the next `delay + head_start` seconds. The delay of a small
-    request is near zero, that of the larger ones (the upper 30 %) is whole: among themselves they keep their order.
+    request is near zero, that of the larger ones (the upper 15 %) is whole: among themselves they keep their order.
     Measured choice of the factors: docs/decisions/0020-scheduling-policies.md.
 
     Args:
@@ -126,9 +126,9 @@ class AgedSRPT(SRPTPredicted):
         self,
         context: PolicyContext,
         predictor: LengthPredictor | None = None,
-        delay: float = 2.5,
-        head_start: float = 2.0,
-        large: float = 0.7,
+        delay: float = 1.5,
+        head_start: float = 0.8,
+        large: float = 0.85,
         length_weight: float = 0.25,
     ) -> None:
         super().__init__(context, predictor)

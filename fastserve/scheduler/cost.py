@@ -114,13 +114,30 @@ class CostModel:
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from one step of the running engine."""
-        expected = self.coefficients.seconds(work)
         if self.num_observed >= self._refit_every:
-            seconds = min(seconds, 4.0 * expected)
+            seconds = min(seconds, 4.0 * self.coefficients.seconds(work))
         self._accumulate(work, seconds)
         self.num_observed += 1
         if self.num_observed % self._refit_every == 0:
             self._fit()
+
+    def account(self, plan: StepPlan, seconds: float) -> list[float]:
+        """Learn from a step and share its time: seconds for each entry, in proportion to what it adds to a step."""
+        each = self.coefficients
+        work = StepWork()
+        shares: list[float] = []
+        for entry in plan.entries:
+            num_tokens, start = len(entry.token_ids), entry.start
+            if num_tokens == 1 and start > 0:
+                work.decodes += 1
+                work.decode_context += start + 1
+                shares.append(each.decode + each.decode_context * (start + 1))
+            else:
+                work.add(start, num_tokens)
+                shares.append(self.prefill_seconds(num_tokens, start))
+        self.observe(work, seconds)
+        scale = seconds / max(sum(shares), 1e-12)
+        return [share * scale for share in shares]
 
     def prefill_seconds(self, num_tokens: int, start: int = 0) -> float:
         """Time that `num_tokens` prompt tokens after `start` cached ones add to steps."""
@@ -135,12 +152,6 @@ class CostModel:
     def first_iteration_seconds(self, num_tokens: int, start: int = 0) -> float:
         """A step that prefills `num_tokens` tokens alone."""
         return self.coefficients.step + self.prefill_seconds(num_tokens, start)
-
-    def added_seconds(self, start: int, num_tokens: int) -> float:
-        """What one sequence's tokens add to a step, without the step's fixed time."""
-        if num_tokens == 1 and start > 0:
-            return self.coefficients.decode + self.coefficients.decode_context * (start + 1)
-        return self.prefill_seconds(num_tokens, start)
 
     def _accumulate(self, work: StepWork, seconds: float) -> None:
         row = (1.0, work.prefill_tokens, work.decodes, work.prefill_pairs, work.decode_context)

@@ -36,7 +36,7 @@ class VirtualTokenCounter(FCFS):
     def lane(self, sequence: Sequence) -> str:
         return sequence.request.tenant
 
-    def lane_rank(self, lane: str) -> float:
+    def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
         return self.counters[lane]
 
     def on_start(self, sequence: Sequence, now: float) -> None:

@@ -30,18 +30,20 @@ class SkipJoinMLFQ(FCFS):
         super().__init__(context)
         self.alpha = alpha
         self._last_level = num_levels - 1
+        self._first_quantum = context.cost.first_iteration_seconds(1)
         self._places: dict[str, _Place] = {}
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level; the first is the shortest iteration."""
-        return self._context.cost.first_iteration_seconds(1) * float(2**level)
+        return self._first_quantum * (1 << level)
 
     def level_of(self, sequence: Sequence) -> int:
         return self._places[sequence.request_id].level
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
+        self._first_quantum = self._context.cost.first_iteration_seconds(1)
         first = self._context.cost.first_iteration_seconds(sequence.num_uncached)
-        level = max(0, math.ceil(math.log2(first / self.quantum(0)) - 1e-9))
+        level = max(0, math.ceil(math.log2(first / self._first_quantum) - 1e-9))
         self._places[sequence.request_id] = _Place(min(level, self._last_level), 0.0, now)
 
     def rank(self, sequence: Sequence, now: float) -> Rank:

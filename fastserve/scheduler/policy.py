@@ -50,8 +50,8 @@ class SchedulingPolicy(Protocol):
     def lane(self, sequence: Sequence) -> str:
         """Sequences of one lane wait in order of rank; between lanes `lane_rank` decides. Fixed for a sequence."""
 
-    def lane_rank(self, lane: str) -> float:
-        """Lower goes first; asked whenever a place is free, so it may change at any time."""
+    def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
+        """Lower goes first; `first` heads the lane. Asked whenever a place is free, so it may change at any time."""
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         """Sortable; lower is served first. Ties are broken by arrival."""
@@ -84,7 +84,7 @@ class FCFS:
     def lane(self, sequence: Sequence) -> str:
         return ""
 
-    def lane_rank(self, lane: str) -> float:
+    def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
         return 0.0
 
     def rank(self, sequence: Sequence, now: float) -> Rank:

@@ -56,22 +56,23 @@ class WaitingQueue:
             if self._is_current(item):
                 self._insert(item.sequence, now)
 
-    def first(self) -> Ranked | None:
+    def first(self, now: float) -> Ranked | None:
         """The best item, left where it is."""
         best: Ranked | None = None
-        best_lane = math.inf
+        best_rank = math.inf
         emptied: list[str] = []
+        current = self._current
         for name, heap in self._lanes.items():
-            while heap and not self._is_current(heap[0]):
+            while heap and current.get(heap[0].sequence.request_id) is not heap[0]:
                 heapq.heappop(heap)
             if not heap:
                 emptied.append(name)
             elif len(self._lanes) == 1:
                 return heap[0]
             else:
-                rank = self._policy.lane_rank(name)
-                if best is None or (rank, heap[0]) < (best_lane, best):
-                    best, best_lane = heap[0], rank
+                rank = self._policy.lane_rank(name, heap[0].sequence, now)
+                if best is None or (rank, heap[0]) < (best_rank, best):
+                    best, best_rank = heap[0], rank
         for name in emptied:
             del self._lanes[name]
         return best

@@ -20,7 +20,7 @@ from fastserve.core.request import (
     TokenOutput,
 )
 from fastserve.scheduler.block_pool import BlockPool, hash_block
-from fastserve.scheduler.cost import CostModel, StepWork
+from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan
 from fastserve.scheduler.policy import Rank, SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
@@ -40,17 +40,6 @@ class StepResult:
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _StepBudget:
-    """Tokens of one step: every running decode keeps its own, prefills take what is left."""
-
-    tokens_left: int
-    decodes_left: int
-
-    def spare(self, slots_left: int) -> int:
-        return self.tokens_left - min(self.decodes_left, slots_left)
 
 
 class Scheduler:
@@ -130,61 +119,69 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work. An empty plan means that there is nothing to do."""
         self._waiting.review(now)
-        if self._policy.preemptive:
+        preemptive = self._policy.preemptive
+        if preemptive:
             self._rank_running(now)
         self._pending, self._running = self._running[::-1], []  # the best is last
         self._may_place = True
-        step = _StepBudget(self._max_tokens, sum(item.sequence.num_remaining == 1 for item in self._pending))
+        pending, running = self._pending, self._running
+        tokens_left, decodes_left = self._max_tokens, sum(item.sequence.is_decoding for item in pending)
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
-        while len(self._running) < self._max_sequences:
-            spare = step.spare(self._max_sequences - len(self._running) - 1)
-            if self._next_is_running():
-                item = self._pending.pop()
-                is_decode = item.sequence.num_remaining == 1
-                step.decodes_left -= is_decode
-                take = 1 if is_decode else min(item.sequence.num_remaining, spare)
-                if take == 0 and self._policy.preemptive:
-                    self._pause(item.sequence, now)
-                    continue
-                self._running.append(item)
+        first = self._waiting.first(now)
+        while len(running) < self._max_sequences:
+            if pending and (not preemptive or first is None or pending[-1] < first):
+                item = pending.pop()
+                sequence = item.sequence
+                if sequence.is_decoding:
+                    decodes_left -= 1
+                    take = 1
+                else:  # every running decode keeps a token, prefills take what is left
+                    spare = tokens_left - min(decodes_left, self._max_sequences - len(running) - 1)
+                    take = min(sequence.num_remaining, spare)
+                    if take == 0 and preemptive:
+                        self._pause(sequence, now)
+                        first = self._waiting.first(now)
+                        continue
+                running.append(item)
             else:
-                first = self._waiting.first()
                 if first is None or len(skipped) > self._max_sequences:
                     break
-                take = min(first.sequence.num_remaining, spare)
-                if take == 0 or not self._start(first, now):
+                spare = tokens_left - min(decodes_left, self._max_sequences - len(running) - 1)
+                item, sequence = first, first.sequence
+                if spare == 0 or not self._start(first, now):
                     if not self._paused:
                         break
                     self._waiting.pop(first)
                     skipped.append(first)
+                    first = self._waiting.first(now)
                     continue
-                take = min(first.sequence.num_remaining, spare)  # less than before where the prefix cache helped
-                item = first
-            if take > 0 and self._grow(item.sequence, take, now):
-                step.tokens_left -= take
-                entries.append(self._entry(item.sequence, take))
+                take = min(sequence.num_remaining, spare)
+                first = self._waiting.first(now)
+            if take > 0 and self._grow(sequence, take, now):
+                tokens_left -= take
+                entries.append(self._entry(sequence, take))
         self._waiting.put_back(skipped)
-        while self._pending:
-            self._pause(self._pending.pop().sequence, now)
+        while pending:
+            self._pause(pending.pop().sequence, now)
         freed, self._freed = self._freed, []
         return StepPlan(entries, freed=freed)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
-        work = StepWork.of(plan)
-        self.cost.observe(work, seconds)
-        shares = [self.cost.added_seconds(entry.start, len(entry.token_ids)) for entry in plan.entries]
-        scale = seconds / max(sum(shares), 1e-12)
+        shares = self.cost.account(plan, seconds)
+        block_size = self.block_pool.block_size
         for entry, share in zip(plan.entries, shares, strict=True):
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            sequence.num_computed = entry.start + len(entry.token_ids)
-            self._publish_full_blocks(sequence)
-            self._policy.on_service(sequence, len(entry.token_ids), share * scale, now)
-            if entry.request_id in result.prompt_logprobs:
+            num_tokens = len(entry.token_ids)
+            sequence.num_computed = entry.start + num_tokens
+            if sequence.num_computed // block_size > sequence.num_published:
+                self._publish_full_blocks(sequence)
+            self._policy.on_service(sequence, num_tokens, share, now)
+            if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
                 kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
                 kept.extend(result.prompt_logprobs[entry.request_id])
             if entry.samples:
@@ -195,16 +192,11 @@ class Scheduler:
 
     def _rank_running(self, now: float) -> None:
         rank = self._policy.rank
-        running = [Ranked(rank(item.sequence, now), item.arrival_order, 0, item.sequence) for item in self._running]
-        running.sort()
-        self._running = running
-
-    def _next_is_running(self) -> bool:
-        """Whether the next in line runs already: always, while any is left, unless the policy preempts."""
-        if not self._pending or not self._policy.preemptive:
-            return bool(self._pending)
-        first = self._waiting.first()
-        return first is None or self._pending[-1] < first
+        for index, item in enumerate(self._running):
+            new = rank(item.sequence, now)
+            if new != item.rank:
+                self._running[index] = item._replace(rank=new)
+        self._running.sort()
 
     def _start(self, item: Ranked, now: float) -> bool:
         """Let the first waiting sequence run if its tokens so far fit in memory."""
@@ -261,9 +253,9 @@ class Scheduler:
         Returns False when it was itself the worst and had to go back to the queue. Nothing new is placed in a step
         that dropped for this reason.
         """
-        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
-        if missing <= 0:
+        if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
             return True
+        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
         while (blocks := self.block_pool.allocate(missing)) is None:
             self._may_place = False
             victim = self._worst_holder()
@@ -333,13 +325,13 @@ class Scheduler:
         start = sequence.num_computed
         is_known, sequence.is_known = sequence.is_known, True
         return PlanEntry(
-            request_id=sequence.request_id,
-            token_ids=sequence.token_ids[start : start + take],
-            start=start,
-            block_ids=list(sequence.block_ids),
-            samples=start + take == len(sequence.token_ids),
-            request=None if is_known else sequence.request,
-            output_ids=[] if is_known else sequence.output_ids,
+            sequence.request_id,
+            sequence.token_ids[start : start + take],
+            start,
+            sequence.block_ids[:],
+            start + take == len(sequence.token_ids),
+            None if is_known else sequence.request,
+            [] if is_known else sequence.output_ids,
         )
 
     def _append(self, sequence: Sequence, result: StepResult, now: float) -> TokenOutput:

@@ -60,13 +60,19 @@ class Sequence:
     scheduled_time: float | None = None
     first_token_time: float | None = None
 
+    request_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+
     @classmethod
     def from_request(cls, request: Request, arrival_order: int) -> Sequence:
         return cls(request, list(request.prompt_ids), len(request.prompt_ids), arrival_order)
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def is_decoding(self) -> bool:
+        """One token is left to compute before the next can be sampled."""
+        return len(self.token_ids) - self.num_computed == 1
 
     @property
     def num_remaining(self) -> int:

@@ -18,17 +18,25 @@ from fastserve.scheduler.sequence import Sequence
 class HRRN(FCFS):
     """Highest response ratio next: (wait + service) / service, service being the uncached prefill. Does not preempt.
 
-    A ratio is taken again when it has grown by a tenth.
+    Ratios of all who wait change all the time, but among requests of about equal service (lanes, 10 % wide) the first
+    to come has the highest: so only the heads of the lanes are compared.
     """
 
-    def _service(self, sequence: Sequence) -> float:
-        return self._context.cost.first_iteration_seconds(sequence.num_uncached)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self._service: dict[str, float] = {}
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (-1.0 - (now - sequence.request.arrival_time) / self._service(sequence),)
+    def on_arrival(self, sequence: Sequence, now: float) -> None:
+        self._service[sequence.request_id] = self._context.cost.first_iteration_seconds(sequence.num_uncached)
 
-    def review_time(self, sequence: Sequence, now: float) -> float:
-        return now + 0.1 * (now - sequence.request.arrival_time + self._service(sequence))
+    def lane(self, sequence: Sequence) -> str:
+        return str(round(math.log(self._service[sequence.request_id]) / math.log(1.1)))
+
+    def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
+        return -1.0 - (now - first.request.arrival_time) / self._service[first.request_id]
+
+    def on_finish(self, sequence: Sequence) -> None:
+        del self._service[sequence.request_id]
 
 
 class SRPTOracle(FCFS):
@@ -37,10 +45,8 @@ class SRPTOracle(FCFS):
     preemptive = True
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (self._prefill(sequence) + self._decode(self._tokens_left(sequence), sequence),)
-
-    def _tokens_left(self, sequence: Sequence) -> float:
-        return (sequence.request.sampling.max_tokens or 1) - sequence.num_output
+        tokens_left = (sequence.request.sampling.max_tokens or 1) - sequence.num_output
+        return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 
     def _prefill(self, sequence: Sequence) -> float:
         num_tokens = sequence.num_uncached
@@ -53,23 +59,42 @@ class SRPTOracle(FCFS):
         return self._context.cost.decode_seconds(num_tokens, context, self._context.max_batch_sequences)
 
 
+@dataclass(slots=True)
+class _Forecast:
+    """What is thought of one sequence: taken again after a few tokens, not after each."""
+
+    samples: tuple[int, ...]
+    tokens_left: float = 0.0
+    retake_at: int = 0  # output length
+    rank: Rank = ()
+
+
 class SRPTPredicted(SRPTOracle):
     """Shortest remaining time first with predicted lengths, given what was made already. Nothing bounds a wait."""
 
     def __init__(self, context: PolicyContext, predictor: LengthPredictor | None = None) -> None:
         super().__init__(context)
         self._predictor = predictor or NearestLengths()
-        self._samples: dict[str, tuple[int, ...]] = {}
+        self._forecasts: dict[str, _Forecast] = {}
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
-        tenant = sequence.request.tenant
-        self._samples[sequence.request_id] = self._predictor.samples(tenant, sequence.num_prompt)
+        samples = self._predictor.samples(sequence.request.tenant, sequence.num_prompt)
+        self._forecasts[sequence.request_id] = _Forecast(samples)
 
-    def _tokens_left(self, sequence: Sequence) -> float:
-        return expected_remaining(self._samples[sequence.request_id], sequence.num_output)
+    def rank(self, sequence: Sequence, now: float) -> Rank:
+        forecast = self._forecasts[sequence.request_id]
+        num_output = sequence.num_output
+        if num_output >= forecast.retake_at or sequence.num_remaining > 1:
+            forecast.tokens_left = expected_remaining(forecast.samples, num_output)
+            forecast.retake_at = num_output + min(1 + num_output, 4 + num_output // 16)
+            forecast.rank = self._take_rank(sequence, forecast.tokens_left)
+        return forecast.rank
+
+    def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
+        return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 
     def on_finish(self, sequence: Sequence) -> None:
-        del self._samples[sequence.request_id]
+        del self._forecasts[sequence.request_id]
         if sequence.num_output > 0:
             self._predictor.learn(sequence.request.tenant, sequence.num_prompt, sequence.num_output)
 
@@ -102,8 +127,6 @@ class _Aging:
     head_start: float  # and so many seconds' earlier arrivals it may overtake until its first token
     unit_work: float
     unit_tokens: float
-    rank: Rank = ()
-    retake_at: int = 0  # output length at which the rank is taken again
 
 
 class AgedSRPT(SRPTPredicted):
@@ -143,7 +166,7 @@ class AgedSRPT(SRPTPredicted):
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         super().on_arrival(sequence, now)
-        tokens = self._tokens_left(sequence)
+        tokens = expected_remaining(self._forecasts[sequence.request_id].samples, 0)
         prefill, decode = self._prefill(sequence), self._decode(tokens, sequence)
         self._prefill_backlog += prefill
         self._decode_backlog += decode
@@ -156,21 +179,13 @@ class AgedSRPT(SRPTPredicted):
             unit_tokens=self._large_tokens.add(tokens),
         )
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
+    def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
         aging = self._aging[sequence.request_id]
-        num_output = sequence.num_output
-        if num_output == 0 or num_output >= aging.retake_at or sequence.num_remaining > 1:
-            aging.rank = (self._due(sequence, aging),)
-            aging.retake_at = num_output + 1 + num_output // 16
-        return aging.rank
-
-    def _due(self, sequence: Sequence, aging: _Aging) -> float:
-        tokens = self._tokens_left(sequence)
-        work = (self._prefill(sequence) + self._decode(tokens, sequence)) / aging.unit_work
-        length = (sequence.num_output + tokens) / aging.unit_tokens
+        work = (self._prefill(sequence) + self._decode(tokens_left, sequence)) / aging.unit_work
+        length = (sequence.num_output + tokens_left) / aging.unit_tokens
         size = work ** (1.0 - self._length_weight) * length**self._length_weight
         due = sequence.request.arrival_time + aging.delay * min(1.0, size)
-        return due - aging.head_start if sequence.num_output == 0 else due
+        return (due - aging.head_start if sequence.num_output == 0 else due,)
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         aging = self._aging[sequence.request_id]

@@ -45,7 +45,7 @@ class WaitingQueue:
         self._insert(sequence, now)
 
     def discard(self, sequence: Sequence) -> None:
-        """Forget a sequence, here or not."""
+        """Take a sequence out, here or not. Its item stays in the heap until it surfaces."""
         self._current.pop(sequence.request_id, None)
 
     def review(self, now: float) -> None:
@@ -77,19 +77,13 @@ class WaitingQueue:
             del self._lanes[name]
         return best
 
-    def pop(self, item: Ranked) -> None:
-        """Take out the item that `first` gave."""
-        heapq.heappop(self._lanes[self._policy.lane(item.sequence)])
-        del self._current[item.sequence.request_id]
+    def last(self) -> Ranked | None:
+        """The worst item, by looking at all of them."""
+        return max(self._current.values(), default=None)
 
-    def put_back(self, items: Iterable[Ranked]) -> None:
-        """Return popped items with the ranks they had."""
-        for item in items:
-            self._add(item)
-
-    def get(self, request_id: str) -> Ranked | None:
-        """The item of a waiting sequence."""
-        return self._current.get(request_id)
+    def items(self) -> Iterable[Ranked]:
+        """All of them, in no order."""
+        return self._current.values()
 
     def _is_current(self, item: Ranked) -> bool:
         return self._current.get(item.sequence.request_id) is item

@@ -8,7 +8,6 @@ the clock is an argument.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -79,9 +78,9 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
-        self._waiting = WaitingQueue(policy)
+        self._fresh = WaitingQueue(policy)  # waiting without memory
+        self._paused = WaitingQueue(policy)  # waiting, but holding blocks
         self._may_place = True
-        self._paused: dict[str, Sequence] = {}  # waiting, but holding blocks
         self._num_arrived = 0
         self._freed: list[str] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
@@ -92,7 +91,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._fresh) + len(self._paused)
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -107,7 +106,7 @@ class Scheduler:
         matched, _ = self.block_pool.count_free_matches(self._prefix_hashes(sequence))
         sequence.num_cached_expected = matched * self.block_pool.block_size
         self._policy.on_arrival(sequence, now)
-        self._waiting.push(sequence, now)
+        self._fresh.push(sequence, now)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop these requests and free what they hold; unknown ids are ignored (they may just have finished)."""
@@ -118,7 +117,8 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work. An empty plan means that there is nothing to do."""
-        self._waiting.review(now)
+        self._fresh.review(now)
+        self._paused.review(now)
         preemptive = self._policy.preemptive
         if preemptive:
             self._rank_running(now)
@@ -128,42 +128,37 @@ class Scheduler:
         tokens_left, decodes_left = self._max_tokens, sum(item.sequence.is_decoding for item in pending)
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
-        first = self._waiting.first(now)
+        first = self._first_waiting(now)
         while len(running) < self._max_sequences:
             if pending and (not preemptive or first is None or pending[-1] < first):
                 item = pending.pop()
                 sequence = item.sequence
-                if sequence.is_decoding:
-                    decodes_left -= 1
-                    take = 1
-                else:  # every running decode keeps a token, prefills take what is left
-                    spare = tokens_left - min(decodes_left, self._max_sequences - len(running) - 1)
-                    take = min(sequence.num_remaining, spare)
-                    if take == 0 and preemptive:
-                        self._pause(sequence, now)
-                        first = self._waiting.first(now)
-                        continue
-                running.append(item)
-            else:
-                if first is None or len(skipped) > self._max_sequences:
-                    break
-                spare = tokens_left - min(decodes_left, self._max_sequences - len(running) - 1)
+                decodes_left -= sequence.is_decoding
+            elif first is not None:
                 item, sequence = first, first.sequence
-                if spare == 0 or not self._start(first, now):
-                    if not self._paused:
-                        break
-                    self._waiting.pop(first)
-                    skipped.append(first)
-                    first = self._waiting.first(now)
+                if not self._start(item, now):
+                    self._may_place = False  # those who hold memory may go on
+                    first = self._first_waiting(now)
                     continue
-                take = min(sequence.num_remaining, spare)
-                first = self._waiting.first(now)
+                first = self._first_waiting(now)
+            else:
+                break
+            # Prefills take what is left when everyone who may still decode in this step keeps a token.
+            keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
+            take = min(sequence.num_remaining, tokens_left - keep)
+            if take == 0 and preemptive:
+                skipped.append(item)
+                continue
+            running.append(item)
             if take > 0 and self._grow(sequence, take, now):
                 tokens_left -= take
                 entries.append(self._entry(sequence, take))
-        self._waiting.put_back(skipped)
-        while pending:
-            self._pause(pending.pop().sequence, now)
+            self._may_place = self._may_place and tokens_left > keep
+            if not self._may_place:
+                first = self._first_waiting(now)
+        for item in (*skipped, *pending):
+            self._pause(item.sequence, now)
+        pending.clear()
         freed, self._freed = self._freed, []
         return StepPlan(entries, freed=freed)
 
@@ -198,27 +193,35 @@ class Scheduler:
                 self._running[index] = item._replace(rank=new)
         self._running.sort()
 
+    def _first_waiting(self, now: float) -> Ranked | None:
+        """The best of those who wait; only of those who hold memory once nothing more can be placed in this step."""
+        paused = self._paused.first(now)
+        fresh = self._fresh.first(now) if self._may_place else None
+        if paused is None or fresh is None:
+            return paused or fresh
+        return min(paused, fresh)
+
     def _start(self, item: Ranked, now: float) -> bool:
-        """Let the first waiting sequence run if its tokens so far fit in memory."""
+        """Take a waiting sequence out of its queue, if its tokens so far fit in memory."""
         sequence = item.sequence
-        if sequence.residency is Residency.NONE and not (self._may_place and self._place(item, now)):
+        if sequence.residency is Residency.DEVICE:
+            self._paused.discard(sequence)
+        elif self._place(item, now):
+            self._fresh.discard(sequence)
+        else:
             return False
-        self._waiting.pop(item)
-        self._paused.pop(sequence.request_id, None)
         sequence.status = Status.RUNNING
         self._policy.on_start(sequence, now)
-        bisect.insort(self._running, item)
         if sequence.scheduled_time is None:
             sequence.scheduled_time = now
         return True
 
     def _pause(self, sequence: Sequence, now: float) -> None:
-        """Back to the queue; what it holds stays its own."""
+        """Back to a queue; what it holds stays its own."""
         self.num_pauses += 1
         sequence.status = Status.WAITING
-        if sequence.residency is Residency.DEVICE:
-            self._paused[sequence.request_id] = sequence
-        self._waiting.push(sequence, now)
+        queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
+        queue.push(sequence, now)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -260,7 +263,7 @@ class Scheduler:
             self._may_place = False
             victim = self._worst_holder()
             if victim is None:
-                self._running = [item for item in self._running if item.sequence is not sequence]
+                self._running.pop()  # it was chosen last
                 self._drop(sequence, now)
                 return False
             self._drop(victim.sequence, now)
@@ -269,8 +272,7 @@ class Scheduler:
 
     def _worst_holder(self) -> Ranked | None:
         """The worst-ranked sequence with blocks that this step has not chosen."""
-        paused = (self._waiting.get(request_id) for request_id in self._paused)
-        worst = max((item for item in paused if item is not None), default=None)
+        worst = self._paused.last()
         if self._pending and (worst is None or worst < self._pending[0]):
             worst = self._pending[0]
         return worst
@@ -290,8 +292,7 @@ class Scheduler:
         self._prompt_logprobs.pop(sequence.request_id, None)
         if self._pending and self._pending[0].sequence is sequence:
             del self._pending[0]
-        self._paused.pop(sequence.request_id, None)
-        self._waiting.discard(sequence)
+        self._paused.discard(sequence)
         self._pause(sequence, now)
 
     def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
@@ -361,8 +362,8 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self._running = [item for item in self._running if item.sequence is not sequence]
         else:
-            self._waiting.discard(sequence)
-            self._paused.pop(sequence.request_id, None)
+            self._fresh.discard(sequence)
+            self._paused.discard(sequence)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
             self.block_pool.free(sequence.block_ids)

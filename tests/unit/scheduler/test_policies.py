@@ -113,7 +113,7 @@ def test_fair_keeps_the_gap_between_backlogged_tenants_within_the_bound(seed: in
         driver.add(request(f"{tenant}{index}", prompt, output, tenant=tenant))
     bound = 2 * max(longest_prompt, OUTPUT_WEIGHT * places * longest_output)
     while True:
-        waiting = {item.sequence.request.tenant for item in driver.scheduler._waiting._current.values()}
+        waiting = {item.sequence.request.tenant for item in driver.scheduler._fresh.items()}
         if len(waiting) < 2:
             break
         gap = abs(policy.counters["greedy"] - policy.counters["modest"])

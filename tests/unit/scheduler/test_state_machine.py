@@ -135,13 +135,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         scheduler = self.scheduler
         running = {item.sequence.request_id for item in scheduler._running}
-        waiting = set(scheduler._waiting._current)
+        paused = {item.sequence.request_id for item in scheduler._paused.items()}
+        fresh = {item.sequence.request_id for item in scheduler._fresh.items()}
+        assert not paused & fresh
+        waiting = paused | fresh
         assert not running & waiting
         assert running | waiting == set(scheduler._sequences)
         for name, sequence in scheduler._sequences.items():
             assert (sequence.status is Status.RUNNING) == (name in running)
             assert (sequence.residency is Residency.DEVICE) or not sequence.block_ids
-            assert (name in scheduler._paused) == (name in waiting and sequence.residency is Residency.DEVICE)
+            assert (name in paused) == (name in waiting and sequence.residency is Residency.DEVICE)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -164,6 +167,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestScheduler = SchedulerMachine.TestCase

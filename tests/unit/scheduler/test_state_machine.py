@@ -69,11 +69,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 50))
     def abort(self, which: int) -> None:
-        name = f"r{which}"
-        live = name in self.scheduler._sequences
-        self.scheduler.abort([name])
+        live = sorted(self.scheduler._sequences)
+        self.scheduler.abort(["unknown", *([live[which % len(live)]] if live else [])])
         if live:
-            self.aborted.add(name)
+            self.aborted.add(live[which % len(live)])
 
     @rule(seconds=st.sampled_from([0.001, 0.2, 0.5, 5.0]))
     def idle(self, seconds: float) -> None:
@@ -106,11 +105,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight is not None)
     @rule(steps=st.integers(0, 20))
     def update(self, steps: int) -> None:
-        """Take in the result, then run on for some steps."""
+        """Take in the result, then run on for some steps and leave the last one in flight."""
         self._update()
         for _ in range(steps):
             self.plan()
             self._update()
+        self.plan()
 
     def _update(self) -> None:
         assert self.in_flight is not None

@@ -19,9 +19,7 @@ from fastserve.scheduler.policy import POLICY_NAMES
 
 DEFAULT_POLICY = "aged-srpt"
 FLOOR, CEILING = "fcfs", "srpt-oracle"
-_COMPARED = tuple(
-    f"{label}_{figure}" for figure in ("normalised_latency", "ttft", "e2e") for label in ("mean", "p99")
-)
+_COMPARED = tuple(f"{label}_{figure}" for figure in ("normalised_latency", "ttft", "e2e") for label in ("mean", "p99"))
 
 
 def compare(

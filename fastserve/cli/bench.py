@@ -84,8 +84,8 @@ def policies(
         context=context,
         num_blocks=kv_blocks,
     )
-    chosen = {"policies": scheduler} if scheduler else {}
-    emit(bench.compare(trace, load=load, num_requests=requests, offset=offset, machine=machine, **chosen))
+    names = scheduler or bench.POLICY_NAMES
+    emit(bench.compare(trace, load=load, num_requests=requests, offset=offset, policies=names, machine=machine))
 
 
 def simulate(

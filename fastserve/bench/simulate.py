@@ -98,7 +98,7 @@ def make_scheduler(machine: Machine, policy: str, requests: list[Request]) -> Sc
         make_policy(policy, PolicyContext(cost, machine.max_batch_sequences)),
         max_batch_sequences=machine.max_batch_sequences,
         max_batch_tokens=machine.max_batch_tokens,
-        max_model_len=machine.context + 1,
+        max_model_len=machine.context,
         cost=cost,
     )
 

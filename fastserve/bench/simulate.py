@@ -14,7 +14,7 @@ from fastserve.bench.traces import Trace, prompt_ids
 from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
-from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
+from fastserve.scheduler.cost import Coefficients, CostModel, StepWork, warm_up_shapes
 from fastserve.scheduler.policy import PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler, StepResult
 
@@ -83,9 +83,15 @@ def make_requests(trace: Trace, vocab_size: int = _VOCAB_SIZE) -> list[Request]:
 
 def warm_cost_model(machine: Machine) -> CostModel:
     """A cost model that has seen what an engine measures at warm-up, and nothing else."""
-    return CostModel.from_warm_up(
-        lambda work: machine.coefficients.seconds(work), machine.max_batch_sequences, machine.max_batch_tokens
-    )
+    measured: list[tuple[StepWork, float]] = []
+    for num_sequences, num_tokens, start in warm_up_shapes(machine.max_batch_sequences, machine.max_batch_tokens):
+        work = StepWork()
+        for _ in range(num_sequences):
+            work.add(start, num_tokens)
+        measured.append((work, machine.coefficients.seconds(work)))
+    model = CostModel()
+    model.warm_up(measured)
+    return model
 
 
 def make_scheduler(machine: Machine, policy: str, requests: list[Request]) -> Scheduler:

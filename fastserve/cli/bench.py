@@ -77,6 +77,7 @@ def policies(
     from fastserve.bench import policies as bench
     from fastserve.bench.report import emit
     from fastserve.bench.simulate import Machine
+    from fastserve.scheduler.policy import POLICY_NAMES
 
     machine = Machine(
         max_batch_sequences=max_batch_sequences,
@@ -84,7 +85,7 @@ def policies(
         context=context,
         num_blocks=kv_blocks,
     )
-    names = scheduler or bench.POLICY_NAMES
+    names = scheduler or POLICY_NAMES
     emit(bench.compare(trace, load=load, num_requests=requests, offset=offset, policies=names, machine=machine))
 
 

@@ -88,14 +88,7 @@ class Engine:
         )
         self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
         if not loaded.model.has_own_cache:
-            measure_steps(
-                self._executor,
-                cost,
-                num_blocks=self.memory.num_blocks,
-                block_size=config.block_size,
-                max_batch_sequences=config.max_batch_sequences,
-                max_batch_tokens=config.max_batch_tokens,
-            )
+            measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
     def add(self, request: Request) -> None:

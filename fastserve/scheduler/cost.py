@@ -8,7 +8,7 @@ to set quanta, the simulator instead of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastserve.scheduler.plan import StepPlan
@@ -91,27 +91,6 @@ class CostModel:
             self.num_observed += 1
         self._fit()
 
-    @classmethod
-    def from_warm_up(
-        cls, measure: Callable[[StepWork], float], max_batch_sequences: int, max_batch_tokens: int
-    ) -> CostModel:
-        """A model fitted to about a dozen steps.
-
-        Args:
-            measure: runs a step and returns its seconds.
-        """
-        steps = []
-        for context in (16, 256):
-            for decodes in {1, max(1, max_batch_sequences // 2), max_batch_sequences}:
-                steps.append(StepWork(decodes=decodes, decode_context=decodes * context))
-            for tokens in {min(32, max_batch_tokens), max(1, max_batch_tokens // 2), max_batch_tokens}:
-                work = StepWork()
-                work.add(context, tokens)
-                steps.append(work)
-        model = cls()
-        model.warm_up((work, measure(work)) for work in steps)
-        return model
-
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from one step of the running engine."""
         if self.num_observed >= self._refit_every:
@@ -180,3 +159,11 @@ class CostModel:
                     rest = sum(gram[i][j] * values[j] for j in range(5) if j != i)
                     values[i] = max(0.0, (moments[i] - rest) / gram[i][i])
         self.coefficients = Coefficients(*values)
+
+
+def warm_up_shapes(max_sequences: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """Steps worth timing before the first request, the small ones first: (sequences, tokens of each, start)."""
+    widths = sorted({1, max(1, max_sequences // 4), max_sequences})
+    lengths = sorted({min(length, max_tokens) for length in (16, 64, 256)})
+    short = [(width, 1, 15) for width in widths] + [(1, length, 0) for length in lengths]
+    return short + [(width, 1, 255) for width in widths] + [(1, lengths[-1], 256)]

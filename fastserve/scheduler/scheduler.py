@@ -21,7 +21,7 @@ from fastserve.core.request import (
 from fastserve.scheduler.block_pool import BlockPool, hash_block
 from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan
-from fastserve.scheduler.policy import Rank, SchedulingPolicy
+from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 

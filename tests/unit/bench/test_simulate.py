@@ -9,7 +9,7 @@ import pytest
 
 from fastserve.bench import policies
 from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, summarise
-from fastserve.bench.simulate import Machine, capacity, make_requests, simulate
+from fastserve.bench.simulate import Machine, capacity, make_requests, simulate, warm_cost_model
 from fastserve.bench.traces import Trace, TraceRequest
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
 
@@ -79,7 +79,7 @@ def test_policies_report_has_ratios_above_one_for_the_better(tmp_path: Path) -> 
 
 def test_cost_model_learns_the_coefficients_and_shrugs_off_a_stall() -> None:
     truth = Coefficients(0.02, 0.0005, 0.003, 1e-7, 1e-6)
-    cost = CostModel.from_warm_up(truth.seconds, 16, 512)
+    cost = warm_cost_model(Machine(coefficients=truth))
     draws = random.Random(0)
     for step in range(1000):
         work = StepWork(decodes=draws.randrange(17), decode_context=draws.randrange(8000))

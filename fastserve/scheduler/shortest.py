@@ -64,7 +64,6 @@ class _Forecast:
     """What is thought of one sequence: taken again after a few tokens, not after each."""
 
     samples: tuple[int, ...]
-    tokens_left: float = 0.0
     retake_at: int = 0  # output length
     rank: Rank = ()
 
@@ -83,11 +82,12 @@ class SRPTPredicted(SRPTOracle):
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         forecast = self._forecasts[sequence.request_id]
-        num_output = sequence.num_output
-        if num_output >= forecast.retake_at or sequence.num_remaining > 1:
-            forecast.tokens_left = expected_remaining(forecast.samples, num_output)
-            forecast.retake_at = num_output + min(1 + num_output, 4 + num_output // 16)
-            forecast.rank = self._take_rank(sequence, forecast.tokens_left)
+        num_tokens = len(sequence.token_ids)
+        num_output = num_tokens - sequence.num_prompt
+        if num_output >= forecast.retake_at or num_tokens - sequence.num_computed > 1:
+            tokens_left = expected_remaining(forecast.samples, num_output)
+            forecast.retake_at = num_output + min(1 + num_output, 8 + num_output // 8)
+            forecast.rank = self._take_rank(sequence, tokens_left)
         return forecast.rank
 
     def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
@@ -189,12 +189,12 @@ class AgedSRPT(SRPTPredicted):
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         aging = self._aging[sequence.request_id]
-        if sequence.num_output == 0:
-            done = min(seconds, aging.prefill_left)
+        if sequence.first_token_time is None:
+            done = seconds if seconds < aging.prefill_left else aging.prefill_left
             aging.prefill_left -= done
             self._prefill_backlog -= done
-        else:
-            done = min(seconds, aging.decode_left)
+        elif aging.decode_left > 0.0:
+            done = seconds if seconds < aging.decode_left else aging.decode_left
             aging.decode_left -= done
             self._decode_backlog -= done
 
@@ -203,5 +203,5 @@ class AgedSRPT(SRPTPredicted):
         aging = self._aging.pop(sequence.request_id)
         self._prefill_backlog = max(0.0, self._prefill_backlog - aging.prefill_left)
         self._decode_backlog = max(0.0, self._decode_backlog - aging.decode_left)
-        if not math.isfinite(self._decode_backlog) or not self._aging:
+        if not self._aging:
             self._prefill_backlog = self._decode_backlog = 0.0  # rounding must not add up over days

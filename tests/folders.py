@@ -99,9 +99,7 @@ def _randomise(name: str, parameter: Any) -> None:
 
 def _options(options: dict[str, Any], **defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into those of the configuration (over the defaults) and those of `write_model`."""
-    writing = {
-        name: options.pop(name) for name in ("seed", "dtype", "shard_size", "chat_template") if name in options
-    }
+    writing = {name: options.pop(name) for name in ("seed", "dtype", "shard_size", "chat_template") if name in options}
     return {**defaults, **options}, writing
 
 

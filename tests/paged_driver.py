@@ -65,7 +65,9 @@ class PagedDriver:
         )
         context = PagedContext(self._kernels, self._keys, self._values, batch)
         logits = self._model.logits(self._model.forward(batch.input_ids, batch.positions, context))
-        return dict(zip(num_tokens, logits.split([b - a for a, b in zip(starts, starts[1:], strict=False)]), strict=True))
+        return dict(
+            zip(num_tokens, logits.split([b - a for a, b in zip(starts, starts[1:], strict=False)]), strict=True)
+        )
 
     def prompt_logits(self, chunk_size: int) -> dict[str, Tensor]:
         """All logits of the tokens that wait, in chunks of at most this many tokens per sequence and step."""

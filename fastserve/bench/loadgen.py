@@ -23,8 +23,10 @@ class StreamResult:
     Attributes:
         status: HTTP status; 0 when the connection failed.
         error: what went wrong, "" when nothing did.
-        pieces: the text of each event that had a choice, in order (may be "" while a character is incomplete).
+        pieces: the text of each event that had a choice, in order (may be "" while a character is incomplete; a server
+            may put several tokens into one).
         times: seconds (time.perf_counter) when each of them arrived.
+        tokens: every token's text, where the request asked for logprobs.
         started, ended: the same clock, around the whole request.
         finish_reason: of the last choice.
         usage: the usage object, when the server sent one.
@@ -35,6 +37,7 @@ class StreamResult:
     error: str = ""
     pieces: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     started: float = 0.0
     ended: float = 0.0
     finish_reason: str | None = None
@@ -140,6 +143,8 @@ def _take(data: str, result: StreamResult) -> None:
             result.pieces.append(piece)
             result.times.append(time.perf_counter())
         result.finish_reason = choice.get("finish_reason") or result.finish_reason
+        logprobs = choice.get("logprobs") or {}
+        result.tokens += logprobs.get("tokens") or [item["token"] for item in logprobs.get("content") or ()]
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:

@@ -34,7 +34,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100_000_000
-_CHUNK_BYTES = 64 * 1024 * 1024
+_CHUNK_BYTES = 8 * 1024 * 1024  # at most this much of a file is in memory besides its copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import http.client
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    import http.client
     from types import FrameType
 
 _SAMPLING = tuple(item.name for item in dataclasses.fields(SamplingParams))
@@ -177,6 +177,8 @@ class ServerChat:
         self._fields = {**sampling, **({"model": model} if model else {}), "stream": True}
 
     def reply(self, messages: Messages) -> Iterator[str]:
+        import http.client
+
         assert self._address.hostname is not None
         secure = self._address.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection

@@ -29,9 +29,11 @@ def generate(
 
     from fastserve.checkpoint.folder import ModelFolder
     from fastserve.checkpoint.sampling_defaults import sampling_defaults
-    from fastserve.offline.llm import LLM
 
     params = SamplingParams(**{**sampling_defaults(ModelFolder.open(settings.model)), **sampling})
+
+    from fastserve.offline.llm import LLM
+
     outputs = LLM(**dataclasses.asdict(settings)).generate(prompt, params)
     for output in outputs:
         if as_json:

@@ -36,8 +36,9 @@ class SamplingParams:
         seed: same seed, same tokens, whatever else is in the batch; None draws a fresh one.
         max_tokens: longest completion in tokens; None means up to the model's context length.
         min_tokens: stop tokens are masked until this many tokens were made.
-        stop: strings that end the completion (left out of the text unless `include_stop_str_in_output`).
+        stop: strings that end the completion.
         stop_token_ids: token ids that end it, besides the model's own end tokens.
+        include_stop_str_in_output: keep the stop string that ended the text.
         ignore_eos: do not stop at the model's end tokens.
         logprobs: report the log probability of each token and of this many most probable alternatives (0..20).
         prompt_logprobs: the same for the tokens of the prompt.
@@ -110,6 +111,8 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise RequestError(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RequestError("stop strings must be valid Unicode; one has half of a surrogate pair", "stop")
         if len(self.stop_token_ids) > MAX_STOP_STRINGS:
             raise RequestError(f"stop_token_ids takes at most {MAX_STOP_STRINGS} ids", "stop_token_ids")
         if any(not 0 <= token_id < 2**31 for token_id in self.stop_token_ids):

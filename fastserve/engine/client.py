@@ -12,11 +12,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,9 +23,8 @@ from fastserve.core import errors
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import EngineDeadError, FastServeError, QueueFullError, RequestError
 from fastserve.core.request import Request
+from fastserve.engine.link import EngineLink, default_command, describe_status
 from fastserve.engine.messages import (
-    HEADER,
-    MAX_FRAME_BYTES,
     Abort,
     Add,
     Configure,
@@ -40,9 +34,6 @@ from fastserve.engine.messages import (
     Outputs,
     Ready,
     Shutdown,
-    ToEngine,
-    encode_frame,
-    from_engine_decoder,
 )
 from fastserve.engine.token_stream import TokenStream
 
@@ -92,70 +83,11 @@ class _Live:
     num_deaths: int = 0
 
 
-class _Link:
-    """One engine process and the socket to it."""
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self.process = process
-        self.last_frame = time.monotonic()
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def open(cls, command: Sequence[str]) -> _Link:
-        """Start `command` with the number of its end of a socket pair as the last argument."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # whatever a library prints there must not mix with the output of the command
-            )
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(process, reader, writer)
-
-    def send(self, message: ToEngine) -> None:
-        self._writer.write(encode_frame(message))
-
-    async def receive(self) -> FromEngine:
-        """Raises EOFError or OSError when the process is gone, ValueError for a frame that is none of ours."""
-        (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-        message: FromEngine = from_engine_decoder.decode(await self._reader.readexactly(length))
-        self.last_frame = time.monotonic()
-        return message
-
-    def cut(self) -> None:
-        """Close the socket at once, whatever is in flight: the reader sees the end."""
-        self._writer.transport.abort()
-
-    async def end(self, grace: float = 0.0) -> int:
-        """Wait `grace` seconds for the process to exit, kill it otherwise; returns its exit status."""
-        deadline = time.monotonic() + grace
-        while self.process.poll() is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        if self.process.poll() is None:
-            self.process.kill()
-        status = await asyncio.to_thread(self.process.wait)
-        self.cut()
-        return status
-
-
-def default_command() -> list[str]:
-    """How the engine process is started: this interpreter, without the working directory unless we use it too."""
-    searches_here = "" in sys.path or os.getcwd() in sys.path
-    return [sys.executable, *([] if searches_here else ["-P"]), "-m", "fastserve.engine.process"]
-
-
 class EngineClient:
     """One engine process, seen from an event loop. All methods belong to that loop's thread.
 
     Attributes:
+        config: options of the engine.
         state: see EngineState. Requests are taken (and wait) in every state but DEAD.
         stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
         num_restarts: times that the process was started again.
@@ -181,14 +113,14 @@ class EngineClient:
         self.stats = EngineStats()
         self.num_restarts = 0
         self.ready: Ready | None = None
-        self._config = config
+        self.config = config
         self._command = list(command or default_command())
         self._stall_timeout = stall_timeout
         self._restarts = restarts or RestartPolicy()
         self._live: dict[str, _Live] = {}
         self._finish_times: deque[float] = deque(maxlen=1000)
         self._past = EngineStats()
-        self._link: _Link | None = None
+        self._link: EngineLink | None = None
         self._failure: FastServeError | None = None
         self._ready_since: float | None = None
         self._is_closing = False
@@ -217,12 +149,15 @@ class EngineClient:
         """
         self._admit(len(requests))
         stream = TokenStream([request.request_id for request in requests], self.abort)
-        for request in requests:
-            assert request.request_id not in self._live, f"request id {request.request_id} is in use"
-            live = _Live(request, stream)
-            self._live[request.request_id] = live
-            if self.state is EngineState.READY:
-                self._send(live)
+        try:
+            for request in requests:
+                assert request.request_id not in self._live, f"request id {request.request_id} is in use"
+                live = self._live[request.request_id] = _Live(request, stream)
+                if self.state is EngineState.READY:
+                    self._send(live)
+        except BaseException:
+            stream.close()  # one that cannot be encoded must not leave the others behind
+            raise
         return stream
 
     def abort(self, request_ids: list[str]) -> None:
@@ -243,14 +178,14 @@ class EngineClient:
         """End the engine process. Streams that still run end with EngineDeadError."""
         self._is_closing = True
         self.end_all(EngineDeadError("the server is shutting down"))
-        if self._link is not None:
-            self._link.send(Shutdown())
         if self._supervisor is not None:
-            done, _ = await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
-            if not done:
-                self.kill()
-                self._supervisor.cancel()
-                await asyncio.wait([self._supervisor])
+            if self.state is EngineState.READY and self._link is not None:
+                self._link.send(Shutdown())
+                await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
+            # Loading a model, or waiting to be started again: nothing worth waiting for.
+            self.kill()
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
         self.state = EngineState.DEAD
 
     def kill(self) -> None:
@@ -286,7 +221,7 @@ class EngineClient:
     @property
     def capacity(self) -> int:
         """Most requests that can be here at once: running and waiting."""
-        return self._config.max_batch_sequences + self._config.max_waiting
+        return self.config.max_batch_sequences + self.config.max_waiting
 
     # Admission
 
@@ -300,10 +235,10 @@ class EngineClient:
             )
         waiting = self.num_waiting
         # What fits into the running batch does not wait.
-        free = max(0, self._config.max_batch_sequences - (len(self._live) - waiting))
-        if waiting + count > free + self._config.max_waiting:
+        free = max(0, self.config.max_batch_sequences - (len(self._live) - waiting))
+        if waiting + count > free + self.config.max_waiting:
             raise QueueFullError(
-                f"{waiting} requests are waiting, which is as many as may (max_waiting={self._config.max_waiting}); "
+                f"{waiting} requests are waiting, which is as many as may (max_waiting={self.config.max_waiting}); "
                 "try again later",
                 self._retry_after(count),
             )
@@ -368,13 +303,13 @@ class EngineClient:
         """One process from birth to death; returns why it ended."""
         self._failure = None
         try:
-            link = self._link = await _Link.open(self._command)
+            link = self._link = await EngineLink.open(self._command)
         except OSError as error:
             return EngineDeadError(f"cannot start the engine process: {error}")
         watchdog = asyncio.create_task(self._watch(link), name="engine watchdog")
         reason = ""
         try:
-            link.send(Configure(dataclasses.asdict(self._config)))
+            link.send(Configure(dataclasses.asdict(self.config)))
             while True:
                 self._receive(await link.receive())
         except (EOFError, OSError):
@@ -386,7 +321,7 @@ class EngineClient:
             self._link = None
             self._on_death()
             status = await link.end(grace=_CLOSE_SECONDS if self._is_closing else 0.0)
-        return self._failure or EngineDeadError(f"the engine process ended {_describe_status(status)}{reason}")
+        return self._failure or EngineDeadError(f"the engine process ended {describe_status(status)}{reason}")
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, Outputs):
@@ -424,6 +359,8 @@ class EngineClient:
         self._past = _add_counters(self._past, self.stats)
         self.stats = EngineStats()
         for request_id, live in list(self._live.items()):
+            if request_id not in self._live:
+                continue  # stopped with another one of its group
             live.num_deaths += live.is_sent
             live.is_sent = False
             if live.has_token:
@@ -435,7 +372,7 @@ class EngineClient:
             del self._live[request_id]
             live.stream.fail(error)
 
-    async def _watch(self, link: _Link) -> None:
+    async def _watch(self, link: EngineLink) -> None:
         """Notice a process that is gone though its socket is open, and one that no longer gives a sign of life."""
         suspicions = 0
         while True:
@@ -466,10 +403,3 @@ def _rebuild_error(message: Failed) -> FastServeError:
     if isinstance(kind, type) and issubclass(kind, FastServeError):
         return kind(message.message)
     return EngineDeadError(f"the engine failed: {message.message}")
-
-
-def _describe_status(status: int) -> str:
-    if status >= 0:
-        return f"with exit status {status}"
-    hint = " (is there enough memory?)" if status == -signal.SIGKILL else ""
-    return f"by signal {signal.Signals(-status).name}{hint}"

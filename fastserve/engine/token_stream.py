@@ -40,9 +40,11 @@ class TokenStream:
         self._wake.set()
 
     def fail(self, error: FastServeError) -> None:
-        """End the stream with `error`, after what has arrived so far was read."""
+        """End the stream with `error`, after what has arrived so far was read; the whole group is stopped."""
+        running = list(self._open)
         self._open.clear()
         self._error = error
+        self._abort(running)
         self._wake.set()
 
     def drop(self, request_id: str) -> None:

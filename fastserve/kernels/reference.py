@@ -1,11 +1,13 @@
 """Every operation in plain PyTorch: obvious, portable, and the definition of correct for the other backends.
 
-Runs on any device. In float32 on a CPU a row of `linear` is the same to the bit at every number of rows: the BLAS
-library takes other loops for 1, 2, 3 and odd row counts, so rows are padded to a multiple of four there (measured;
-bfloat16 through oneDNN needs no padding).
+Runs on any device. On a CPU the rows of `linear` are padded to one of a few counts, for two reasons that were measured
+(docs/decisions/0002): in float32 a row is the same to the bit whatever else is in the step only at multiples of four,
+and in bfloat16 oneDNN keeps memory for every row count that it has seen.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,13 +16,12 @@ from torch.nn import functional
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
-_ROW_MULTIPLE = 4
 
 
 class ReferenceKernels:
@@ -36,8 +37,9 @@ class ReferenceKernels:
 
     def linear(self, packed: PackedLinear, x: Tensor) -> Tensor:
         num_rows = x.shape[0]
-        if x.dtype is torch.float32 and x.device.type == "cpu" and num_rows % _ROW_MULTIPLE:
-            x = functional.pad(x, (0, 0, 0, -num_rows % _ROW_MULTIPLE))
+        padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
+        if padding:
+            x = functional.pad(x, (0, 0, 0, padding))
             return functional.linear(x, packed.weight, packed.bias)[:num_rows]
         return functional.linear(x, packed.weight, packed.bias)
 
@@ -91,6 +93,14 @@ class ReferenceKernels:
         target = torch.tensor([pair[1] for pair in pairs], device=keys.device)
         keys[target] = keys[source]
         values[target] = values[source]
+
+
+def padded_rows(num_rows: int, dtype: torch.dtype) -> int:
+    """The row count that `linear` computes on a CPU: few as they are, then multiples of 8, of 32, and of 64."""
+    if num_rows <= 4:
+        return 4 if dtype is torch.float32 else num_rows
+    multiple = 8 if num_rows <= 64 else 32 if num_rows <= 256 else 64
+    return -(-num_rows // multiple) * multiple
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:

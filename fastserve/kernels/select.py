@@ -23,20 +23,14 @@ def select(name: str, spec: KernelSpec) -> tuple[Kernels, list[str]]:
     """
     lines: list[str] = []
     for candidate, module in _BACKENDS.items():
-        if name not in ("auto", candidate):
+        is_present = importlib.util.find_spec(module) is not None
+        if name != candidate and (name != "auto" or not is_present):
             continue
-        reasons, kernels = _try_backend(module, spec)
-        if kernels is not None:
-            return kernels, [*lines, f"kernels: {candidate}"]
-        lines.append(f"kernels: not {candidate}: {'; '.join(reasons)}")
+        backend = importlib.import_module(module).create() if is_present else None
+        reasons = backend.supports(spec) if backend else ["this build does not have them"]
+        if backend and not reasons:
+            return backend, [*lines, f"kernels: {candidate}"]
         if name == candidate:
             raise ConfigError(f"kernels={name} cannot be used: {'; '.join(reasons)}; use kernels=auto")
+        lines.append(f"kernels: not {candidate}: {'; '.join(reasons)}")
     return ReferenceKernels(), [*lines, "kernels: reference (plain PyTorch)"]
-
-
-def _try_backend(module: str, spec: KernelSpec) -> tuple[list[str], Kernels | None]:
-    if importlib.util.find_spec(module) is None:
-        return ["not part of this release"], None
-    backend = importlib.import_module(module).create()
-    reasons = backend.supports(spec)
-    return reasons, None if reasons else backend

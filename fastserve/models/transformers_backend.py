@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, FastServeError
@@ -22,70 +22,17 @@ from fastserve.kernels.interface import Batch, Kernels, KernelSpec
 from fastserve.kernels.reference import ReferenceKernels
 from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
 from fastserve.models.model import ModelShape, ServingModel
+from fastserve.models.transformers_network import (
+    ATTENTION_NAME,
+    Network,
+    NotPagedError,
+    Probe,
+    register_attention,
+    run_body,
+)
 from fastserve.models.transformers_own_cache import OwnCacheModel
 
-ATTENTION_NAME = "fastserve"
-_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
-_PROBE_LENGTHS = (7, 5)
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest logit
 _logger = logging.getLogger(__name__)
-
-
-class Network:
-    """A transformers model taken apart: its body, and its head with all that the model does to logits.
-
-    The head is the model itself with the body replaced by one that hands back given hidden states, so that logit
-    softcaps, scales and the like stay transformers' own.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.config = model.config.get_text_config()
-        name = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
-        if not isinstance(getattr(model, name, None), nn.Module):
-            raise CheckpointError(f"{type(model).__name__} is not made of a body and a head; it cannot be served")
-        self.body = getattr(model, name)
-        self._replay = _Replay()
-        self._head = model
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
-        setattr(model, name, self._replay)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, V] in float32."""
-        self._replay.hidden = hidden.unsqueeze(0)
-        dummy = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        logits: Tensor = self._head(input_ids=dummy, use_cache=False).logits[0].float()
-        self._replay.hidden = None
-        return logits
-
-
-class _Replay(nn.Module):
-    """Stands in for a model's body, or for a part of it that the model calls directly."""
-
-    hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return _Output(self.hidden)
-
-    @property
-    def decoder(self) -> _Replay:
-        return self
-
-
-class _Output:
-    """The output of a body: hidden states first, and None for whatever else a head asks for."""
-
-    def __init__(self, hidden: Tensor | None) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return (self.last_hidden_state,)[index]
 
 
 class TransformersModel:
@@ -112,17 +59,6 @@ class TransformersModel:
         """Nothing is kept between steps."""
 
 
-def run_body(network: Network, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-    """One ragged step through the model's body -> hidden states [T, hidden_size]."""
-    output = network.body(
-        input_ids=input_ids.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        use_cache=False,
-        fastserve_context=context,
-    )
-    return output.last_hidden_state[0]
-
-
 def load(
     folder: ModelFolder,
     *,
@@ -139,36 +75,39 @@ def load(
             cache gives the model's own logits.
     """
     model = _load_causal_model(folder, dtype, device, trust_remote_code)
-    expected = _expected_logits(model)
-    _register_attention()
+    probe = Probe.of(model)
+    register_attention()
     can_switch = model._can_set_attn_implementation()
-    own_attention = "sdpa" if model._supports_sdpa else "eager"
-    if can_switch:
-        model.set_attn_implementation(ATTENTION_NAME)
+    own_attentions = ["sdpa", "eager"] if model._supports_sdpa else ["eager"]
     network = Network(model)
     try:
         if not can_switch:
-            raise _NotPagedError(f"{type(model).__name__} has no exchangeable attention")
-        shape, difference = _probe(network, expected)
+            raise NotPagedError(f"{type(model).__name__} has no exchangeable attention")
+        network.set_attention(ATTENTION_NAME)
+        shape, error_found = _check_paged(network, probe)
     except Exception as error:  # remote or exotic code may raise anything; the reason is said
         _logger.debug("paged attention is not possible", exc_info=True)
-        if can_switch:
-            model.set_attn_implementation(own_attention)
-            network.body.set_attn_implementation(own_attention)
-        own = OwnCacheModel(network, _config_shape(network), expected, probe_ids(network), _TOLERANCE[dtype])
+        own = _with_own_cache(network, probe, own_attentions if can_switch else [])
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, FastServeError) else str(error)
         lines = [f"attention: the model's own, one sequence at a time, no prefix caching ({reason})", *own.report]
         return own, ReferenceKernels(), lines
     spec = KernelSpec(device.type, dtype, shape.num_heads, shape.num_kv_heads, shape.head_size, block_size)
     chosen, lines = select.select(kernels, spec)
-    checked = (
-        f"attention: paged; logits checked against the model's own attention (largest difference {difference:.1e})"
-    )
+    checked = f"attention: paged; logits checked against the model's own attention (relative error {error_found:.1e})"
     return TransformersModel(network, shape), chosen, [checked, *lines]
 
 
-class _NotPagedError(FastServeError):
-    """Why a model cannot use the paged cache."""
+def _with_own_cache(network: Network, probe: Probe, attentions: list[str]) -> OwnCacheModel:
+    """Run by the model itself, with the first of these attention functions that gives its own logits."""
+    for name in attentions[:-1]:
+        network.set_attention(name)
+        try:
+            return OwnCacheModel(network, _config_shape(network), probe)
+        except CheckpointError:
+            _logger.debug("attention %s does not give the model's own logits", name, exc_info=True)
+    if attentions:
+        network.set_attention(attentions[-1])
+    return OwnCacheModel(network, _config_shape(network), probe)
 
 
 def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -204,92 +143,33 @@ def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.de
     return model.eval().requires_grad_(False).to(device)
 
 
-def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    # The context masks by itself. Said aloud, because for transformers a name without a mask function means no mask.
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    fastserve_context: AttentionContext | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; what we cannot honour is refused."""
-    if fastserve_context is None:
-        raise _NotPagedError("the model does not pass our context to its attention")
-    strange = [name for name, item in others.items() if isinstance(item, Tensor) and name not in _HARMLESS_TENSORS]
-    if strange or attention_mask is not None:
-        raise _NotPagedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
-    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise _NotPagedError("its attention is not causal")
-    output = fastserve_context.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        int(sliding_window or 0),
-        float(softcap or 0.0),
-    )
-    return output.unsqueeze(0), None
-
-
-def probe_ids(network: Network) -> list[Tensor]:
-    """Two short sequences of different tokens."""
-    return _probe_ids(int(network.config.vocab_size), network.device)
-
-
-def _probe_ids(vocab_size: int, device: torch.device) -> list[Tensor]:
-    total = sum(_PROBE_LENGTHS)
-    ids = (torch.arange(1, total + 1, device=device) * 7919 + 11) % vocab_size
-    return list(ids.split(_PROBE_LENGTHS))
-
-
 @torch.inference_mode()
-def _expected_logits(model: Any) -> Tensor:
-    """What the model itself says for the probe, each sequence alone: [sum of lengths, V] float32."""
-    sequences = _probe_ids(int(model.config.get_text_config().vocab_size), model.device)
-    rows = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float() for ids in sequences]
-    return torch.cat(rows)
-
-
-@torch.inference_mode()
-def _probe(network: Network, expected: Tensor) -> tuple[ModelShape, float]:
-    """Shape and largest difference of a ragged step and of paged ones, or _NotPagedError with the reason."""
-    recorder = _Recorder(DenseContext(ReferenceKernels(), list(_PROBE_LENGTHS)))
-    positions = torch.cat([torch.arange(length, device=network.device) for length in _PROBE_LENGTHS])
-    hidden = run_body(network, torch.cat(probe_ids(network)), positions, recorder)
-    difference = _difference(network, hidden, expected)
+def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
+    """Shape and error of a ragged step and of paged ones, or NotPagedError with the reason."""
+    lengths = [len(ids) for ids in probe.sequences]
+    recorder = _Recorder(DenseContext(ReferenceKernels(), lengths))
+    positions = torch.cat([torch.arange(length, device=network.device) for length in lengths])
+    error = _check_logits(network, run_body(network, torch.cat(probe.sequences), positions, recorder), probe)
     shapes = {call[:3] for call in recorder.calls.values()}
     if not recorder.calls or list(recorder.calls) != list(range(len(recorder.calls))) or len(shapes) != 1:
-        raise _NotPagedError("its layers have attention of different shapes")
+        raise NotPagedError("its layers have attention of different shapes")
     ((num_heads, num_kv_heads, head_size),) = shapes
     windows = tuple(call[3] for call in recorder.calls.values())
     _check_windows(network.config, windows)
     shape = _config_shape(network, len(windows), num_heads, num_kv_heads, head_size, windows)
-    return shape, max(difference, _difference(network, _run_in_steps(network, shape), expected))
+    return shape, max(error, _check_logits(network, _run_in_steps(network, shape, probe.sequences), probe))
 
 
-def _difference(network: Network, hidden: Tensor, expected: Tensor) -> float:
-    difference = (network.logits(hidden) - expected).abs().max().item()
-    if not difference <= _TOLERANCE[network.dtype] * max(1.0, expected.abs().max().item()):
-        raise _NotPagedError(f"its logits would differ by {difference:.2g}")
-    return difference
+def _check_logits(network: Network, hidden: Tensor, probe: Probe) -> float:
+    error = probe.error(network.logits(hidden))
+    if error > probe.largest_error:
+        raise NotPagedError(f"its logits would differ, relative error {error:.2g}")
+    return error
 
 
-def _run_in_steps(network: Network, shape: ModelShape) -> Tensor:
+def _run_in_steps(network: Network, shape: ModelShape, sequences: list[Tensor]) -> Tensor:
     """The probe over a small paged cache: both sequences in three steps, the last ones single tokens."""
-    sequences, device, block_size = probe_ids(network), network.device, 4
+    device, block_size = network.device, 4
     size = (4, block_size, shape.num_kv_heads, shape.head_size)
     keys, values = ([torch.zeros(size, dtype=shape.dtype, device=device) for _ in shape.windows] for _ in range(2))
     rows: list[list[Tensor]] = [[], []]
@@ -322,7 +202,7 @@ class _Recorder:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
         if layer in self.calls:
-            raise _NotPagedError(f"layer {layer} attends twice")
+            raise NotPagedError(f"layer {layer} attends twice")
         self.calls[layer] = (query.shape[1], key.shape[1], key.shape[2], window)
         return self._context.attend(layer, query, key, value, scale, window, softcap)
 
@@ -334,9 +214,9 @@ def _check_windows(config: Any, windows: tuple[int, ...]) -> None:
         strange = set(types) - {"full_attention", "sliding_attention"}
         expected = [kind == "sliding_attention" for kind in types]
         if strange or expected != [window > 0 for window in windows]:
-            raise _NotPagedError(f"its layers are of kinds {sorted(set(types))}, which it does not tell its attention")
+            raise NotPagedError(f"its layers are of kinds {sorted(set(types))}, which it does not tell its attention")
     elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and not any(windows):
-        raise _NotPagedError("it does not tell its attention about the sliding window")
+        raise NotPagedError("it does not tell its attention about the sliding window")
 
 
 def _config_shape(

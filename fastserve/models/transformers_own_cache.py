@@ -7,7 +7,7 @@ Covers attention that is not exchangeable (Falcon, BLOOM), positions inside the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,9 @@ from torch import Tensor
 from fastserve.core.errors import CheckpointError
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.model import ModelShape
+from fastserve.models.transformers_network import Network, Probe
 
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
-
-
-class Network(Protocol):
-    """What is needed of `transformers_backend.Network`."""
-
-    body: Any
-    device: torch.device
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -42,8 +34,7 @@ class OwnCacheModel:
     Args:
         network: body and head.
         shape: numbers from the config.
-        expected: logits of the model itself for the sequences `probe`, one after the other.
-        tolerance: largest difference from them, as a share of the largest logit.
+        probe: what the model says without a cache.
 
     Raises:
         CheckpointError: with its own cache the model does not give its own logits.
@@ -51,21 +42,18 @@ class OwnCacheModel:
 
     has_own_cache = True
 
-    def __init__(
-        self, network: Network, shape: ModelShape, expected: Tensor, probe: list[Tensor], tolerance: float
-    ) -> None:
+    def __init__(self, network: Network, shape: ModelShape, probe: Probe) -> None:
         self.shape = shape
         self.device = network.device
         self.report: list[str] = []
         self._network = network
         self._kept: dict[str, _Kept] = {}
         self._one_by_one = False
-        limit = tolerance * max(1.0, expected.abs().max().item())
-        problem = self._probe_problem(expected, probe, limit)
+        problem = self._problem(probe)
         if problem:
             self._one_by_one = True
             self.report.append("a continued prompt is run token by token: the model cannot take several at once there")
-            problem = self._probe_problem(expected, probe, limit)
+            problem = self._problem(probe)
         if problem:
             raise CheckpointError(f"this model cannot be served with its own cache: {problem}")
 
@@ -111,11 +99,11 @@ class OwnCacheModel:
         return hidden
 
     @torch.inference_mode()
-    def _probe_problem(self, expected: Tensor, probe: list[Tensor], limit: float) -> str:
+    def _problem(self, probe: Probe) -> str:
         """What is wrong when each sequence comes as a beginning, a continuation and single tokens; "" when nothing."""
         rows = []
         try:
-            for ids in probe:
+            for ids in probe.sequences:
                 position = 0
                 for chunk in ids.split((2, 2, *(1 for _ in ids[4:]))):
                     rows.append(self._run("probe", chunk, position))
@@ -124,5 +112,5 @@ class OwnCacheModel:
             return f"{type(error).__name__}: {error}"
         finally:
             self.release(["probe"])
-        difference = (self._network.logits(torch.cat(rows)) - expected).abs().max().item()
-        return "" if difference <= limit else f"its logits differ by {difference:.2g} from those without a cache"
+        error_found = probe.error(self._network.logits(torch.cat(rows)))
+        return "" if error_found <= probe.largest_error else f"its logits differ, relative error {error_found:.2g}"

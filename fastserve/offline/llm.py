@@ -134,7 +134,7 @@ class LLM:
         first = job.streams[0]
         prompt_logprobs = None
         if first.prompt_logprobs is not None:
-            prompt_logprobs = [item and self._named(item) for item in first.prompt_logprobs]
+            prompt_logprobs = [None if item is None else self._named(item) for item in first.prompt_logprobs]
         outputs = [
             CompletionOutput(
                 index=index,

@@ -108,7 +108,7 @@ class Api:
         generation = self.generator.start(reply.id, prompts, sampling, body.priority)
         headers = {"X-Request-Id": reply.id}
         if body.stream:
-            return EventStream(_events(generation, reply, body), headers)
+            return EventStream(_events(generation, reply, body), generation.close, headers)
         try:
             answers = await while_connected(request.receive, generation.collect())
         except ClientGoneError:
@@ -237,15 +237,12 @@ def create_app(
 
 async def _events(generation: Generation, reply: Reply, body: GenerationBody) -> AsyncGenerator[bytes, None]:
     running = body.wants_running_usage
-    try:
-        async for delta in generation.deltas():
-            usage = generation.usage if running else None
-            event = reply.chunk(delta, usage)
-            yield reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
-        if body.wants_usage:
-            yield reply.usage_chunk(generation.usage)
-    finally:
-        generation.close()
+    async for delta in generation.deltas():
+        usage = generation.usage if running else None
+        event = reply.chunk(delta, usage)
+        yield reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+    if body.wants_usage:
+        yield reply.usage_chunk(generation.usage)
 
 
 def _json(content: Any, status: int = 200) -> Response:

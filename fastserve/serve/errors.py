@@ -73,7 +73,8 @@ def error_json(error: ApiError) -> bytes:
     """The body of the reply, also used as the last event of a stream that fails."""
     status = error.http_status
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return msgspec.json.encode(ErrorReply(ErrorBody(str(error), kind, error.param, error.code)))
+    param = None if error.param is None else _encodable(error.param)
+    return msgspec.json.encode(ErrorReply(ErrorBody(_encodable(str(error)), kind, param, error.code)))
 
 
 def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
@@ -110,6 +111,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(Exception, on_known)
+
+
+def _encodable(text: str) -> str:
+    """Quoted input may hold halves of surrogate pairs, which no encoding takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _describe_http(error: HTTPException) -> str:

@@ -180,7 +180,15 @@ class Generator:
         return self._client.ready.max_model_len
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; long ones are made in a thread."""
+        """Token ids of `text`; long ones are made in a thread.
+
+        Raises:
+            RequestError: half of a surrogate pair, which JSON can write and no text can hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode at character {error.start}", "prompt") from error
         if len(text) < _LONG_TEXT:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
@@ -193,6 +201,12 @@ class Generator:
             QueueFullError, EngineDeadError: it cannot be taken now.
         """
         self.check_open()
+        if priority and self._client.config.scheduler == "fcfs":
+            raise RequestError(
+                "priority has no effect here, because requests are served in order of arrival; leave it out, or start "
+                "the server with --scheduler priority",
+                "priority",
+            )
         now = time.monotonic()
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):

@@ -37,6 +37,8 @@ _BACKLOG = 2048
 # After the last token: time for replies to reach slow clients.
 _FLUSH_SECONDS = 5
 _POLL_SECONDS = 0.05
+# Longer than clients keep idle connections, so that they close first and none is reused while it is being closed.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class AddressError(FastServeError):
@@ -144,6 +146,7 @@ class _Server:
         import uvicorn
 
         from fastserve.serve.app import create_app
+        from fastserve.serve.connection import TimedHeaders
 
         class WebServer(uvicorn.Server):
             """Leaves signals to us."""
@@ -163,13 +166,14 @@ class _Server:
         )
         settings = uvicorn.Config(
             app,
-            http="httptools",
+            http=TimedHeaders,
             ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
             server_header=False,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         )
         api: Api = app.state.api
         return WebServer(settings), api

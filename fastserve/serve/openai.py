@@ -64,7 +64,8 @@ class Body(BaseModel):
             if value is None or value in _NOT_SUPPORTED.get(name, ()):
                 continue
             reason = "is not supported yet" if name in _NOT_SUPPORTED else "is not a known field"
-            raise RequestError(f"{str(name)[:100]} {reason}", str(name)[:100])
+            shown = str(name)[:100].encode("utf-8", "backslashreplace").decode()
+            raise RequestError(f"{shown} {reason}", shown)
         return values
 
 

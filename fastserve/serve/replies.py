@@ -259,17 +259,22 @@ class CompletionReply(_BaseReply):
         reply = CompletionLogprobs([], [], [], [])
         offset = self._offsets.get(choice.index, 0)
         for item in items:
-            text = self._tokenizer.token_text(item.token_ids[0])
             top = most_probable(item, self._num_top)
-            reply.tokens.append(text)
+            reply.tokens.append(self._spell(item.token_ids[0]))
             reply.token_logprobs.append(_finite(item.logprobs[0]))
-            reply.top_logprobs.append(
-                {self._tokenizer.token_text(token_id): _finite(logprob) for token_id, logprob in reversed(top)}
-            )
+            reply.top_logprobs.append({self._spell(token_id): _finite(logprob) for token_id, logprob in top})
             reply.text_offset.append(offset)
-            offset += len(text)
+            # Characters that begin in this token: all bytes but UTF-8's continuation bytes.
+            offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(item.token_ids[0]))
         self._offsets[choice.index] = offset
         return reply
+
+    def _spell(self, token_id: int) -> str:
+        """A token's text; parts of characters are spelled out in bytes, as OpenAI does, so that they stay distinct."""
+        text = self._tokenizer.token_text(token_id)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
 
 
 def most_probable(item: TokenLogprobs, count: int) -> list[tuple[int, float]]:

@@ -7,7 +7,7 @@ send. While the body is made, the connection is watched, so that a client which 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -28,12 +28,16 @@ class EventStream(Response):
     """Sends `events` (each a complete `data: ...` block) and then `[DONE]`.
 
     An exception in `events` becomes a last event in OpenAI's error form: the status line has been sent by then.
+    `close` is called at the end in any case, also when the client was gone before the first event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], close: Callable[[], None], headers: dict[str, str] | None = None
+    ) -> None:
         self._events = events
+        self._close = close
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
@@ -42,7 +46,9 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send_all(send))
         except ClientGoneError:
-            return
+            pass
+        finally:
+            self._close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

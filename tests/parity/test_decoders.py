@@ -29,7 +29,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases-sharded": ("llama", {"attention_bias": True, "mlp_bias": True, "shard_size": "100KB"}),
     "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "llama-yarn-mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}},
+    ),
     "llama3": ("llama3", {}),
     "llama3-untied": ("llama3", {"tie_word_embeddings": False}),
     "qwen2": ("qwen2", {}),

@@ -50,9 +50,7 @@ def test_in_a_batch_of_32(folder: Path, alone: dict[str, list[list[int]]]) -> No
 
 
 def test_chunked_at_16_tokens(folder: Path, alone: dict[str, list[list[int]]]) -> None:
-    check(
-        LLM(folder, dtype="float32", max_batch_sequences=16, max_batch_tokens=16, prefix_caching=False), alone
-    )
+    check(LLM(folder, dtype="float32", max_batch_sequences=16, max_batch_tokens=16, prefix_caching=False), alone)
 
 
 def test_preempted_midway(folder: Path, alone: dict[str, list[list[int]]]) -> None:

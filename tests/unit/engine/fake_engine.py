@@ -1,8 +1,8 @@
 """An engine process without a model: the real process loop and frames, with a few lines in place of the network.
 
 It answers with its prompt, over and over, one token per request and step, and obeys orders given as prompt token ids.
-Run as `python fake_engine.py FD`. `FAKE_ENGINE_STEP` sets the seconds of a step, `FAKE_ENGINE_FAILS` a file whose
-existence makes the start fail.
+Run as `python fake_engine.py FD`. `FAKE_ENGINE_LOAD` and `FAKE_ENGINE_STEP` set the seconds of loading and of a step,
+`FAKE_ENGINE_FAILS` names a file whose existence makes the start fail.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class FakeEngine:
         fails = os.environ.get("FAKE_ENGINE_FAILS")
         if config.model == "broken" or (fails and Path(fails).exists()):
             raise CheckpointError("model.safetensors is damaged: download it again")
+        time.sleep(float(os.environ.get("FAKE_ENGINE_LOAD", "0")))
         self.max_model_len = MAX_MODEL_LEN
         self.vocab_size = VOCAB_SIZE
         self.report = "fake memory plan"

@@ -80,6 +80,35 @@ def test_start_reports_the_engines_own_error():
     run(scenario())
 
 
+def test_close_does_not_wait_for_a_model_that_is_being_loaded(monkeypatch):
+    monkeypatch.setenv("FAKE_ENGINE_LOAD", "60")
+
+    async def scenario():
+        client = EngineClient(EngineConfig(), command=COMMAND)
+        starting = asyncio.create_task(client.start())
+        await until(lambda: client.process_id is not None)
+        process_id, closed = client.process_id, time.monotonic()
+        starting.cancel()
+        await client.close()
+        assert time.monotonic() - closed < 2
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
+
+    run(scenario())
+
+
+def test_requests_taken_while_it_restarts_are_served_after():
+    async def scenario():
+        async with running() as client:
+            os.kill(client.process_id, signal.SIGKILL)
+            await until(lambda: client.state is EngineState.RESTARTING)
+            assert await read(client.stream(request("a", [4], max_tokens=2))) == {"a": [4, 4]}
+            assert client.num_restarts == 1
+            await until(lambda: client.totals.generation_tokens == 2)
+
+    run(scenario())
+
+
 def test_start_of_a_program_that_just_dies_says_how_it_ended():
     async def scenario():
         client = EngineClient(EngineConfig(), command=[sys.executable, "-c", "raise SystemExit(7)"])
@@ -104,6 +133,19 @@ def test_kill_9_ends_running_streams_and_keeps_the_waiting_ones():
             assert await read(waiting) == {"waiting": [2, 3, 2, 3]}
             assert client.state is EngineState.READY
             assert client.process_id != old
+
+    run(scenario())
+
+
+def test_a_group_ends_as_a_whole_when_the_engine_dies():
+    async def scenario():
+        async with running(EngineConfig(max_batch_sequences=1, max_batch_tokens=8)) as client:
+            group = client.stream(request("a", [1], max_tokens=100_000), request("b", [2], max_tokens=100_000))
+            assert (await anext(group)).request_id == "a"
+            os.kill(client.process_id, signal.SIGKILL)
+            with pytest.raises(EngineDeadError):
+                await read(group)
+            assert client.num_live == 0
 
     run(scenario())
 

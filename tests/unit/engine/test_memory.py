@@ -26,9 +26,7 @@ SHAPE = ModelShape(
 
 
 def plan(free_bytes: int = 16 * GIB, **options: int) -> MemoryPlan:
-    settings = dict(
-        block_size=16, kv_cache_memory=0, max_model_len=0, max_batch_sequences=64, max_batch_tokens=1024
-    )
+    settings = dict(block_size=16, kv_cache_memory=0, max_model_len=0, max_batch_sequences=64, max_batch_tokens=1024)
     return plan_memory(SHAPE, torch.device("cpu"), free_bytes, **{**settings, **options})
 
 

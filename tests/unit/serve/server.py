@@ -15,6 +15,7 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.engine.client import EngineClient, RestartPolicy
 from fastserve.serve.app import Api, create_app
+from fastserve.serve.connection import TimedHeaders
 from fastserve.serve.launch import bind
 from tests.folders import write_tokenizer
 from tests.unit.engine.fake_engine import COMMAND
@@ -45,7 +46,7 @@ def run_server(folder: Path, config: EngineConfig | None = None, **options) -> I
         await client.start()
         listener = bind("127.0.0.1", 0)
         app = create_app(client, Tokenizer.load(ModelFolder.open(str(folder))), model_name="fake", **options)
-        web = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical", ws="none"))
+        web = uvicorn.Server(uvicorn.Config(app, http=TimedHeaders, lifespan="off", log_level="critical", ws="none"))
         serving = asyncio.create_task(web.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         started.append(RunningServer(url, app.state.api, client, asyncio.get_running_loop()))

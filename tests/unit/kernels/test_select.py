@@ -1,0 +1,62 @@
+"""Choosing kernels: the best that can serve the model, a named one or a clear refusal."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastserve.core.errors import ConfigError
+from fastserve.kernels import select
+from fastserve.kernels.interface import KernelSpec
+from fastserve.kernels.reference import ReferenceKernels
+
+SPEC = KernelSpec("cpu", torch.float32, 4, 2, 16, 16)
+
+
+class Fussy(ReferenceKernels):
+    name = "fussy"
+
+    def supports(self, spec: KernelSpec) -> list[str]:
+        return [] if spec.head_size == 32 else [f"head size {spec.head_size} is not 32"]
+
+
+@pytest.fixture
+def fussy(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("fussy_kernels")
+    module.create = Fussy  # type: ignore[attr-defined]
+    module.__spec__ = importlib_spec()
+    monkeypatch.setitem(sys.modules, "fussy_kernels", module)
+    monkeypatch.setattr(select, "_BACKENDS", {"triton": "no_such_kernels", "cpu": "fussy_kernels"})
+
+
+def importlib_spec() -> object:
+    import importlib.machinery
+
+    return importlib.machinery.ModuleSpec("fussy_kernels", None)
+
+
+def test_reference_when_asked_for() -> None:
+    kernels, lines = select.select("reference", SPEC)
+    assert kernels.name == "reference"
+    assert lines == ["kernels: reference (plain PyTorch)"]
+
+
+@pytest.mark.usefixtures("fussy")
+def test_auto_takes_the_best_that_can_and_says_why_not() -> None:
+    kernels, lines = select.select("auto", SPEC)
+    assert kernels.name == "reference"
+    assert lines[0] == "kernels: not cpu: head size 16 is not 32"
+    able = KernelSpec("cpu", torch.float32, 4, 2, 32, 16)
+    assert select.select("auto", able)[0].name == "fussy"
+    assert select.select("cpu", able)[1] == ["kernels: cpu"]
+
+
+@pytest.mark.usefixtures("fussy")
+def test_a_named_backend_is_never_replaced_silently() -> None:
+    with pytest.raises(ConfigError, match="head size 16 is not 32"):
+        select.select("cpu", SPEC)
+    with pytest.raises(ConfigError, match="this build does not have them"):
+        select.select("triton", SPEC)

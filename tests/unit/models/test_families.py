@@ -1,0 +1,83 @@
+"""What configs mean: windows, biases, sizes, and what is refused with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastserve.core.errors import CheckpointError
+from fastserve.models.families import FAMILIES
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+def read(architecture: str, **changes: Any) -> Any:
+    return FAMILIES[architecture].read_config({**SMALL, **changes})
+
+
+def test_defaults() -> None:
+    config = read("LlamaForCausalLM")
+    assert (config.num_kv_heads, config.head_size, config.windows) == (4, 16, (0, 0, 0, 0))
+    assert not config.tied_embeddings and not config.qkv_bias
+    assert read("LlamaForCausalLM", head_dim=None, num_key_value_heads=2).head_size == 16
+    assert read("LlamaForCausalLM", head_dim=32).head_size == 32
+    assert read("Qwen3ForCausalLM").head_size == 128
+    assert read("Qwen2ForCausalLM").qkv_bias and not read("Qwen2ForCausalLM").output_bias
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "windows"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 32}, (32, 32, 32, 32)),
+        ("MistralForCausalLM", {"sliding_window": None}, (0, 0, 0, 0)),
+        ("Qwen2ForCausalLM", {"sliding_window": 32}, (0, 0, 0, 0)),
+        ("Qwen2ForCausalLM", {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 0}, (0, 0, 0, 0)),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2},
+            (0, 0, 32, 32),
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            },
+            (32, 0, 0, 32),
+        ),
+        ("LlamaForCausalLM", {"sliding_window": 32}, (0, 0, 0, 0)),
+    ],
+)
+def test_windows(architecture: str, changes: dict[str, Any], windows: tuple[int, ...]) -> None:
+    assert read(architecture, **changes).windows == windows
+
+
+def test_yarn_reaches_further_than_the_config_says() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert read("Qwen2ForCausalLM", rope_scaling=rope).max_positions == 2048
+    assert read("Qwen2ForCausalLM", rope_scaling={**rope, "rope_type": "dynamic"}).max_positions == 512
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "mish"}, "activation 'mish'"),
+        ("LlamaForCausalLM", {"vocab_size": None}, "lacks the number vocab_size"),
+        ("LlamaForCausalLM", {"num_hidden_layers": "4"}, "lacks the number num_hidden_layers"),
+        ("MistralForCausalLM", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("MistralForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_refused(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(architecture, **changes)

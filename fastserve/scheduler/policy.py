@@ -33,7 +33,7 @@ class PolicyContext:
 
 
 class SchedulingPolicy(Protocol):
-    """Order of service. Made with a PolicyContext as its only argument.
+    """Order of service. Made with a PolicyContext as its only argument; what is not overridden is as in FCFS.
 
     Attributes:
         preemptive: a better-ranked waiting sequence may pause a running one when the batch is full.
@@ -41,23 +41,27 @@ class SchedulingPolicy(Protocol):
             free memory: what was computed is not thrown away for order's sake.
     """
 
-    preemptive: bool
-    evicts: bool
+    preemptive: bool = False
+    evicts: bool = False
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         """A new sequence joins; `rank` follows."""
 
     def lane(self, sequence: Sequence) -> str:
         """Sequences of one lane wait in order of rank; between lanes `lane_rank` decides. Fixed for a sequence."""
+        return ""
 
     def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
         """Lower goes first; `first` heads the lane. Asked whenever a place is free, so it may change at any time."""
+        return 0.0
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         """Sortable; lower is served first. Ties are broken by arrival."""
+        return (sequence.request.arrival_time,)
 
     def review_time(self, sequence: Sequence, now: float) -> float:
         """When the rank just taken is to be taken again, should the sequence still wait; inf for never."""
+        return math.inf
 
     def on_start(self, sequence: Sequence, now: float) -> None:
         """It joins the batch, for the first time or after a pause."""
@@ -69,38 +73,11 @@ class SchedulingPolicy(Protocol):
         """It finished or was aborted."""
 
 
-class FCFS:
+class FCFS(SchedulingPolicy):
     """First come, first served. Memory pressure evicts the latest arrival."""
-
-    preemptive = False
-    evicts = False
 
     def __init__(self, context: PolicyContext) -> None:
         self._context = context
-
-    def on_arrival(self, sequence: Sequence, now: float) -> None:
-        pass
-
-    def lane(self, sequence: Sequence) -> str:
-        return ""
-
-    def lane_rank(self, lane: str, first: Sequence, now: float) -> float:
-        return 0.0
-
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (sequence.request.arrival_time,)
-
-    def review_time(self, sequence: Sequence, now: float) -> float:
-        return math.inf
-
-    def on_start(self, sequence: Sequence, now: float) -> None:
-        pass
-
-    def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
-        pass
-
-    def on_finish(self, sequence: Sequence) -> None:
-        pass
 
 
 class Priority(FCFS):

@@ -29,30 +29,9 @@ def info(
     """
     settings = EngineConfig.load({"model": model, **options}, config)
 
-    from fastserve.checkpoint.folder import ModelFolder
-    from fastserve.engine.memory import free_memory, plan_memory
-    from fastserve.models.loader import load_model
+    from fastserve.engine.engine import open_model
 
-    folder = ModelFolder.open(settings.model)
-    loaded = load_model(
-        folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        kernels=settings.kernels,
-        backend=settings.backend,
-        block_size=settings.block_size,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    memory = plan_memory(
-        loaded.model.shape,
-        loaded.model.device,
-        free_memory(loaded.model.device),
-        block_size=settings.block_size,
-        kv_cache_memory=settings.kv_cache_memory,
-        max_model_len=settings.max_model_len,
-        max_batch_sequences=settings.max_batch_sequences,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
+    folder, loaded, memory = open_model(settings)
     if as_json:
         print(json.dumps(_as_dict(folder, loaded, memory)))
     else:

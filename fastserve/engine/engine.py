@@ -46,27 +46,8 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         policy = make_policy(config.scheduler)
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-        folder = ModelFolder.open(config.model)
-        loaded = load_model(
-            folder,
-            dtype=config.dtype,
-            device=config.device,
-            kernels=config.kernels,
-            backend=config.backend,
-            block_size=config.block_size,
-            trust_remote_code=config.trust_remote_code,
-        )
+        folder, loaded, self.memory = open_model(config)
         shape = loaded.model.shape
-        self.memory = plan_memory(
-            shape,
-            loaded.model.device,
-            free_memory(loaded.model.device),
-            block_size=config.block_size,
-            kv_cache_memory=config.kv_cache_memory,
-            max_model_len=config.max_model_len,
-            max_batch_sequences=config.max_batch_sequences,
-            max_batch_tokens=config.max_batch_tokens,
-        )
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
         self.report = _report(loaded, self.memory)
@@ -139,6 +120,35 @@ class Engine:
 
     def close(self) -> None:
         self._executor.close()
+
+
+def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPlan]:
+    """Load the weights and plan the rest of the memory; nothing else is allocated yet.
+
+    Raises:
+        CheckpointError, ConfigError, MemoryPlanError: see `Engine`.
+    """
+    folder = ModelFolder.open(config.model)
+    loaded = load_model(
+        folder,
+        dtype=config.dtype,
+        device=config.device,
+        kernels=config.kernels,
+        backend=config.backend,
+        block_size=config.block_size,
+        trust_remote_code=config.trust_remote_code,
+    )
+    memory = plan_memory(
+        loaded.model.shape,
+        loaded.model.device,
+        free_memory(loaded.model.device),
+        block_size=config.block_size,
+        kv_cache_memory=config.kv_cache_memory,
+        max_model_len=config.max_model_len,
+        max_batch_sequences=config.max_batch_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    return folder, loaded, memory
 
 
 def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[int, ...]) -> ModelRunner:

@@ -102,11 +102,6 @@ class BlockPool:
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
 
-    def clear_cache(self) -> None:
-        """Forget every cached prefix (after weights changed, say)."""
-        self._by_hash.clear()
-        self._hashes = [None] * self.num_blocks
-
     def _forget(self, block_id: int) -> None:
         block_hash = self._hashes[block_id]
         if block_hash is not None:

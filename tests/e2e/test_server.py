@@ -170,8 +170,8 @@ def test_vanishing_clients_free_the_engine(client, server):
         next(stream)
         stream.close()
     with httpx.Client() as http, pytest.raises(httpx.ReadTimeout):
-        body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True}
-        http.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.2))
+        body = {"prompt": "Once", "max_tokens": 400, "n": 8, "ignore_eos": True}
+        http.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.03))
     until_idle(server)
 
 

@@ -18,7 +18,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
 SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/kernels
-SERVING_PATH_LIMIT := 5000
+SERVING_PATH_LIMIT := 7500
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-fast lint format bench size clean
@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with the pinned versions (a CPU-only torch: see README)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/* csrc/isa/*)
 	@test -n "$(PYTHON)" || { echo "FastServe needs Python 3.11 or newer; install it or set PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "setup: installing FastServe and what it needs (a few minutes the first time)"

@@ -9,10 +9,12 @@ speed up. A backend is chosen once, at load, by `select.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fastserve.kernels.quant import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,21 @@ class Batch:
 
 @dataclass(slots=True)
 class PackedLinear:
-    """A linear layer in the backend's own layout. `weight` is [N, K] here; other backends put their own form there."""
+    """A linear layer in the backend's own layout.
+
+    Attributes:
+        weight: [N, K] in the reference; other backends put their own form here, or in `native`.
+        native: a backend's own object.
+        is_gated: the rows of the weight are gate and up, and `linear` gives activation(gate) * up.
+        activation_bits: 8: inputs are quantised per token as they come.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    native: Any = None
+    is_gated: bool = False
+    activation_bits: int = 16
 
 
 class Kernels(Protocol):
@@ -68,11 +80,19 @@ class Kernels(Protocol):
     def supports(self, spec: KernelSpec) -> list[str]:
         """Reasons why this backend cannot serve `spec`; an empty list means it can."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load."""
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+    ) -> PackedLinear:
+        """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load.
 
-    def linear(self, packed: PackedLinear, x: Tensor) -> Tensor:
-        """x [T, K] -> [T, N]. A row's result does not depend on the other rows (see the contract's precision rule)."""
+        is_gated: the first N / 2 rows are the gate, the others are up.
+        """
+
+    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+        """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
+
+        A row's result does not depend on the other rows (see the contract's precision rule).
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """x [..., K] scaled to unit root mean square in float32, times weight [K] (Zhang and Sennrich, 2019)."""
@@ -103,3 +123,6 @@ class Kernels(Protocol):
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
         """Copy cache blocks source -> target within one layer."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
+from fastserve.kernels.quant import QuantizedWeight, quantize_activations
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -32,16 +33,37 @@ class ReferenceKernels:
     def supports(self, spec: KernelSpec) -> list[str]:
         return []
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        return PackedLinear(weight, bias)
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+    ) -> PackedLinear:
+        if isinstance(weight, QuantizedWeight):
+            activation_bits = weight.scheme.activation_bits
+            return PackedLinear(weight.dequantize(), bias, is_gated=is_gated, activation_bits=activation_bits)
+        return PackedLinear(weight, bias, is_gated=is_gated)
 
-    def linear(self, packed: PackedLinear, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
+    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+        result = self._product(packed, x)
+        if packed.is_gated:
+            result = self.gated_activation(result, activation)
+        elif activation:
+            result = self.activation(result, activation)
+        return result if residual is None else result + residual
+
+    def _product(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        num_rows, dtype = x.shape[0], x.dtype
+        scales = None
+        if packed.activation_bits == 8:
+            x, scales = quantize_activations(x)
+        weight, bias = packed.weight, packed.bias
+        x = x.to(weight.dtype)  # a quantised weight is held dequantised, in float32
         padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
         if padding:
             x = functional.pad(x, (0, 0, 0, padding))
-            return functional.linear(x, packed.weight, packed.bias)[:num_rows]
-        return functional.linear(x, packed.weight, packed.bias)
+        if scales is None:
+            result = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            return (result[:num_rows] if padding else result).to(dtype)
+        result = functional.linear(x, weight)[:num_rows] * scales
+        return (result if bias is None else result + bias).to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()
@@ -93,6 +115,9 @@ class ReferenceKernels:
         target = torch.tensor([pair[1] for pair in pairs], device=keys.device)
         keys[target] = keys[source]
         values[target] = values[source]
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype) -> int:

@@ -115,12 +115,11 @@ class GatedMlp:
         parts = {"gate": inner_size, "up": inner_size}
         if parameters.has_role("gate_up"):
             parts = {"gate_up": 2 * inner_size}
-        self._gate_up = parameters.linear(parts, hidden_size, bias, layer)
+        self._gate_up = parameters.linear(parts, hidden_size, bias, layer, is_gated=True)
         self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self._kernels.gated_activation(self._kernels.linear(self._gate_up, x), self._activation)
-        return self._kernels.linear(self._down, inner)
+        return self._kernels.linear(self._down, self._kernels.linear(self._gate_up, x, self._activation))
 
 
 class PlainMlp:
@@ -135,8 +134,7 @@ class PlainMlp:
         self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self._kernels.activation(self._kernels.linear(self._up, x), self._activation)
-        return self._kernels.linear(self._down, inner)
+        return self._kernels.linear(self._down, self._kernels.linear(self._up, x, self._activation))
 
 
 MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp}

@@ -57,8 +57,13 @@ class ParameterLoader:
         self._fill(target, role, layer, suffix)
         return target
 
-    def linear(self, parts: Mapping[str, int], num_inputs: int, bias: bool, layer: int = 0) -> PackedLinear:
-        """One merged linear: role -> number of its output rows, in order; packed for the kernels."""
+    def linear(
+        self, parts: Mapping[str, int], num_inputs: int, bias: bool, layer: int = 0, is_gated: bool = False
+    ) -> PackedLinear:
+        """One merged linear: role -> number of its output rows, in order; packed for the kernels.
+
+        is_gated: the parts are gate and up, in this order.
+        """
         num_outputs = sum(parts.values())
         weight = self._allocate((num_outputs, num_inputs))
         merged_bias = self._allocate((num_outputs,)) if bias else None
@@ -69,7 +74,7 @@ class ParameterLoader:
             if merged_bias is not None:
                 self._fill(merged_bias[first : first + num_rows], role, layer, "bias")
             first += num_rows
-        return self.kernels.pack_linear(weight, merged_bias)
+        return self.kernels.pack_linear(weight, merged_bias, is_gated)
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.

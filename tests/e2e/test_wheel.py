@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("hatchling", reason="hatchling is not installed (make setup)")
+    pytest.importorskip("scikit_build_core", reason="scikit-build-core is not installed (make setup)")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,11 +43,11 @@ def test_it_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); import fastserve; from fastserve.cli.main import app; "
+        "import sys, json; sys.path[:0] = sys.argv[1:]; import fastserve; from fastserve.cli.main import app; "
         "print(json.dumps([fastserve.__file__, fastserve.__version__]))"
     )
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(tmp_path / "site")],
+        [sys.executable, "-P", "-S", "-c", code, str(tmp_path / "site"), sysconfig.get_path("purelib")],
         capture_output=True,
         text=True,
         cwd=tmp_path,

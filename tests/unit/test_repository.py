@@ -110,7 +110,7 @@ def test_start_is_quick(arguments: list[str]) -> None:
 def test_the_version_has_one_source() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
-    assert project["tool"]["hatch"]["version"]["path"] == "fastserve/__init__.py"
+    assert project["tool"]["scikit-build"]["metadata"]["version"]["input"] == "fastserve/__init__.py"
     assert f"## [{fastserve.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 

@@ -1,0 +1,480 @@
+// Attention over paged keys and values: tiles of query rows against blocks of 64 keys, softmax kept as running sums.
+//
+// The result of a query row depends on that row's query and on the keys it sees, to the bit: not on the chunk, the batch
+// or the threads. Blocks start at multiples of 64 of the absolute position, every 512 positions (a split) start from
+// nothing, and splits are added up in order. A block that a row does not see leaves the row's sums untouched.
+// A block's keys are transposed into a panel [D words, 64 keys], its values into panels [key pairs, D]: so both
+// products run on the kernels of linear.h, on the tile unit too.
+// Rows of a tile are (position, query head) of one key head, positions outermost.
+#pragma once
+
+namespace fastserve::FASTSERVE_ISA_NAMESPACE {
+
+constexpr int kKeyBlock = 64;
+constexpr int64_t kSplitKeys = 512;
+constexpr int64_t kTileQueryRows = 96;
+constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
+constexpr float kNever = -3.0e38f;    // a masked score; any real one is larger
+
+// Where one thread's working memory lies.
+struct AttentionScratch {
+    char* queries;     // [rows, depth] of the dot's elements
+    uint8_t* keys;     // [words, 64]
+    uint8_t* values;   // per 64 columns of D: [words, width]
+    float* scores;     // [rows, 64]
+    char* probs;       // [rows, 64] of the dot's elements
+    float* out;        // per 64 columns of D: [rows, 64]; of the running split
+    float* total;      // the same, of all splits so far
+    float* top;        // [rows] largest score of the split
+    float* sum;        // [rows]
+    float* total_top;
+    float* total_sum;
+};
+
+struct AttentionSizes {
+    bool pairs;              // bfloat16 dots
+    int64_t group;           // query heads per key head
+    int64_t depth;           // D padded for the scores' product
+    int64_t columns;         // D padded to 16
+    int64_t element;         // bytes of a query or a probability
+};
+
+static AttentionSizes attention_sizes(const AttentionArgs& args) {
+    AttentionSizes sizes{};
+    sizes.pairs = kHasBf16Dot && args.x_type == DType::bf16 && args.cache_type == DType::bf16;
+    sizes.element = sizes.pairs ? 2 : 4;
+    sizes.group = args.num_heads / args.num_kv_heads;
+    sizes.depth = round_up(args.head_size, 32);
+    sizes.columns = round_up(args.head_size, kColumnMultiple);
+    return sizes;
+}
+
+static AttentionScratch place_scratch(uint8_t* base, const AttentionArgs& args) {
+    const int64_t rows = attention_tile_rows(args);
+    const int64_t columns = round_up(args.head_size, kColumnMultiple), padded = round_up(columns, kPanelColumns);
+    AttentionScratch s{};
+    auto take = [&](int64_t bytes) {
+        uint8_t* here = base;
+        base += round_up(bytes, 64);
+        return here;
+    };
+    s.queries = reinterpret_cast<char*>(take(rows * round_up(args.head_size, 32) * 4));
+    s.keys = take(round_up(args.head_size, 32) * kKeyBlock * 4);
+    s.values = take(kKeyBlock * padded * 4);
+    s.scores = reinterpret_cast<float*>(take(rows * kKeyBlock * 4));
+    s.probs = reinterpret_cast<char*>(take(rows * kKeyBlock * 4));
+    s.out = reinterpret_cast<float*>(take(rows * padded * 4));
+    s.total = reinterpret_cast<float*>(take(rows * padded * 4));
+    s.top = reinterpret_cast<float*>(take(rows * 4));
+    s.sum = reinterpret_cast<float*>(take(rows * 4));
+    s.total_top = reinterpret_cast<float*>(take(rows * 4));
+    s.total_sum = reinterpret_cast<float*>(take(rows * 4));
+    return s;
+}
+
+// c [rows, 64] (+)= a [rows, words] x panel [words, width].
+struct PanelProduct {
+    const Kernels* kernels;
+    Kernel tile_kernel;
+    const PackedWeight* nothing;  // what the kernels look up in a weight: no scales, no groups
+    TileShape* tiles;
+
+    void run(const uint8_t* panel, int64_t width, int64_t words, const char* a, int64_t a_stride, float* c, int64_t rows,
+             bool load) const {
+        Block b{};
+        b.weight = nothing;
+        b.tiles = tiles;
+        b.word_stride = width * 4;
+        b.words_per_group = b.last_words = words;
+        b.a_stride = a_stride;
+        b.groups = 1;
+        b.load = load;
+        const int64_t most = tile_kernel ? 32 : kMaxRows;
+        const int64_t blocks = ceil_div(rows, most);
+        for (int64_t i = 0; i < blocks; ++i) {
+            Range range{rows * i / blocks, rows * (i + 1) / blocks};
+            if (tile_kernel) range = {i * most, min_of((i + 1) * most, rows)};
+            b.rows = range.end - range.begin;
+            b.a = a + range.begin * a_stride;
+            const bool wide = tile_kernel || (width == kPanelColumns && kernels->wide[b.rows - 1]);
+            b.columns = tile_kernel ? width : wide ? kPanelColumns : kColumnMultiple;
+            for (int64_t column = 0; column < width; column += b.columns) {
+                b.words = panel + column * 4;
+                b.c = c + range.begin * kPanelColumns + column;
+                (tile_kernel ? tile_kernel : (wide ? kernels->wide : kernels->narrow)[b.rows - 1])(b);
+            }
+        }
+    }
+};
+
+// One tile: some query positions of one sequence, one key head.
+struct QueryTile {
+    int64_t sequence, kv_head;
+    int64_t first_query, num_queries;  // among the sequence's new tokens
+    int64_t first_position;            // of the first query
+    int64_t rows;
+};
+
+class TileAttention {
+public:
+    TileAttention(const AttentionArgs& args, const AttentionScratch& scratch, TileShape& tiles)
+        : args_(args), sizes_(attention_sizes(args)), s_(scratch) {
+        product_.nothing = &kNoWeight;
+        product_.tiles = &tiles;
+        product_.tile_kernel = nullptr;
+        product_.kernels = &kernels_of<FloatF32, false, kMaxRows>();
+#if defined(__AVX512BF16__)
+        if (sizes_.pairs) {
+            product_.kernels = &kernels_of<PairBf16, false, kMaxRows>();
+#ifdef FASTSERVE_TILES
+            product_.tile_kernel = tile_kernel<PairBf16, false>;
+#endif
+        }
+#endif
+    }
+
+    // Gather the tile's queries and forget all sums.
+    void start(const QueryTile& tile) {
+        tile_ = tile;
+        const int64_t row_bytes = sizes_.depth * sizes_.element;
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            const int64_t token = args_.query_starts[tile.sequence] + tile.first_query + row / sizes_.group;
+            const int64_t head = tile.kv_head * sizes_.group + row % sizes_.group;
+            const int64_t from = token * args_.query_stride + head * args_.query_head_stride;
+            char* to = s_.queries + row * row_bytes;
+            std::memset(to, 0, row_bytes);
+            if (sizes_.pairs) {
+                std::memcpy(to, static_cast<const uint16_t*>(args_.query) + from, args_.head_size * 2);
+            } else {
+                widen(args_.query, args_.x_type, from, args_.head_size, reinterpret_cast<float*>(to));
+            }
+            s_.total_top[row] = kNever;
+            s_.total_sum[row] = 0.0f;
+        }
+        std::memset(s_.total, 0, panels() * panel_stride() * 4);
+    }
+
+    // Keys this tile sees at all: [first, last).
+    Range visible() const {
+        const int64_t last = args_.causal ? tile_.first_position + tile_.num_queries : context();
+        return {args_.window ? max_of(0, tile_.first_position - args_.window + 1) : 0, min_of(last, context())};
+    }
+
+    // All visible keys of split `split`, from nothing, into out, top and sum.
+    void attend_split(int64_t split) {
+        for (int64_t row = 0; row < tile_.rows; ++row) s_.top[row] = kNever, s_.sum[row] = 0.0f;
+        std::memset(s_.out, 0, panels() * panel_stride() * 4);
+        const Range keys = visible();
+        const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
+        const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
+        for (int64_t block = begin; block < end; block += kKeyBlock) attend_block(block);
+    }
+
+    // total += the split's sums.
+    void merge() { merge_sums(s_.top, s_.sum, s_.out, tile_.rows); }
+
+    void merge_sums(const float* top, const float* sum, const float* out, int64_t stride_rows) {
+        for (int64_t row = 0; row < tile_.rows; ++row) {
+            if (sum[row] == 0.0f) continue;
+            const float highest = top[row] > s_.total_top[row] ? top[row] : s_.total_top[row];
+            const float old_share = exp_one(s_.total_top[row] - highest), new_share = exp_one(top[row] - highest);
+            s_.total_top[row] = highest;
+            s_.total_sum[row] = s_.total_sum[row] * old_share + sum[row] * new_share;
+            const F a = f_set(old_share), b = f_set(new_share);
+            for (int64_t panel = 0; panel < panels(); ++panel) {
+                const float* from = out + (panel * stride_rows + row) * kPanelColumns;
+                float* to = s_.total + panel * panel_stride() + row * kPanelColumns;
+                for (int64_t column = 0; column < panel_width(panel); column += W) {
+                    f_store(to + column, f_fma(f_load(from + column), b, f_mul(f_load(to + column), a)));
+                }
+            }
+        }
+    }
+
+    void write() {
+        for (int64_t row = 0; row < tile_.rows; ++row) {
+            const int64_t token = args_.query_starts[tile_.sequence] + tile_.first_query + row / sizes_.group;
+            const int64_t head = tile_.kv_head * sizes_.group + row % sizes_.group;
+            const int64_t at = (token * args_.num_heads + head) * args_.head_size;
+            const F share = f_set(s_.total_sum[row] > 0.0f ? 1.0f / s_.total_sum[row] : 0.0f);
+            for (int64_t column = 0; column < args_.head_size; column += W) {
+                const int64_t panel = column / kPanelColumns;
+                const float* from = s_.total + panel * panel_stride() + row * kPanelColumns + column % kPanelColumns;
+                store_lanes(args_.out, args_.x_type, at + column, args_.head_size - column, f_mul(f_load(from), share));
+            }
+        }
+    }
+
+    int64_t panels() const { return ceil_div(sizes_.columns, kPanelColumns); }
+    const AttentionScratch& scratch() const { return s_; }
+
+private:
+    int64_t context() const { return args_.context_lens[tile_.sequence]; }
+    int64_t panel_stride() const { return tile_.rows * kPanelColumns; }
+    int64_t panel_width(int64_t panel) const { return min_of(kPanelColumns, sizes_.columns - panel * kPanelColumns); }
+
+    static void widen(const void* from, DType type, int64_t at, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; i += W) {
+            F value = load_lanes(from, type, at + i, count - i);
+            if (count - i >= W) f_store(to + i, value);
+            else store_some(to, DType::f32, i, count - i, value);
+        }
+    }
+
+    static float exp_one(float x) {
+        alignas(64) float lanes[W];
+        f_store(lanes, f_exp(f_set(x)));
+        return x < -87.0f ? 0.0f : lanes[0];
+    }
+
+    int64_t slot(const CacheStrides& strides, int64_t position) const {
+        const int64_t block = args_.block_tables[tile_.sequence][position / args_.block_size];
+        return block * strides.block + position % args_.block_size * strides.slot + tile_.kv_head * strides.head;
+    }
+
+    void attend_block(int64_t first_key) {
+        const int64_t keys = min_of(kKeyBlock, context() - first_key);
+        Range rows{0, tile_.rows};
+        if (args_.causal) rows.begin = max_of(0, first_key - tile_.first_position) * sizes_.group;
+        if (args_.window) {
+            // The last position that still sees this block's last key.
+            const int64_t last = first_key + kKeyBlock - 1 + args_.window - 1;
+            rows.end = min_of(rows.end, (last - tile_.first_position + 1) * sizes_.group);
+        }
+        if (rows.begin >= rows.end) return;
+        load_keys(first_key, keys);
+        const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
+        const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
+        const int64_t count = rows.end - rows.begin;
+        product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
+                     s_.scores + rows.begin * kPanelColumns, count, false);
+        for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
+        load_values(first_key, keys);
+        const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock;
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            product_.run(s_.values + panel * value_words * kPanelColumns * 4, panel_width(panel), value_words,
+                         s_.probs + rows.begin * prob_bytes, prob_bytes,
+                         s_.out + panel * panel_stride() + rows.begin * kPanelColumns, count, true);
+        }
+    }
+
+    // Scores of one row -> probabilities relative to the running maximum; the row's sums are brought to it.
+    void soften(int64_t row, int64_t first_key, int64_t keys) {
+        const int64_t position = tile_.first_position + row / sizes_.group;
+        int64_t end = args_.causal ? min_of(keys, position + 1 - first_key) : keys;
+        int64_t begin = args_.window ? max_of(0, position - args_.window + 1 - first_key) : 0;
+        float* scores = s_.scores + row * kPanelColumns;
+        const F scale = f_set(args_.scale), cap = f_set(args_.softcap), inverse_cap = f_set(1.0f / args_.softcap);
+        F highest = f_set(kNever);
+        for (int column = 0; column < kKeyBlock; column += W) {
+            F value = f_mul(f_load(scores + column), scale);
+            if (args_.softcap > 0.0f) value = f_mul(cap, f_tanh(f_mul(value, inverse_cap)));
+            f_store(scores + column, value);
+        }
+        for (int64_t i = 0; i < begin; ++i) scores[i] = kNever;
+        for (int64_t i = end < begin ? begin : end; i < kKeyBlock; ++i) scores[i] = kNever;
+        for (int column = 0; column < kKeyBlock; column += W) highest = f_max(highest, f_load(scores + column));
+        const float block_top = f_largest(highest);
+        const float top = block_top > s_.top[row] ? block_top : s_.top[row];
+        const F top_v = f_set(top);
+        F sum = f_zero();
+        char* probs = s_.probs + row * kKeyBlock * sizes_.element;
+        for (int column = 0; column < kKeyBlock; column += W) {
+            F value = f_load(scores + column);
+            // exp is clamped, so that a masked score would leave a trace: it is zeroed instead.
+            F p = f_zero_below(value, f_set(kNever * 0.5f), f_exp(f_sub(value, top_v)));
+            sum = f_add(sum, p);
+            store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, column, p);
+        }
+        if (top > s_.top[row]) {
+            const float share = s_.top[row] <= kNever ? 0.0f : exp_one(s_.top[row] - top);
+            s_.sum[row] *= share;
+            const F factor = f_set(share);
+            for (int64_t panel = 0; panel < panels(); ++panel) {
+                float* out = s_.out + panel * panel_stride() + row * kPanelColumns;
+                for (int64_t column = 0; column < panel_width(panel); column += W) {
+                    f_store(out + column, f_mul(f_load(out + column), factor));
+                }
+            }
+            s_.top[row] = top;
+        }
+        s_.sum[row] += f_sum(sum);
+    }
+
+    // Keys [64, D] -> panel [D words, 64]; keys that do not exist are 0.
+    void load_keys(int64_t first_key, int64_t keys) {
+        const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
+        uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
+        int64_t whole = 0;
+        if (kHasTranspose && (sizes_.pairs || args_.cache_type == DType::f32) && args_.head_size % 32 == 0) {
+            for (; whole + 16 <= keys; whole += 16) {
+                const char* rows[16];
+                for (int i = 0; i < 16; ++i) {
+                    const int64_t at = slot(args_.key_strides, first_key + whole + i);
+                    rows[i] = static_cast<const char*>(args_.keys) + at * element_bytes(args_.cache_type);
+                }
+                for (int64_t word = 0; word < words; word += 16) {
+                    transpose_words(rows, word, panel + word * kKeyBlock + whole, kKeyBlock);
+                }
+            }
+        }
+        for (int64_t key = whole; key < kKeyBlock; ++key) {
+            if (key >= keys) {
+                for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = 0;
+                continue;
+            }
+            const int64_t at = slot(args_.key_strides, first_key + key);
+            for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = key_word(at, word);
+        }
+    }
+
+    uint32_t key_word(int64_t at, int64_t word) const {
+        uint32_t bits = 0;
+        if (args_.cache_type == DType::f32) {
+            std::memcpy(&bits, static_cast<const float*>(args_.keys) + at + word, 4);
+        } else if (sizes_.pairs) {
+            const uint16_t* from = static_cast<const uint16_t*>(args_.keys) + at;
+            const int64_t d = word * 2;
+            if (d < args_.head_size) bits = from[d];
+            if (d + 1 < args_.head_size) bits |= static_cast<uint32_t>(from[d + 1]) << 16;
+        } else {
+            bits = static_cast<uint32_t>(static_cast<const uint16_t*>(args_.keys)[at + word]) << 16;
+        }
+        return bits;
+    }
+
+    // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.
+    void load_values(int64_t first_key, int64_t keys) {
+        const int64_t step = sizes_.pairs ? 2 : 1, words = kKeyBlock / step;
+        alignas(64) uint16_t nothing[W] = {};
+        for (int64_t word = 0; word < words; ++word) {
+            const int64_t key = word * step;
+            const int64_t first = key < keys ? slot(args_.value_strides, first_key + key) : -1;
+            const int64_t second = step == 2 && key + 1 < keys ? slot(args_.value_strides, first_key + key + 1) : -1;
+            for (int64_t column = 0; column < sizes_.columns; column += W) {
+                const int64_t panel = column / kPanelColumns, width = panel_width(panel);
+                uint8_t* to = s_.values + panel * words * kPanelColumns * 4 +
+                              (word * width + column % kPanelColumns) * 4;
+                const int64_t left = args_.head_size - column;
+                if (!sizes_.pairs) {
+                    F value = first < 0 || left <= 0 ? f_zero() : load_lanes(args_.values, args_.cache_type, first + column, left);
+                    f_store(reinterpret_cast<float*>(to), value);
+                    continue;
+                }
+                alignas(64) uint16_t tails[2][W] = {};
+                const uint16_t* from[2] = {nothing, nothing};
+                for (int i = 0; i < 2; ++i) {
+                    const int64_t at = i ? second : first;
+                    if (at < 0 || left <= 0) continue;
+                    from[i] = static_cast<const uint16_t*>(args_.values) + at + column;
+                    if (left < W) {
+                        std::memcpy(tails[i], from[i], left * 2);
+                        from[i] = tails[i];
+                    }
+                }
+                i_store(to, i_or(i_shr<16>(i_bits(f_load_bf16(from[0]))), i_bits(f_load_bf16(from[1]))));
+            }
+        }
+    }
+
+    const AttentionArgs& args_;
+    const AttentionSizes sizes_;
+    const AttentionScratch s_;
+    PanelProduct product_;
+    QueryTile tile_{};
+};
+
+// Calls visit(tile, splits, is_split, index) for every tile in a fixed order; `splits` are those it sees.
+template <class Visit>
+static void for_each_tile(const AttentionArgs& args, const Visit& visit) {
+    const int64_t group = args.num_heads / args.num_kv_heads;
+    const int64_t queries_per_tile = max_of(1, kTileQueryRows / group);
+    for (int64_t sequence = 0; sequence < args.num_sequences; ++sequence) {
+        const int64_t queries = args.query_starts[sequence + 1] - args.query_starts[sequence];
+        const int64_t before = args.context_lens[sequence] - queries;
+        for (int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
+            for (int64_t first = 0; first < queries; first += queries_per_tile) {
+                QueryTile tile{sequence, kv_head, first, min_of(queries_per_tile, queries - first), before + first, 0};
+                tile.rows = tile.num_queries * group;
+                const int64_t last = args.causal ? tile.first_position + tile.num_queries : args.context_lens[sequence];
+                const int64_t begin = args.window ? max_of(0, tile.first_position - args.window + 1) : 0;
+                visit(tile, Range{begin / kSplitKeys, ceil_div(last, kSplitKeys)}, queries <= kSplitQueries,
+                      (last - begin + 64) * (tile.rows + 8));
+            }
+        }
+    }
+}
+
+// Which thread takes the next piece of work: pieces in order, cut into parts of equal cost.
+struct CostShare {
+    int64_t total, before = 0;
+    int count;
+    int next(int64_t cost) {
+        const int thread = static_cast<int>((before + cost / 2) * count / total);
+        before += cost;
+        return thread < count ? thread : count - 1;
+    }
+};
+
+static void attention(const AttentionArgs& args, const Worker& worker) {
+    TileShape tiles;
+    const AttentionSizes sizes = attention_sizes(args);
+    TileAttention tile_attention(args, place_scratch(worker.scratch, args), tiles);
+    const int64_t padded = round_up(sizes.columns, kPanelColumns);
+    int64_t total = 0;
+    bool any_split = false;
+    for_each_tile(args, [&](const QueryTile&, Range splits, bool is_split, int64_t cost) {
+        total += cost;
+        any_split = any_split || (is_split && splits.end - splits.begin > 1);
+    });
+    CostShare share{max_of(total, 1), 0, worker.count};
+    int64_t saved = 0;  // floats of partial sums before this tile's
+    for_each_tile(args, [&](const QueryTile& tile, Range splits, bool is_split, int64_t cost) {
+        const int64_t num_splits = splits.end - splits.begin;
+        if (!is_split || num_splits <= 1) {
+            if (share.next(cost) != worker.index) return;
+            tile_attention.start(tile);
+            for (int64_t split = splits.begin; split < splits.end; ++split) {
+                tile_attention.attend_split(split);
+                tile_attention.merge();
+            }
+            tile_attention.write();
+            return;
+        }
+        const int64_t floats = tile.rows * (padded + 2);
+        bool started = false;
+        for (int64_t split = splits.begin; split < splits.end; ++split, saved += floats) {
+            if (share.next(cost / num_splits) != worker.index) continue;
+            if (!started) tile_attention.start(tile);
+            started = true;
+            tile_attention.attend_split(split);
+            float* to = reinterpret_cast<float*>(worker.shared) + saved;
+            std::memcpy(to, tile_attention.scratch().top, tile.rows * 4);
+            std::memcpy(to + tile.rows, tile_attention.scratch().sum, tile.rows * 4);
+            std::memcpy(to + 2 * tile.rows, tile_attention.scratch().out, tile.rows * padded * 4);
+        }
+    });
+    if (any_split) {
+        worker.barrier();
+        saved = 0;
+        int64_t index = 0;
+        for_each_tile(args, [&](const QueryTile& tile, Range splits, bool is_split, int64_t) {
+            const int64_t num_splits = splits.end - splits.begin;
+            if (!is_split || num_splits <= 1) return;
+            const float* from = reinterpret_cast<const float*>(worker.shared) + saved;
+            const int64_t floats = tile.rows * (padded + 2);
+            saved += num_splits * floats;
+            if (index++ % worker.count != worker.index) return;
+            tile_attention.start(tile);
+            for (int64_t i = 0; i < num_splits; ++i, from += floats) {
+                tile_attention.merge_sums(from, from + tile.rows, from + 2 * tile.rows, tile.rows);
+            }
+            tile_attention.write();
+        });
+    }
+#ifdef FASTSERVE_TILES
+    if (tiles.rows) tile_release();
+#endif
+}
+
+}  // namespace fastserve::FASTSERVE_ISA_NAMESPACE

@@ -1,0 +1,25 @@
+#define FASTSERVE_ISA_NAMESPACE isa_amx
+#define FASTSERVE_TILES
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+v"(v))
+
+#include "vec_avx512.h"
+
+#include "math.h"
+
+#include "../ops.h"
+
+#include "dots.h"
+
+#include "linear.h"
+
+#include "attention.h"
+
+#include "elementwise.h"
+
+#include "peak.h"
+
+namespace fastserve {
+extern const OpTable kTable_amx;
+const OpTable kTable_amx = {"amx", isa_amx::linear, isa_amx::attention, isa_amx::norm, isa_amx::rope, isa_amx::store, isa_amx::activation,
+                             isa_amx::argmax, isa_amx::peak_rate, isa_amx::read_memory};
+}

@@ -1,0 +1,26 @@
+#define FASTSERVE_ISA_NAMESPACE isa_amx_emulated
+#define FASTSERVE_TILES
+#define FASTSERVE_TILES_EMULATED
+#define FASTSERVE_OPAQUE(v) asm volatile("" : "+v"(v))
+
+#include "vec_avx512.h"
+
+#include "math.h"
+
+#include "../ops.h"
+
+#include "dots.h"
+
+#include "linear.h"
+
+#include "attention.h"
+
+#include "elementwise.h"
+
+#include "peak.h"
+
+namespace fastserve {
+extern const OpTable kTable_amx_emulated;
+const OpTable kTable_amx_emulated = {"amx_emulated", isa_amx_emulated::linear, isa_amx_emulated::attention, isa_amx_emulated::norm, isa_amx_emulated::rope, isa_amx_emulated::store, isa_amx_emulated::activation,
+                             isa_amx_emulated::argmax, isa_amx_emulated::peak_rate, isa_amx_emulated::read_memory};
+}

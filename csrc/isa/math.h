@@ -1,0 +1,95 @@
+// Exponential, normal distribution and the activations built on them, over this instruction set's lanes.
+#pragma once
+
+namespace fastserve::FASTSERVE_ISA_NAMESPACE {
+
+// e^x to about 2 units in the last place; 0 below -87.3, largest finite power above 88.3. NaN in, NaN out.
+static inline F f_exp(F x) {
+    F clamped = f_max(f_set(-87.33654f), f_min(f_set(88.37626f), x));  // min and max return the second of a NaN pair
+    I n = i_round(f_mul(clamped, f_set(1.44269504f)));
+    F nf = f_convert(n);
+    F r = f_fma(nf, f_set(-0.693359375f), clamped);
+    r = f_fma(nf, f_set(2.12194440e-4f), r);
+    F p = f_set(1.9875691500e-4f);
+    p = f_fma(p, r, f_set(1.3981999507e-3f));
+    p = f_fma(p, r, f_set(8.3334519073e-3f));
+    p = f_fma(p, r, f_set(4.1665795894e-2f));
+    p = f_fma(p, r, f_set(1.6666665459e-1f));
+    p = f_fma(p, r, f_set(5.0000001201e-1f));
+    p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
+    // 2^n in two factors, so that n = 128 does not overflow the exponent field.
+    I half = i_sra<1>(n);
+    F low = f_bits(i_shl<23>(i_add(half, i_set(127))));
+    F high = f_bits(i_shl<23>(i_add(i_sub(n, half), i_set(127))));
+    return f_mul(f_mul(p, low), high);
+}
+
+static inline F f_sigmoid(F x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
+
+static inline F f_tanh(F x) {
+    F e = f_exp(f_add(x, x));
+    return f_sub(f_set(1.0f), f_div(f_set(2.0f), f_add(e, f_set(1.0f))));
+}
+
+// The normal distribution's integral, by Abramowitz and Stegun 7.1.26: absolute error below 1e-7, and no cancellation
+// where it is small.
+static inline F f_normal(F x) {
+    F magnitude = f_mul(f_abs(x), f_set(0.70710678f));
+    F t = f_div(f_set(1.0f), f_fma(f_set(0.3275911f), magnitude, f_set(1.0f)));
+    F p = f_set(1.061405429f);
+    p = f_fma(p, t, f_set(-1.453152027f));
+    p = f_fma(p, t, f_set(1.421413741f));
+    p = f_fma(p, t, f_set(-0.284496736f));
+    p = f_mul(f_fma(p, t, f_set(0.254829592f)), f_mul(t, f_set(0.5f)));
+    F outer = f_mul(p, f_exp(f_sub(f_zero(), f_mul(magnitude, magnitude))));
+    return f_where_positive(x, f_sub(f_set(1.0f), outer), outer);
+}
+
+static inline F activate(F x, Activation activation) {
+    switch (activation) {
+        case Activation::silu: return f_mul(x, f_sigmoid(x));
+        case Activation::gelu: return f_mul(x, f_normal(x));
+        case Activation::gelu_tanh: {
+            F cube = f_mul(f_mul(x, x), x);
+            F inner = f_mul(f_set(2.0f * 0.79788456f), f_fma(f_set(0.044715f), cube, x));
+            return f_mul(x, f_sigmoid(inner));  // (1 + tanh(z)) / 2 = sigmoid(2 z)
+        }
+        case Activation::relu: return f_max(f_zero(), x);  // the second of a NaN pair
+        default: return x;
+    }
+}
+
+static FASTSERVE_INLINE F load_as_float(const void* p, DType type, int64_t at) {
+    if (type == DType::f32) return f_load(static_cast<const float*>(p) + at);
+    return f_load_bf16(static_cast<const uint16_t*>(p) + at);
+}
+static FASTSERVE_INLINE void store_as(void* p, DType type, int64_t at, F v) {
+    if (type == DType::f32) f_store(static_cast<float*>(p) + at, v);
+    else f_store_bf16(static_cast<uint16_t*>(p) + at, v);
+}
+// The first `count` < W lanes only; the others are 0.
+static __attribute__((noinline)) F load_some(const void* p, DType type, int64_t at, int64_t count) {
+    alignas(64) float lanes[W] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        lanes[i] = type == DType::f32 ? static_cast<const float*>(p)[at + i]
+                                      : bf16_to_f32(static_cast<const uint16_t*>(p)[at + i]);
+    }
+    return f_load(lanes);
+}
+static __attribute__((noinline)) void store_some(void* p, DType type, int64_t at, int64_t count, F v) {
+    alignas(64) float lanes[W];
+    f_store(lanes, v);
+    for (int64_t i = 0; i < count; ++i) {
+        if (type == DType::f32) static_cast<float*>(p)[at + i] = lanes[i];
+        else static_cast<uint16_t*>(p)[at + i] = f32_to_bf16(lanes[i]);
+    }
+}
+static FASTSERVE_INLINE F load_lanes(const void* p, DType type, int64_t at, int64_t left) {
+    return left >= W ? load_as_float(p, type, at) : load_some(p, type, at, left);
+}
+static FASTSERVE_INLINE void store_lanes(void* p, DType type, int64_t at, int64_t left, F v) {
+    if (left >= W) store_as(p, type, at, v);
+    else store_some(p, type, at, left, v);
+}
+
+}  // namespace fastserve::FASTSERVE_ISA_NAMESPACE

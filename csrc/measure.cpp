@@ -1,0 +1,50 @@
+#include "measure.h"
+
+#include <chrono>
+#include <vector>
+
+#include "ops.h"
+
+namespace fastserve {
+
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+ReadMeter::ReadMeter(size_t bytes, const OpTable& table, ThreadPool& pool)
+    : buffer_(bytes / 4096 * 4096), table_(table), pool_(pool) {
+    pool_.run({}, [&](const Worker& worker) {
+        Range range = share_of(static_cast<int64_t>(buffer_.bytes() / 4096), worker.index, worker.count);
+        for (int64_t page = range.begin; page < range.end; ++page) buffer_.data()[page * 4096] = 1;
+    });
+}
+
+double ReadMeter::measure() {
+    const uint8_t* data = buffer_.data();
+    const size_t bytes = buffer_.bytes();
+    std::vector<uint32_t> sums(static_cast<size_t>(pool_.size()) * 16);
+    double start = now();
+    pool_.run({}, [&](const Worker& worker) {
+        Range range = share_of(static_cast<int64_t>(bytes / 4096), worker.index, worker.count);
+        sums[worker.index * 16] = table_.read_memory(data + range.begin * 4096, (range.end - range.begin) * 4096);
+    });
+    double seconds = now() - start;
+    volatile uint32_t sink = sums[0];
+    (void)sink;
+    return static_cast<double>(bytes) / seconds;
+}
+
+double measure_peak(const OpTable& table, ThreadPool& pool, int kind, double seconds) {
+    std::vector<double> rates(static_cast<size_t>(pool.size()));
+    pool.run({}, [&](const Worker& worker) {
+        worker.barrier();
+        rates[worker.index] = table.peak_rate(kind, seconds);
+    });
+    double total = 0;
+    for (double rate : rates) total += rate;
+    return total;
+}
+
+}  // namespace fastserve

@@ -1,0 +1,65 @@
+#include "ops.h"
+
+#include <algorithm>
+
+#include "cpu_features.h"
+
+namespace fastserve {
+
+extern const OpTable kTable_plain;
+#ifdef FASTSERVE_X86
+extern const OpTable kTable_avx2, kTable_avx512, kTable_avx512_vnni_bf16, kTable_amx;
+#endif
+#ifdef FASTSERVE_AMX_EMULATION
+extern const OpTable kTable_amx_emulated;
+#endif
+
+const OpTable* op_table(const std::string& isa) {
+    static const std::vector<std::string> available = available_isas();
+#ifdef FASTSERVE_AMX_EMULATION
+    // The emulation is compiled with AVX-512, VNNI and BF16 around it.
+    if (isa == "amx_emulated") return op_table("avx512_vnni_bf16") ? &kTable_amx_emulated : nullptr;
+#endif
+    if (std::find(available.begin(), available.end(), isa) == available.end()) return nullptr;
+    if (isa == "plain") return &kTable_plain;
+#ifdef FASTSERVE_X86
+    if (isa == "avx2") return &kTable_avx2;
+    if (isa == "avx512") return &kTable_avx512;
+    if (isa == "avx512_vnni_bf16") return &kTable_avx512_vnni_bf16;
+    if (isa == "amx") return &kTable_amx;
+#endif
+    return nullptr;
+}
+
+ScratchSize linear_scratch(const LinearArgs& args, int threads) {
+    (void)threads;
+    constexpr int64_t kTile = (192 + 128) * kPanelColumns * 4;  // partial sums and an unpacked piece of panel
+    const PackedWeight& weight = *args.weight;
+    // Scales, group sums and the activations themselves, as floats at most.
+    int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
+    ScratchSize size;
+    size.shared = args.rows > 4 ? static_cast<size_t>(args.rows * row + 192) : 0;
+    size.per_thread = static_cast<size_t>(kTile + 4 * row + 192);
+    return size;
+}
+
+ScratchSize attention_scratch(const AttentionArgs& args) {
+    const int64_t rows = attention_tile_rows(args);
+    const int64_t depth = round_up(args.head_size, 32), padded = round_up(args.head_size, kPanelColumns);
+    constexpr int64_t kKeys = 64, kSplit = 512, kSplitQueries = 4;  // as in isa/attention.h
+    ScratchSize size;
+    size.per_thread = static_cast<size_t>(4 * (rows * (depth + 2 * kKeys + 2 * padded + 4) + kKeys * (depth + padded)) + 1024);
+    for (int64_t i = 0; i < args.num_sequences; ++i) {
+        const int64_t queries = args.query_starts[i + 1] - args.query_starts[i];
+        if (queries > kSplitQueries) continue;
+        const int64_t splits = args.context_lens[i] / kSplit + 2;
+        size.shared += static_cast<size_t>(4 * splits * queries * args.num_heads * (padded + 2));
+    }
+    return size;
+}
+
+ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads) {
+    return {static_cast<size_t>(args.rows * threads * 16), 0};
+}
+
+}  // namespace fastserve

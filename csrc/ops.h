@@ -1,0 +1,136 @@
+// The operations, as plain structs of arguments and one table of functions per instruction set.
+//
+// A function of the table is called by every thread of the pool at once (`Worker`), and divides the work itself.
+// Strides are in elements. Nothing here allocates; what an operation needs is told by its *_scratch function.
+#pragma once
+
+#include <string>
+
+#include "common.h"
+#include "packed_weight.h"
+#include "thread_pool.h"
+
+namespace fastserve {
+
+// out = epilogue(x W^T): plus bias, activation, then plus residual. A gated weight gives activation(gate) * up.
+struct LinearArgs {
+    const PackedWeight* weight;
+    int64_t rows;
+    const void* x;         // [rows, k]
+    DType x_type;
+    int64_t x_stride;
+    void* out;             // [rows, out_columns]
+    DType out_type;
+    int64_t out_stride;
+    const void* residual;  // [rows, out_columns] of out_type, or null; may be `out` itself
+    int64_t residual_stride;
+    Activation activation;
+    bool quantize_x;       // u8 and u4: 8-bit activations, one symmetric scale per row
+};
+
+ScratchSize linear_scratch(const LinearArgs& args, int threads);
+
+// Elements from one block, slot or head of a cache to the next.
+struct CacheStrides {
+    int64_t block, slot, head;
+};
+
+// out = attention of query over each sequence's cached keys and values, which hold this step's already.
+struct AttentionArgs {
+    const void* query;  // [T, H, D] of x_type; D contiguous
+    DType x_type;
+    int64_t query_stride, query_head_stride;
+    void* out;  // [T, H, D] of x_type, contiguous
+    int64_t num_heads, num_kv_heads, head_size;
+    const void *keys, *values;  // of cache_type; D contiguous
+    DType cache_type;
+    CacheStrides key_strides, value_strides;
+    int64_t block_size;
+    int64_t num_sequences;
+    const int64_t* query_starts;         // [num_sequences + 1]
+    const int64_t* context_lens;         // [num_sequences]: tokens in the cache, this step's included
+    const int64_t* const* block_tables;  // [num_sequences] block ids in order
+    float scale, softcap;                // softcap 0: none
+    int64_t window;                      // 0: none
+    bool causal;
+};
+
+// Query rows (positions x query heads per key head) that a tile of attention has at most.
+static inline int64_t attention_tile_rows(const AttentionArgs& args) {
+    const int64_t group = args.num_heads / args.num_kv_heads;
+    return group * max_of(1, 96 / group);
+}
+
+ScratchSize attention_scratch(const AttentionArgs& args);
+
+// Norms over the last dimension. out = (x - mean) / deviation * weight + bias, or x / root mean square * weight.
+struct NormArgs {
+    const void* x;  // rows: outer x inner, inner ones `inner_stride` apart
+    DType type;
+    int64_t outer, inner, outer_stride, inner_stride, size;
+    const void* weight;    // [size] of type
+    const void* bias;      // [size] or null
+    void* out;             // contiguous
+    float epsilon;
+    bool subtract_mean;
+};
+
+// out[t, h] = x[t, h] rotated by (cos, sin)[t]: halves convention, the first 2 * half entries; the rest is copied.
+struct RopeArgs {
+    const void* x;  // [T, H, D]
+    DType type;
+    int64_t tokens, heads, size, token_stride, head_stride;
+    const void *cos, *sin;  // [T, half] of type, contiguous
+    int64_t half;
+    void* out;  // contiguous
+};
+
+// Write key and value [T, G, D] into the caches at slots; contiguous caches [blocks * block_size, G, D].
+struct StoreArgs {
+    const void *key, *value;
+    DType type, cache_type;
+    int64_t tokens, heads, size, key_stride, key_head_stride, value_stride, value_head_stride;
+    void *keys, *values;
+    const int64_t* slots;
+};
+
+// out = activation(x), or activation(gate) * up for x = [gate, up].
+struct ActivationArgs {
+    const void* x;
+    DType type;
+    int64_t rows, size, stride;  // size: of an output row
+    void* out;                   // contiguous
+    Activation activation;
+    bool gated;
+};
+
+// Index of the largest of each row; the first among equals.
+struct ArgmaxArgs {
+    const void* x;
+    DType type;
+    int64_t rows, size, stride;
+    int64_t* out;
+};
+
+ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads);
+
+struct OpTable {
+    const char* name;
+    void (*linear)(const LinearArgs&, const Worker&);
+    void (*attention)(const AttentionArgs&, const Worker&);
+    void (*norm)(const NormArgs&, const Worker&);
+    void (*rope)(const RopeArgs&, const Worker&);
+    void (*store)(const StoreArgs&, const Worker&);
+    void (*activation)(const ActivationArgs&, const Worker&);
+    void (*argmax)(const ArgmaxArgs&, const Worker&);
+    // Operations per second with every operand in registers, for one thread: what `linear` is measured against.
+    // kind: 0 float multiply-add, 1 bfloat16 dot, 2 int8 dot. Two operations per multiply-add.
+    double (*peak_rate)(int kind, double seconds);
+    // Reads memory as fast as one thread can: what a product of few rows is measured against.
+    uint32_t (*read_memory)(const uint8_t* data, int64_t bytes);
+};
+
+// Null when this build or this machine lacks it. Names as in cpu_features.h.
+const OpTable* op_table(const std::string& isa);
+
+}  // namespace fastserve

@@ -1,0 +1,139 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+namespace fastserve {
+
+namespace {
+
+// About 100 microseconds of polling: longer than the gap between two operations of a step. With more threads than
+// processors the one that is waited for may need ours, so there it is hardly any.
+constexpr int kSpins = 4000, kSpinsWhenCrowded = 20;
+constexpr int kYields = 2000;  // then give the processor away, but stay runnable
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Poll until done() or until spinning and yielding are exhausted.
+template <class Done>
+bool poll(const Done& done, int spins) {
+    for (int i = 0; i < spins; ++i) {
+        if (done()) return true;
+        pause_cpu();
+    }
+    for (int i = 0; i < kYields; ++i) {
+        if (done()) return true;
+        sched_yield();
+    }
+    return done();
+}
+
+void pin(int cpu) {
+#ifdef __linux__
+    if (cpu < 0) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
+#else
+    (void)cpu;
+#endif
+}
+
+int usable_processors() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+void Barrier::wait(int count, int spins) {
+    uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        return;
+    }
+    auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+    while (!poll(passed, spins)) usleep(50);  // a team member was preempted for long
+}
+
+ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus)
+    : num_threads_(num_threads < 1 ? 1 : num_threads), owner_process_(getpid()),
+      spins_(num_threads_ > usable_processors() ? kSpinsWhenCrowded : kSpins), scratch_(num_threads_) {
+    for (int index = 1; index < num_threads_; ++index) {
+        int cpu = index < static_cast<int>(cpus.size()) ? cpus[index] : -1;
+        threads_.emplace_back([this, index, cpu] { work(index, cpu); });
+    }
+}
+
+ThreadPool::~ThreadPool() {
+    if (getpid() != owner_process_) {
+        for (auto& thread : threads_) thread.detach();
+        return;
+    }
+    {
+        std::lock_guard<std::mutex> lock(sleep_mutex_);
+        stopping_.store(true);
+        generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) thread.join();
+}
+
+Worker ThreadPool::worker(int index, int count) {
+    return {index, count, &barrier_, shared_.data(), scratch_[index].data(), spins_};
+}
+
+void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little) {
+    std::lock_guard<std::mutex> one_caller(callers_);
+    shared_.reserve(scratch.shared);
+    bool alone = is_little || num_threads_ == 1 || getpid() != owner_process_;
+    for (int index = 0; index < (alone ? 1 : num_threads_); ++index) scratch_[index].reserve(scratch.per_thread);
+    if (alone) {
+        entry(object, worker(0, 1));
+        return;
+    }
+    entry_ = entry;
+    object_ = object;
+    pending_.store(num_threads_ - 1, std::memory_order_relaxed);
+    // Sequentially consistent with the sleeper's own check: either it sees the new generation or we see the sleeper.
+    generation_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+        { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+        wake_.notify_all();
+    }
+    entry(object, worker(0, num_threads_));
+    auto finished = [&] { return pending_.load(std::memory_order_acquire) == 0; };
+    while (!poll(finished, spins_)) usleep(50);
+}
+
+void ThreadPool::work(int index, int cpu) {
+    pin(cpu);
+    uint32_t seen = 0;
+    auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    while (true) {
+        if (!poll(called, spins_)) {
+            std::unique_lock<std::mutex> lock(sleep_mutex_);
+            sleepers_.fetch_add(1, std::memory_order_seq_cst);
+            wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
+            sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+        }
+        seen = generation_.load(std::memory_order_acquire);
+        if (stopping_.load(std::memory_order_acquire)) return;
+        entry_(object_, worker(index, num_threads_));
+        pending_.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+}  // namespace fastserve

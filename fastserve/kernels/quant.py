@@ -1,0 +1,148 @@
+"""What a quantised weight is: integers, scales and zero points, and how they are made from and turned back to floats.
+
+One form for every scheme: `values` are unsigned (0..255 or 0..15) and a weight is scale * (value - zero), or a
+codebook's entry times scale. Model folders have several layouts on disk; what reads one makes a `QuantizedWeight`, and
+`Kernels.pack_linear` turns that into a backend's own layout. Rounding here is to nearest, the plain method: better ones
+(GPTQ, AWQ, ...) choose other values for the same form. N output features, K input features, G groups along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastserve.core.errors import ConfigError
+
+_GROUP_SIZES = (0, 32, 64, 128)
+_CODEBOOK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """How a linear layer is quantised.
+
+    Attributes:
+        weight_bits: 4 or 8.
+        group_size: weights along K that share a scale; 0: one scale per output feature (8-bit, codebooks).
+        is_symmetric: no zero points (the middle of the range stands for 0).
+        activation_bits: 16: activations stay as they are; 8: quantised per token as they come, symmetric.
+        has_codebook: 4-bit values are indices into 16 free levels (k-means).
+    """
+
+    weight_bits: int = 8
+    group_size: int = 0
+    is_symmetric: bool = True
+    activation_bits: int = 16
+    has_codebook: bool = False
+
+    def __post_init__(self) -> None:
+        reasons = []
+        if self.weight_bits not in (4, 8):
+            reasons.append(f"weight_bits is {self.weight_bits}; 4 and 8 exist")
+        if self.group_size not in _GROUP_SIZES or (self.group_size and (self.weight_bits == 8 or self.has_codebook)):
+            reasons.append(f"group_size is {self.group_size}; uniform 4-bit weights take {_GROUP_SIZES}, others 0")
+        if self.activation_bits not in (8, 16):
+            reasons.append(f"activation_bits is {self.activation_bits}; 8 and 16 exist")
+        if self.has_codebook and (self.weight_bits != 4 or not self.is_symmetric or self.activation_bits != 16):
+            reasons.append("a codebook has 4-bit indices, no zero points and 16-bit activations")
+        if reasons:
+            raise ConfigError("; ".join(reasons))
+
+    @property
+    def max_value(self) -> int:
+        return (1 << self.weight_bits) - 1
+
+    @property
+    def centre(self) -> int:
+        """The zero point of symmetric weights."""
+        return 1 << (self.weight_bits - 1)
+
+
+@dataclass(slots=True)
+class QuantizedWeight:
+    """A quantised matrix.
+
+    Attributes:
+        scheme: how to read the rest.
+        values: [N, K] uint8.
+        scales: [N, G] float32, bfloat16 or float16.
+        zeros: [N, G] uint8, or None when symmetric.
+        codebook: [16] float32, or None.
+    """
+
+    scheme: QuantScheme
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """[N, K] float32."""
+        num_inputs = self.values.shape[1]
+        if self.codebook is not None:
+            return self.codebook.float()[self.values.long()] * self.scales.float()
+        group = self.scheme.group_size or num_inputs
+        scales = self.scales.float().repeat_interleave(group, dim=1)[:, :num_inputs]
+        if self.zeros is None:
+            return (self.values.float() - self.scheme.centre) * scales
+        zeros = self.zeros.float().repeat_interleave(group, dim=1)[:, :num_inputs]
+        return (self.values.float() - zeros) * scales
+
+
+def quantize(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """Round weight [N, K] to the nearest value that `scheme` can hold."""
+    if scheme.has_codebook:
+        return _quantize_codebook(weight.float(), scheme)
+    num_rows, num_inputs = weight.shape
+    group = scheme.group_size or num_inputs
+    padded = torch.nn.functional.pad(weight.float(), (0, -num_inputs % group)).view(num_rows, -1, group)
+    if scheme.is_symmetric:
+        scales = padded.abs().amax(-1) / (scheme.centre - 1)
+        zeros = torch.full_like(scales, scheme.centre)
+    else:
+        low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+        scales = (high - low) / scheme.max_value
+        zeros = (-low / torch.where(scales > 0, scales, 1.0)).round()
+    scales = torch.where(scales > 0, scales, 1.0).to(scale_dtype)
+    values = (padded / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    values = values.clamp(0, scheme.max_value).to(torch.uint8).view(num_rows, -1)[:, :num_inputs].contiguous()
+    return QuantizedWeight(scheme, values, scales, None if scheme.is_symmetric else zeros.to(torch.uint8))
+
+
+def _quantize_codebook(weight: Tensor, scheme: QuantScheme, num_rounds: int = 8) -> QuantizedWeight:
+    """Lloyd's algorithm on weights scaled row by row to a largest magnitude of 1, started at quantiles."""
+    scales = weight.abs().amax(-1, keepdim=True)
+    scales = torch.where(scales > 0, scales, 1.0)
+    flat = (weight / scales).flatten()
+    sample = flat[:: max(1, len(flat) // 65536)].contiguous()  # enough to place 16 levels
+    levels = torch.quantile(sample, (torch.arange(_CODEBOOK_SIZE) + 0.5) / _CODEBOOK_SIZE)
+    for _ in range(num_rounds):
+        nearest = torch.bucketize(sample, (levels[1:] + levels[:-1]) / 2)
+        counts = torch.bincount(nearest, minlength=_CODEBOOK_SIZE)
+        sums = torch.bincount(nearest, weights=sample, minlength=_CODEBOOK_SIZE).float()
+        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
+    values = torch.bucketize(flat, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return QuantizedWeight(scheme, values.view(weight.shape), scales, codebook=levels)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [T, K] -> integers -127..127 as float32 [T, K] and scales [T, 1]: symmetric, per token, dynamic."""
+    wide = x.float()
+    top = wide.abs().amax(-1, keepdim=True)
+    scales = torch.where(top > 0, top / 127.0, 1.0)
+    return (wide * (1.0 / scales)).round(), scales
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """Values [N, K] uint8 below 16 -> int32 [N, ceil(K / 8)], the first in the lowest bits, as compressed-tensors."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).view(values.shape[0], -1, 8).long()
+    words = (padded << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_nibbles(words: Tensor, num_inputs: int) -> Tensor:
+    """The inverse of `pack_nibbles`: [N, num_inputs] uint8."""
+    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+    return nibbles.view(words.shape[0], -1)[:, :num_inputs].to(torch.uint8).contiguous()

@@ -1,0 +1,94 @@
+"""Norms, rotation, cache writes, activations and argmax against the reference. One bfloat16 step apart at most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastserve.core.errors import ConfigError
+from fastserve.kernels.reference import ReferenceKernels
+from tests.kernels.conftest import native_kernels
+
+REFERENCE = ReferenceKernels()
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(result: Tensor, expected: Tensor, floor: float = 0.1) -> None:
+    """Relative to each value, but at least to `floor`."""
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    step = 6e-6 if expected.dtype is torch.float32 else 2**-7
+    limit = step * expected.float().abs().clamp(min=floor)
+    assert ((result.float() - expected.float()).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+@pytest.mark.parametrize("size", [1, 16, 33, 128, 1024])
+def test_norms(isa: str, dtype: torch.dtype, size: int) -> None:
+    kernels = native_kernels(isa)
+    weight, bias = random(size, dtype=dtype, seed=1), random(size, dtype=dtype, seed=2)
+    for x in (
+        random(5, size, dtype=dtype),
+        random(3, 7, size + 4, dtype=dtype)[:, 1:4, :size],
+        random(size, dtype=dtype),
+    ):
+        assert_near(kernels.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x, weight, 1e-6))
+        if size > 1:
+            assert_near(kernels.layer_norm(x, weight, bias, 1e-5), REFERENCE.layer_norm(x, weight, bias, 1e-5))
+            assert_near(kernels.layer_norm(x, weight, None, 1e-5), REFERENCE.layer_norm(x, weight, None, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+@pytest.mark.parametrize(("size", "rotated"), [(64, 64), (128, 128), (80, 32), (20, 20), (36, 10)])
+def test_rope(isa: str, dtype: torch.dtype, size: int, rotated: int) -> None:
+    kernels = native_kernels(isa)
+    x = random(9, 6, size, dtype=dtype)[:, 1:5]
+    angles = random(9, rotated // 2, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    assert_near(kernels.apply_rope(x, cos, sin), REFERENCE.apply_rope(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activations(isa: str, dtype: torch.dtype, name: str) -> None:
+    kernels = native_kernels(isa)
+    for size in (2, 30, 2500):
+        x = 4 * random(3, size, dtype=dtype)
+        # In float64: PyTorch's float32 gelu loses its small values to cancellation.
+        wide = x.double() if dtype is torch.float32 else x
+        assert_near(kernels.activation(x, name), REFERENCE.activation(wide, name).to(dtype))
+        assert_near(kernels.gated_activation(x, name), REFERENCE.gated_activation(wide, name).to(dtype), floor=3.0)
+    extremes = torch.tensor([[-1e30, -100.0, -0.0, 0.0, 100.0, 1e30]])
+    assert_near(kernels.activation(extremes, name), REFERENCE.activation(extremes, name))
+    assert kernels.activation(torch.full((1, 3), float("nan")), name).isnan().all()
+    with pytest.raises(ConfigError, match="swish"):
+        kernels.activation(x, "swish")
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=["cache32", "cache16"])
+def test_cache_writes(isa: str, cache_dtype: torch.dtype) -> None:
+    kernels = native_kernels(isa)
+    merged = random(6, 9, 40)
+    key, value = merged[:, 4:6], merged[:, 7:9]
+    slots = torch.tensor([7, 0, 30, 31, 2, 19])
+    caches = [[torch.zeros(4, 8, 2, 40, dtype=cache_dtype) for _ in range(2)] for _ in range(2)]
+    kernels.store_kv(key, value, *caches[0], slots)
+    REFERENCE.store_kv(key, value, *caches[1], slots)
+    for ours, theirs in zip(*caches, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+def test_argmax_takes_the_first_among_equals(isa: str, dtype: torch.dtype) -> None:
+    kernels = native_kernels(isa)
+    for size in (1, 3, 17, 1000, 30001):
+        x = random(4, size, dtype=dtype)
+        x[1] = -5.0
+        x[2] = float("-inf")
+        x[3, size // 2 :] = 9.0
+        expected = torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
+        assert torch.equal(kernels.argmax(x), expected)

@@ -1,0 +1,183 @@
+"""Matrix products of every format and instruction set against float64, and the identities that must hold to the bit.
+
+Tolerances are relative to the largest output. Products of exact operands summed in float32 differ from float64 by
+rounding alone (2e-6); 8-bit activations are compared with the reference's own quantisation; bfloat16 outputs round once
+(2^-8).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastserve.kernels.interface import PackedLinear
+from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize, quantize_activations
+from fastserve.kernels.reference import ReferenceKernels
+from tests.kernels.conftest import native_kernels
+
+SHAPES = [(1, 1), (16, 64), (33, 70), (64, 128), (100, 200), (130, 1088), (256, 512)]  # N, K
+ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 200)
+FORMATS = {
+    "float32": None,
+    "bfloat16": None,
+    "int8": QuantScheme(8),
+    "int8-asymmetric": QuantScheme(8, is_symmetric=False),
+    "int8-activations8": QuantScheme(8, activation_bits=8),
+    "int8-asymmetric-activations8": QuantScheme(8, is_symmetric=False, activation_bits=8),
+    "int4-group32": QuantScheme(4, 32),
+    "int4-group64-asymmetric": QuantScheme(4, 64, is_symmetric=False),
+    "int4-group128": QuantScheme(4, 128),
+    "int4-channel": QuantScheme(4),
+    "int4-group32-activations8": QuantScheme(4, 32, activation_bits=8),
+    "int4-group64-asymmetric-activations8": QuantScheme(4, 64, is_symmetric=False, activation_bits=8),
+    "int4-group128-asymmetric-activations8": QuantScheme(4, 128, is_symmetric=False, activation_bits=8),
+    "codebook": QuantScheme(4, has_codebook=True),
+}
+
+
+def make_weight(name: str, num_outputs: int, num_inputs: int) -> Tensor | QuantizedWeight:
+    weight = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(num_outputs + num_inputs))
+    scheme = FORMATS[name]
+    if scheme is None:
+        return weight.to(getattr(torch, name))
+    scale_dtype = {32: torch.bfloat16, 64: torch.float16}.get(scheme.group_size, torch.float32)
+    return quantize(weight, scheme, scale_dtype)
+
+
+def exact(weight: Tensor | QuantizedWeight, x: Tensor, isa: str) -> Tensor:
+    """The product in float64, with the activations that the kernels really multiply."""
+    wide = x.double()
+    if isinstance(weight, QuantizedWeight):
+        if weight.scheme.activation_bits == 8:
+            values, scales = quantize_activations(x)
+            wide = values.double() * scales.double()
+        if weight.codebook is not None and x.dtype is torch.bfloat16 and isa in ("avx512_vnni_bf16", "amx"):
+            # bfloat16 units read the codebook in bfloat16.
+            levels = weight.codebook.to(torch.bfloat16).float()
+            weight = QuantizedWeight(weight.scheme, weight.values, weight.scales, codebook=levels)
+        return wide @ weight.dequantize().double().T
+    return wide @ weight.double().T
+
+
+def make_rows(num_rows: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(num_rows, num_inputs, generator=torch.Generator().manual_seed(num_inputs)).to(dtype)
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float) -> None:
+    largest = expected.abs().max().clamp(min=1e-6)
+    error = float((result.double() - expected).abs().max() / largest)
+    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+
+
+def test_packing_keeps_every_weight(isa: str) -> None:
+    kernels = native_kernels(isa)
+    for name in FORMATS:
+        for num_outputs, num_inputs in SHAPES:
+            weight = make_weight(name, num_outputs, num_inputs)
+            back = torch.empty(num_outputs, num_inputs)
+            kernels.pack_linear(weight, None).native.unpack(back.data_ptr())
+            expected = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.float()
+            assert torch.equal(back, expected), (name, num_outputs, num_inputs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+def test_products_are_right_and_do_not_depend_on_the_batch(isa: str, name: str, dtype: torch.dtype) -> None:
+    kernels = native_kernels(isa)
+    if name == "float32" and dtype is torch.bfloat16:
+        pytest.skip("float32 weights take float32 activations in every model")
+    tolerance = 2e-6 if dtype is torch.float32 else 2**-8
+    if "activations8" in name:
+        tolerance = max(tolerance, 1e-5)  # the scale itself is rounded
+    for num_outputs, num_inputs in SHAPES:
+        weight = make_weight(name, num_outputs, num_inputs)
+        packed = kernels.pack_linear(weight, None)
+        x = make_rows(max(ROWS), num_inputs, dtype)
+        whole = kernels.linear(packed, x)
+        assert_close(whole, exact(weight, x, isa), tolerance)
+        for num_rows in ROWS:
+            assert torch.equal(kernels.linear(packed, x[:num_rows]), whole[:num_rows]), (
+                num_outputs,
+                num_inputs,
+                num_rows,
+            )
+        assert torch.equal(kernels.linear(packed, x[37:42]), whole[37:42])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_do_not_change_a_bit(isa: str, name: str) -> None:
+    one, two, three = (native_kernels(isa, count) for count in (1, 2, 3))
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    weight = make_weight(name, 100, 200)
+    for num_rows in (1, 5, 100):
+        x = make_rows(num_rows, 200, dtype)
+        results = [kernels.linear(kernels.pack_linear(weight, None), x) for kernels in (one, two, three)]
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_fused_epilogue_is_the_reference_s(isa: str, activation: str, is_gated: bool) -> None:
+    kernels, reference = native_kernels(isa), ReferenceKernels()
+    if is_gated and not activation:
+        pytest.skip("a gated layer has an activation")
+    for num_outputs, num_inputs in [(2, 16), (66, 100), (200, 64), (256, 128)]:
+        weight = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(1))
+        bias = torch.randn(num_outputs, generator=torch.Generator().manual_seed(2))
+        width = num_outputs // 2 if is_gated else num_outputs
+        for num_rows in (1, 9):
+            x = make_rows(num_rows, num_inputs, torch.float32)
+            residual = make_rows(num_rows, width, torch.float32)
+            results = [
+                backend.linear(backend.pack_linear(weight, bias, is_gated), x, activation, residual)
+                for backend in (kernels, reference)
+            ]
+            assert_close(results[0], results[1].double(), 4e-6)
+            bare = [
+                backend.linear(backend.pack_linear(weight, None, is_gated), x, activation)
+                for backend in (kernels, reference)
+            ]
+            assert_close(bare[0], bare[1].double(), 4e-6)
+
+
+def test_strided_rows_and_outputs_in_place(kernels: object, isa: str) -> None:
+    native = native_kernels(isa)
+    weight = make_weight("bfloat16", 96, 128)
+    packed = native.pack_linear(weight, None)
+    wide = make_rows(20, 300, torch.bfloat16)
+    assert torch.equal(native.linear(packed, wide[:, 10:138]), native.linear(packed, wide[:, 10:138].contiguous()))
+    assert native.linear(packed, wide[:0, :128]).shape == (0, 96)
+
+
+def test_eight_bit_sums_are_the_same_for_every_instruction_set() -> None:
+    results = []
+    weight = quantize(
+        torch.randn(64, 1088, generator=torch.Generator().manual_seed(4)), QuantScheme(8, activation_bits=8)
+    )
+    x = make_rows(7, 1088, torch.float32)
+    for name in ("plain", "avx2", "avx512", "avx512_vnni_bf16"):
+        try:
+            kernels = native_kernels(name)
+        except pytest.skip.Exception:
+            continue
+        results.append(kernels.linear(kernels.pack_linear(weight, None), x))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_refusals_name_the_reason(isa: str) -> None:
+    kernels = native_kernels(isa)
+    with pytest.raises(ValueError, match="even number of rows"):
+        kernels.pack_linear(torch.zeros(3, 8), None, is_gated=True)
+    with pytest.raises(ValueError, match="at least one row"):
+        kernels.pack_linear(torch.zeros(0, 8), None)
+
+
+def test_packed_layer_frees_what_it_was_made_from() -> None:
+    kernels = native_kernels("plain")
+    packed = kernels.pack_linear(torch.randn(64, 64), None)
+    assert isinstance(packed, PackedLinear)
+    assert packed.weight.numel() == 0
+    assert packed.native.bytes == 64 * 64 * 4

@@ -58,6 +58,54 @@ def throughput(
     emit(bench.run(**settings, repeats=repeats))
 
 
+def policies(
+    trace: Annotated[str, typer.Option(help="Trace file: Azure, ServeGen, ShareGPT, Vidur (CSV) or Mooncake (JSONL).")],
+    load: Annotated[float, typer.Option(help="Share of the capacity measured with FCFS.")] = 0.9,
+    scheduler: Annotated[list[str] | None, typer.Option(help="Policy to run; again for more. All by default.")] = None,
+    requests: Annotated[int, typer.Option(help="Consecutive requests of the trace.")] = 300,
+    offset: Annotated[int, typer.Option(help="Requests of the trace to leave out before them.")] = 0,
+    max_batch_sequences: Annotated[int, typer.Option(help="Most sequences in one step.")] = 16,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 512,
+    context: Annotated[int, typer.Option(help="Longest prompt + output; lengths are scaled to it.")] = 4096,
+    kv_blocks: Annotated[int, typer.Option(help="KV blocks of 16 tokens; 0: enough for all.")] = 0,
+) -> None:
+    """Compare scheduling policies on a request trace, simulated.
+
+    The engine's own scheduler runs with a cost model in place of the network. FCFS and an oracle that knows the
+    answers' lengths are always among them.
+    """
+    from fastserve.bench import policies as bench
+    from fastserve.bench.report import emit
+    from fastserve.bench.simulate import Machine
+    from fastserve.scheduler.policy import POLICY_NAMES
+
+    machine = Machine(
+        max_batch_sequences=max_batch_sequences,
+        max_batch_tokens=max_batch_tokens,
+        context=context,
+        num_blocks=kv_blocks,
+    )
+    names = scheduler or POLICY_NAMES
+    emit(bench.compare(trace, load=load, num_requests=requests, offset=offset, policies=names, machine=machine))
+
+
+def simulate(
+    trace: Annotated[str, typer.Option(help="Trace file: Azure, ServeGen, ShareGPT, Vidur (CSV) or Mooncake (JSONL).")],
+    scheduler: Annotated[str, typer.Option(help="The policy.")] = "fcfs",
+    load: Annotated[float, typer.Option(help="Share of the capacity measured with FCFS.")] = 0.9,
+    requests: Annotated[int, typer.Option(help="Consecutive requests of the trace.")] = 300,
+    offset: Annotated[int, typer.Option(help="Requests of the trace to leave out before them.")] = 0,
+) -> None:
+    """Simulate one policy on a request trace."""
+    from fastserve.bench import policies as bench
+    from fastserve.bench.report import emit
+
+    report = bench.compare(
+        trace, load=load, num_requests=requests, offset=offset, policies=[scheduler], default_policy=scheduler
+    )
+    emit({**report, "name": "simulate"})
+
+
 def _given(model: str | None, options: dict[str, Any], config: Any) -> dict[str, Any]:
     """The options that differ from the defaults, whatever set them, so that the report lists what was chosen."""
     settings = EngineConfig.load({"model": model, **options}, config)
@@ -70,5 +118,11 @@ def _given(model: str | None, options: dict[str, Any], config: Any) -> dict[str,
     return {"model": settings.model, **chosen}
 
 
-for function, example in ((latency, "latency --output-length 64"), (throughput, "throughput --num-requests 64")):
+_COMMANDS = (
+    (latency, "latency --output-length 64"),
+    (throughput, "throughput --num-requests 64"),
+    (policies, "policies --trace azure_llm_2023_conv.csv --load 0.9"),
+    (simulate, "simulate --trace azure_llm_2023_conv.csv --scheduler hrrn"),
+)
+for function, example in _COMMANDS:
     app.command(cls=GroupedCommand, epilog=f"Example: fastserve bench {example}")(guarded(function))

@@ -56,7 +56,8 @@ class EngineConfig:
         device: auto, cpu or cuda (cuda:N picks a card).
         kernels: auto, reference, cpu or triton.
         backend: auto (our own modules when the architecture has them), native, or transformers.
-        scheduler: fcfs, priority, or module:Class.
+        scheduler: fcfs, priority, skip-join-mlfq, hrrn, srpt-predicted, aged-srpt, fair, srpt-oracle (for benchmarks),
+            or module:Class.
         max_batch_sequences: most sequences in one step.
         max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.

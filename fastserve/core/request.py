@@ -52,7 +52,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-class TokenOutput(msgspec.Struct, array_like=True):
+class TokenOutput(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request. The last one has a finish_reason.
 
     Attributes:

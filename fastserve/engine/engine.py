@@ -21,9 +21,11 @@ from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.warm_up import measure_steps
 from fastserve.models.loader import LoadedModel, load_model
 from fastserve.scheduler.block_pool import BlockPool
-from fastserve.scheduler.policy import make_policy
+from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.policy import PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler
 
 
@@ -44,7 +46,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        policy = make_policy(config.scheduler)
+        cost = CostModel()
+        policy = make_policy(config.scheduler, PolicyContext(cost, config.max_batch_sequences))
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         folder, loaded, self.memory = open_model(config)
         shape = loaded.model.shape
@@ -62,8 +65,11 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=folder.eos_token_ids,
+            cost=cost,
         )
         self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
+        if not loaded.model.has_own_cache:
+            measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
     def add(self, request: Request) -> None:

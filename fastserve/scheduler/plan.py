@@ -10,7 +10,7 @@ import msgspec
 from fastserve.core.request import Request
 
 
-class PlanEntry(msgspec.Struct, frozen=True):
+class PlanEntry(msgspec.Struct, frozen=True, gc=False):
     """Work for one sequence in this step.
 
     Attributes:

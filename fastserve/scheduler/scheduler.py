@@ -8,11 +8,8 @@ the clock is an argument.
 
 from __future__ import annotations
 
-import bisect
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fastserve.core.request import (
     FINISH_LENGTH,
@@ -22,8 +19,10 @@ from fastserve.core.request import (
     TokenOutput,
 )
 from fastserve.scheduler.block_pool import BlockPool, hash_block
+from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan
-from fastserve.scheduler.policy import Rank, SchedulingPolicy
+from fastserve.scheduler.policy import SchedulingPolicy
+from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
 
@@ -42,16 +41,6 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
 
 
-class _Queued(NamedTuple):
-    rank: Rank
-    arrival_order: int
-    sequence: Sequence
-
-
-def _order(item: _Queued) -> tuple[Rank, int]:
-    return item[:2]
-
-
 class Scheduler:
     """Owns the sequences and the blocks; writes status and residency.
 
@@ -61,6 +50,7 @@ class Scheduler:
         max_batch_sequences, max_batch_tokens: limits of one step.
         max_model_len: longest sequence in tokens.
         eos_token_ids: the model's end tokens.
+        cost: how long steps take; learns from each.
     """
 
     def __init__(
@@ -72,20 +62,25 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        cost: CostModel | None = None,
     ) -> None:
         assert block_pool.num_blocks * block_pool.block_size >= max_model_len
         self.block_pool = block_pool
+        self.cost = cost or CostModel()
         self.num_preemptions = 0
+        self.num_pauses = 0
+        self.num_recomputed_tokens = 0
         self._policy = policy
         self._max_sequences = max_batch_sequences
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
-        self._running: list[_Queued] = []  # in rank order
-        self._waiting: list[_Queued] = []  # a heap; entries of finished sequences are skipped when met
-        self._num_waiting = 0
-        self._paused: dict[str, Sequence] = {}  # waiting, but holding blocks
+        self._running: list[Ranked] = []
+        self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
+        self._fresh = WaitingQueue(policy)  # waiting without memory
+        self._paused = WaitingQueue(policy)  # waiting, but holding blocks
+        self._may_place = True
         self._num_arrived = 0
         self._freed: list[str] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
@@ -96,7 +91,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._fresh) + len(self._paused)
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -108,8 +103,10 @@ class Scheduler:
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
         self._sequences[request.request_id] = sequence
+        matched, _ = self.block_pool.count_free_matches(self._prefix_hashes(sequence))
+        sequence.num_cached_expected = matched * self.block_pool.block_size
         self._policy.on_arrival(sequence, now)
-        self._enqueue(sequence, now)
+        self._fresh.push(sequence, now)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop these requests and free what they hold; unknown ids are ignored (they may just have finished)."""
@@ -120,47 +117,66 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work. An empty plan means that there is nothing to do."""
+        self._fresh.review(now)
+        self._paused.review(now)
+        preemptive = self._policy.preemptive
+        if preemptive:
+            self._rank_running(now)
+        self._pending, self._running = self._running[::-1], []  # the best is last
+        self._may_place = True
+        pending, running = self._pending, self._running
+        tokens_left, decodes_left = self._max_tokens, sum(item.sequence.is_decoding for item in pending)
         entries: list[PlanEntry] = []
-        num_preempted = self.num_preemptions
-        if self._policy.preemptive:
-            self._pause_outranked(now)
-        decodes = sum(item.sequence.num_remaining == 1 for item in self._running)
-        prefill_budget = self._max_tokens - decodes
-        for item in list(self._running):
-            sequence = item.sequence
-            if sequence.status is not Status.RUNNING:
-                continue  # preempted for a better-ranked one a moment ago
-            is_decode = sequence.num_remaining == 1
-            take = 1 if is_decode else min(sequence.num_remaining, prefill_budget)
-            if take == 0 or not self._grow(sequence, take, now):
+        skipped: list[Ranked] = []
+        first = self._first_waiting(now)
+        while len(running) < self._max_sequences:
+            if pending and (not preemptive or first is None or pending[-1] < first):
+                item = pending.pop()
+                sequence = item.sequence
+                decodes_left -= sequence.is_decoding
+            elif first is not None:
+                item, sequence = first, first.sequence
+                if not self._start(item, now):
+                    self._may_place = False  # those who hold memory may go on
+                    first = self._first_waiting(now)
+                    continue
+                first = self._first_waiting(now)
+            else:
+                break
+            # Prefills take what is left when everyone who may still decode in this step keeps a token.
+            keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
+            take = min(sequence.num_remaining, tokens_left - keep)
+            if take == 0 and preemptive:
+                skipped.append(item)
                 continue
-            if not is_decode:
-                prefill_budget -= take
-            entries.append(self._entry(sequence, take))
-        if self.num_preemptions == num_preempted:
-            while prefill_budget > 0 and len(self._running) < self._max_sequences:
-                admitted = self._admit(prefill_budget, now)
-                if admitted is None:
-                    break
-                sequence, take = admitted
-                prefill_budget -= take
+            running.append(item)
+            if take > 0 and self._grow(sequence, take, now):
+                tokens_left -= take
                 entries.append(self._entry(sequence, take))
+            self._may_place = self._may_place and tokens_left > keep
+            if not self._may_place:
+                first = self._first_waiting(now)
+        for item in (*skipped, *pending):
+            self._pause(item.sequence, now)
+        pending.clear()
         freed, self._freed = self._freed, []
         return StepPlan(entries, freed=freed)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
-        num_tokens = max(1, plan.num_tokens)
-        for entry in plan.entries:
+        shares = self.cost.account(plan, seconds)
+        block_size = self.block_pool.block_size
+        for entry, share in zip(plan.entries, shares, strict=True):
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            sequence.num_computed = entry.start + len(entry.token_ids)
-            self._publish_full_blocks(sequence)
-            share = seconds * len(entry.token_ids) / num_tokens
-            self._policy.on_service(sequence, len(entry.token_ids), share, now)
-            if entry.request_id in result.prompt_logprobs:
+            num_tokens = len(entry.token_ids)
+            sequence.num_computed = entry.start + num_tokens
+            if sequence.num_computed // block_size > sequence.num_published:
+                self._publish_full_blocks(sequence)
+            self._policy.on_service(sequence, num_tokens, share, now)
+            if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
                 kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
                 kept.extend(result.prompt_logprobs[entry.request_id])
             if entry.samples:
@@ -169,75 +185,63 @@ class Scheduler:
 
     # -- queue ---------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, sequence: Sequence, now: float) -> None:
-        sequence.status = Status.WAITING
+    def _rank_running(self, now: float) -> None:
+        rank = self._policy.rank
+        for index, item in enumerate(self._running):
+            new = rank(item.sequence, now)
+            if new != item.rank:
+                self._running[index] = item._replace(rank=new)
+        self._running.sort()
+
+    def _first_waiting(self, now: float) -> Ranked | None:
+        """The best of those who wait; only of those who hold memory once nothing more can be placed in this step."""
+        paused = self._paused.first(now)
+        fresh = self._fresh.first(now) if self._may_place else None
+        if paused is None or fresh is None:
+            return paused or fresh
+        return min(paused, fresh)
+
+    def _start(self, item: Ranked, now: float) -> bool:
+        """Take a waiting sequence out of its queue, if its tokens so far fit in memory."""
+        sequence = item.sequence
         if sequence.residency is Residency.DEVICE:
-            self._paused[sequence.request_id] = sequence
-        item = _Queued(self._policy.rank(sequence, now), sequence.arrival_order, sequence)
-        heapq.heappush(self._waiting, item)
-        self._num_waiting += 1
+            self._paused.discard(sequence)
+        elif self._place(item, now):
+            self._fresh.discard(sequence)
+        else:
+            return False
+        sequence.status = Status.RUNNING
+        self._policy.on_start(sequence, now)
+        if sequence.scheduled_time is None:
+            sequence.scheduled_time = now
+        return True
 
-    def _first_waiting(self) -> _Queued | None:
-        while self._waiting and self._waiting[0].sequence.status is not Status.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0] if self._waiting else None
-
-    def _start_first(self) -> None:
-        item = heapq.heappop(self._waiting)
-        self._num_waiting -= 1
-        self._paused.pop(item.sequence.request_id, None)
-        item.sequence.status = Status.RUNNING
-        bisect.insort(self._running, item, key=_order)
-
-    def _stop_running(self, sequence: Sequence) -> None:
-        self._running = [item for item in self._running if item.sequence is not sequence]
-
-    def _pause_outranked(self, now: float) -> None:
-        """While the batch is full, let the worst runners wait (with their KV) for better-ranked waiting sequences."""
-        first = self._first_waiting()
-        if len(self._running) < self._max_sequences or first is None or _order(first) >= _order(self._running[-1]):
-            return
-        for item in heapq.nsmallest(self._max_sequences, self._waiting, key=_order):
-            if item.sequence.status is Status.WAITING:
-                if _order(item) >= _order(self._running[-1]):
-                    return
-                self._enqueue(self._running.pop().sequence, now)
-                if not self._running:
-                    return
+    def _pause(self, sequence: Sequence, now: float) -> None:
+        """Back to a queue; what it holds stays its own."""
+        self.num_pauses += 1
+        sequence.status = Status.WAITING
+        queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
+        queue.push(sequence, now)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_pool.block_size)
 
-    def _admit(self, budget: int, now: float) -> tuple[Sequence, int] | None:
-        """Start the first waiting sequence if its prompt fits in memory; None when there is none or it does not."""
-        first = self._first_waiting()
-        if first is None:
-            return None
-        sequence = first.sequence
-        if sequence.residency is Residency.NONE and not self._place(sequence):
-            return None
-        self._start_first()
-        take = min(sequence.num_remaining, budget)
-        if not self._grow(sequence, take, now):
-            return None
-        if sequence.scheduled_time is None:
-            sequence.scheduled_time = now
-        return sequence, take
-
-    def _place(self, sequence: Sequence) -> bool:
-        """Take the cached prefix, if the whole prompt fits beside what the running sequences still need."""
+    def _place(self, item: Ranked, now: float) -> bool:
+        """Take the cached prefix, if all tokens so far fit beside what the running sequences still need."""
+        sequence = item.sequence
         hashes = self._prefix_hashes(sequence)
         matched, from_free = self.block_pool.count_free_matches(hashes)
         needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free
-        for item in self._running:
-            missing = self._num_blocks(len(item.sequence.token_ids)) - len(item.sequence.block_ids)
+        for other in (*self._running, *self._pending):
+            missing = self._num_blocks(len(other.sequence.token_ids)) - len(other.sequence.block_ids)
             needed += max(1, missing)
-        while needed > self.block_pool.num_free and self._paused:
-            self._drop(self._worst_paused())  # all of them rank behind the first waiting sequence
-        if needed > self.block_pool.num_free:
-            return False
+        while needed > self.block_pool.num_free:
+            victim = self._worst_holder() if self._policy.evicts else None
+            if victim is None or victim < item:
+                return False
+            self._drop(victim.sequence, now)
         sequence.block_ids = self.block_pool.match_prefix(hashes)
         sequence.num_computed = len(sequence.block_ids) * self.block_pool.block_size
         sequence.num_published = len(sequence.block_ids)
@@ -249,39 +253,47 @@ class Scheduler:
     def _grow(self, sequence: Sequence, take: int, now: float) -> bool:
         """Give `sequence` blocks for `take` more tokens, dropping worse-ranked holders if need be.
 
-        Returns False when it was itself the worst and had to go back to the queue.
+        Returns False when it was itself the worst and had to go back to the queue. Nothing new is placed in a step
+        that dropped for this reason.
         """
-        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
-        if missing <= 0:
+        if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
             return True
+        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
         while (blocks := self.block_pool.allocate(missing)) is None:
-            if self._paused:
-                self._drop(self._worst_paused())
-                continue
-            victim = self._running.pop().sequence
-            self._drop(victim)
-            self._enqueue(victim, now)
-            if victim is sequence:
+            self._may_place = False
+            victim = self._worst_holder()
+            if victim is None:
+                self._running.pop()  # it was chosen last
+                self._drop(sequence, now)
                 return False
+            self._drop(victim.sequence, now)
         sequence.block_ids.extend(blocks)
         return True
 
-    def _worst_paused(self) -> Sequence:
-        holders = [item for item in self._waiting if self._paused.get(item.sequence.request_id) is item.sequence]
-        return max(holders, key=_order).sequence
+    def _worst_holder(self) -> Ranked | None:
+        """The worst-ranked sequence with blocks that this step has not chosen."""
+        worst = self._paused.last()
+        if self._pending and (worst is None or worst < self._pending[0]):
+            worst = self._pending[0]
+        return worst
 
-    def _drop(self, sequence: Sequence) -> None:
-        """Free the blocks; the sequence will be computed again from its tokens."""
+    def _drop(self, sequence: Sequence, now: float) -> None:
+        """Free the blocks; the sequence waits and will be computed again from its tokens."""
         self.block_pool.free(sequence.block_ids)
+        self.num_recomputed_tokens += sequence.num_computed
         sequence.block_ids = []
         sequence.num_computed = 0
+        sequence.num_cached_expected = 0
         sequence.num_published = 0
         sequence.residency = Residency.NONE
-        self._paused.pop(sequence.request_id, None)
         sequence.is_known = False
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._prompt_logprobs.pop(sequence.request_id, None)
+        if self._pending and self._pending[0].sequence is sequence:
+            del self._pending[0]
+        self._paused.discard(sequence)
+        self._pause(sequence, now)
 
     def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
@@ -314,13 +326,13 @@ class Scheduler:
         start = sequence.num_computed
         is_known, sequence.is_known = sequence.is_known, True
         return PlanEntry(
-            request_id=sequence.request_id,
-            token_ids=sequence.token_ids[start : start + take],
-            start=start,
-            block_ids=list(sequence.block_ids),
-            samples=start + take == len(sequence.token_ids),
-            request=None if is_known else sequence.request,
-            output_ids=[] if is_known else sequence.output_ids,
+            sequence.request_id,
+            sequence.token_ids[start : start + take],
+            start,
+            sequence.block_ids[:],
+            start + take == len(sequence.token_ids),
+            None if is_known else sequence.request,
+            [] if is_known else sequence.output_ids,
         )
 
     def _append(self, sequence: Sequence, result: StepResult, now: float) -> TokenOutput:
@@ -348,10 +360,10 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
-            self._stop_running(sequence)
+            self._running = [item for item in self._running if item.sequence is not sequence]
         else:
-            self._num_waiting -= 1
-            self._paused.pop(sequence.request_id, None)
+            self._fresh.discard(sequence)
+            self._paused.discard(sequence)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
             self.block_pool.free(sequence.block_ids)

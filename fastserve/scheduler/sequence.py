@@ -38,6 +38,7 @@ class Sequence:
         block_hashes: prefix hashes of the leading full blocks, as far as computed.
         num_published: leading blocks already offered to the prefix cache.
         is_known: the executor holds this sequence's request (so plans need not send it).
+        num_cached_expected: leading tokens that the prefix cache held when it arrived.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         scheduled_time, first_token_time: monotonic seconds, None until then.
     """
@@ -54,21 +55,35 @@ class Sequence:
     residency: Residency = Residency.NONE
     is_known: bool = False
     num_preemptions: int = 0
+    num_cached_expected: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
+
+    request_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
 
     @classmethod
     def from_request(cls, request: Request, arrival_order: int) -> Sequence:
         return cls(request, list(request.prompt_ids), len(request.prompt_ids), arrival_order)
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def is_decoding(self) -> bool:
+        """One token is left to compute before the next can be sampled."""
+        return len(self.token_ids) - self.num_computed == 1
 
     @property
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_uncached(self) -> int:
+        """Tokens to compute before the next one can be sampled, less those the prefix cache is expected to give."""
+        if self.residency is Residency.NONE:
+            return max(1, len(self.token_ids) - self.num_cached_expected)
         return len(self.token_ids) - self.num_computed
 
     @property

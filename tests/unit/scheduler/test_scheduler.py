@@ -13,7 +13,7 @@ from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.plan import StepPlan
-from fastserve.scheduler.policy import make_policy
+from fastserve.scheduler.policy import POLICY_NAMES, make_policy
 from fastserve.scheduler.scheduler import Scheduler, StepResult
 
 EOS = 7
@@ -162,7 +162,7 @@ def test_abort_frees_memory_in_every_state() -> None:
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(6, 24),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(POLICY_NAMES),
     max_tokens=st.integers(4, 24),
 )
 def test_random_traffic_loses_and_leaks_nothing(seed: int, num_blocks: int, policy: str, max_tokens: int) -> None:

@@ -1,0 +1,100 @@
+"""The simulator against hand-made cases, and the figures made from a run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from fastserve.bench import policies
+from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, summarise
+from fastserve.bench.simulate import Machine, capacity, make_requests, simulate, warm_cost_model
+from fastserve.bench.traces import Trace, TraceRequest
+from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
+
+STEP = Coefficients(step=0.01, prefill_token=0.001, decode=0.002)
+MACHINE = Machine(coefficients=STEP, max_batch_sequences=2, max_batch_tokens=64, context=256)
+
+
+def test_one_request_takes_exactly_the_time_of_its_steps() -> None:
+    trace = Trace("one", (TraceRequest(0.0, 100, 3), TraceRequest(50.0, 10, 1)), True)
+    first, second = simulate(make_requests(trace), MACHINE, "fcfs").times
+    assert first.ttft == pytest.approx(2 * 0.01 + 100 * 0.001)  # two chunks: 64 and 36 tokens
+    assert first.e2e == pytest.approx(first.ttft + 2 * 0.012)
+    assert first.tpot == pytest.approx(0.012)
+    assert second.arrival == 50.0
+    assert second.e2e == pytest.approx(0.02)
+
+
+def test_shared_prefixes_are_computed_once() -> None:
+    requests = tuple(TraceRequest(index * 10.0, 64, 2, prefix_hashes=(7,), hash_tokens=64) for index in range(3))
+    run = simulate(make_requests(Trace("same", requests, True)), MACHINE, "fcfs")
+    assert run.num_cached_tokens == 2 * 48  # of 64 tokens the last block is computed anew
+    assert run.times[1].ttft < run.times[0].ttft
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "aged-srpt", "skip-join-mlfq"])
+def test_a_run_is_complete_deterministic_and_busy(policy: str) -> None:
+    draws = random.Random(1)
+    items = [TraceRequest(index * 0.05, draws.randrange(1, 200), draws.randrange(1, 50)) for index in range(40)]
+    requests = make_requests(Trace("mixed", tuple(items), True))
+    runs = [simulate(requests, MACHINE, policy) for _ in range(2)]
+    assert [item.num_tokens for item in runs[0].times] == [item.num_output for item in items]
+    assert runs[0].times == runs[1].times
+    assert all(item.arrival < item.first_token <= item.last_token for item in runs[0].times)
+
+
+def test_capacity_is_the_rate_of_a_full_batch() -> None:
+    """Equal requests: capacity is places over the time a request holds its place."""
+    trace = Trace("equal", tuple(TraceRequest(0.0, 1, 50) for _ in range(200)), True)
+    step = 0.01 + 2 * 0.002
+    assert capacity(trace, MACHINE) == pytest.approx(2 / (50 * step), rel=0.03)
+
+
+def test_figures_of_a_run() -> None:
+    times = [RequestTimes(0.0, 1.0, 1.0, 1), RequestTimes(0.0, 2.0, 6.0, 5)]
+    figures = summarise(times, Limits(ttft=1.5, tpot=10))
+    assert figures["mean_normalised_latency"] == pytest.approx((1.0 + 6 / 5) / 2)
+    assert figures["mean_tpot"] == 1.0  # a single token has none
+    assert figures["goodput"] == 0.5
+    assert figures["requests_per_s"] == pytest.approx(2 / 6, rel=1e-4)
+    assert gap_closed(ours=0.7, fcfs=1.0, oracle=0.5) == pytest.approx(0.6)
+
+
+def test_policies_report_has_ratios_above_one_for_the_better(tmp_path: Path) -> None:
+    rows = ["arrival_s,client_id,input_tokens,output_tokens"]
+    rows += [f"{index * 0.1},c{index % 2},16,{200 if index % 5 == 0 else 4}" for index in range(60)]
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(rows))
+    report = policies.compare(
+        str(path), load=1.1, num_requests=60, policies=["hrrn"], default_policy="srpt-oracle", machine=MACHINE
+    )
+    metrics = report["metrics"]
+    assert metrics["oracle_gap_closed"] == 1.0
+    assert metrics["ratio_vs_fcfs.mean_normalised_latency"] > 1.2
+    assert {"fcfs.goodput", "hrrn.p99_e2e", "srpt-oracle.pauses"} <= set(metrics)
+    assert report["config"]["capacity_requests_per_s"] > 0
+
+
+def test_cost_model_learns_the_coefficients_and_shrugs_off_a_stall() -> None:
+    truth = Coefficients(0.02, 0.0005, 0.003, 1e-7, 1e-6)
+    cost = warm_cost_model(Machine(coefficients=truth))
+    draws = random.Random(0)
+    for step in range(1000):
+        work = StepWork(decodes=draws.randrange(17), decode_context=draws.randrange(8000))
+        if draws.random() < 0.5:
+            work.add(draws.randrange(1000), draws.randrange(2, 256))
+        cost.observe(work, truth.seconds(work) * draws.uniform(0.97, 1.03) * (50 if step % 200 == 199 else 1))
+    for work in (StepWork(decodes=8, decode_context=3000), StepWork(prefill_tokens=200, prefill_pairs=20_000)):
+        assert cost.coefficients.seconds(work) == pytest.approx(truth.seconds(work), rel=0.1)
+
+
+def test_a_step_is_shared_out_in_full() -> None:
+    from fastserve.scheduler.plan import PlanEntry, StepPlan
+
+    cost = CostModel(STEP)
+    plan = StepPlan([PlanEntry("a", [1], 50, [0], True), PlanEntry("b", [1] * 30, 0, [1], True)])
+    shares = cost.account(plan, 0.5)
+    assert sum(shares) == pytest.approx(0.5)
+    assert shares[1] / shares[0] == pytest.approx(30 * 0.001 / 0.002)

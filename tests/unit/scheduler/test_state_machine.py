@@ -1,0 +1,172 @@
+"""Scheduler and BlockPool under any mix of arrivals, aborts, steps and idle time, with every policy.
+
+After every action: each block is held exactly as often as sequences hold it, no block is written by two sequences,
+budgets are kept; at the end everything finishes with the tokens it would have made alone, and all memory is free.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastserve.core.request import Request
+from fastserve.core.sampling_params import SamplingParams
+from fastserve.scheduler.block_pool import BlockPool
+from fastserve.scheduler.cost import CostModel, StepWork
+from fastserve.scheduler.plan import StepPlan
+from fastserve.scheduler.policy import POLICY_NAMES, PolicyContext, make_policy
+from fastserve.scheduler.scheduler import Scheduler
+from fastserve.scheduler.sequence import Residency, Status
+from tests.unit.scheduler.driver import STEP, execute, next_token
+
+BLOCK = 4
+SHARED = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        policy=st.sampled_from(POLICY_NAMES),
+        num_blocks=st.integers(6, 40),
+        places=st.integers(1, 5),
+        tokens=st.integers(5, 40),
+        prefix_caching=st.booleans(),
+    )
+    def start(self, policy: str, num_blocks: int, places: int, tokens: int, prefix_caching: bool) -> None:
+        cost = CostModel(STEP)
+        self.longest = min(num_blocks * BLOCK, 60)
+        self.places, self.tokens = places, tokens
+        self.pool = BlockPool(num_blocks, BLOCK, prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            make_policy(policy, PolicyContext(cost, places)),
+            max_batch_sequences=places,
+            max_batch_tokens=tokens,
+            max_model_len=self.longest,
+            cost=cost,
+        )
+        self.now = 0.0
+        self.requests: dict[str, Request] = {}
+        self.made: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        self.in_flight: StepPlan | None = None
+
+    @rule(
+        shared=st.integers(0, len(SHARED)),
+        own=st.integers(1, 20),
+        output=st.integers(1, 30),
+        priority=st.integers(0, 2),
+        tenant=st.sampled_from("abc"),
+    )
+    def arrive(self, shared: int, own: int, output: int, priority: int, tenant: str) -> None:
+        name = f"r{len(self.requests)}"
+        prompt = (SHARED[:shared] + [100 + len(self.requests) + index for index in range(own)])[: self.longest - 1]
+        params = SamplingParams(max_tokens=output, ignore_eos=True, seed=0)
+        self.requests[name] = Request(name, prompt, params, self.now, priority, tenant)
+        self.scheduler.add(self.requests[name], self.now)
+
+    @rule(which=st.integers(0, 50))
+    def abort(self, which: int) -> None:
+        live = sorted(self.scheduler._sequences)
+        self.scheduler.abort(["unknown", *([live[which % len(live)]] if live else [])])
+        if live:
+            self.aborted.add(live[which % len(live)])
+
+    @rule(seconds=st.sampled_from([0.001, 0.2, 0.5, 5.0]))
+    def idle(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule()
+    def plan(self) -> None:
+        """Plan a step; aborts and arrivals may happen before its result is in."""
+        had_work = self.scheduler.has_work()
+        plan = self.scheduler.plan(self.now)
+        assert bool(plan.entries) == had_work
+        assert plan.num_tokens <= self.tokens
+        assert len(plan.entries) <= self.places
+        assert len({entry.request_id for entry in plan.entries}) == len(plan.entries)
+        written: set[int] = set()
+        for entry in plan.entries:
+            end = entry.start + len(entry.token_ids)
+            assert len(entry.block_ids) * BLOCK >= end
+            blocks = set(entry.block_ids[entry.start // BLOCK : -(-end // BLOCK)])
+            assert not blocks & written
+            written |= blocks
+        for entry in plan.entries:
+            others = (other for other in plan.entries if other is not entry)
+            first = entry.start // BLOCK
+            fresh = set(entry.block_ids[first:])
+            assert all(not fresh & set(other.block_ids) for other in others)
+        self.in_flight = plan
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule(steps=st.integers(0, 20))
+    def update(self, steps: int) -> None:
+        """Take in the result, then run on for some steps and leave the last one in flight."""
+        self._update()
+        for _ in range(steps):
+            self.plan()
+            self._update()
+        self.plan()
+
+    def _update(self) -> None:
+        assert self.in_flight is not None
+        plan, self.in_flight = self.in_flight, None
+        seconds = STEP.seconds(StepWork.of(plan))
+        self.now += seconds
+        for output in self.scheduler.update(plan, execute(plan), seconds, self.now):
+            assert output.request_id not in self.aborted
+            self.made.setdefault(output.request_id, []).extend(output.token_ids)
+
+    @invariant()
+    def blocks_are_held_as_often_as_sequences_hold_them(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        held = Counter(block for sequence in self.scheduler._sequences.values() for block in sequence.block_ids)
+        assert self.pool._references == [held[block] for block in range(self.pool.num_blocks)]
+        assert self.pool.num_free == self.pool.num_blocks - len(held)
+
+    @invariant()
+    def states_agree(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        running = {item.sequence.request_id for item in scheduler._running}
+        paused = {item.sequence.request_id for item in scheduler._paused.items()}
+        fresh = {item.sequence.request_id for item in scheduler._fresh.items()}
+        assert not paused & fresh
+        waiting = paused | fresh
+        assert not running & waiting
+        assert running | waiting == set(scheduler._sequences)
+        for name, sequence in scheduler._sequences.items():
+            assert (sequence.status is Status.RUNNING) == (name in running)
+            assert (sequence.residency is Residency.DEVICE) or not sequence.block_ids
+            assert (name in paused) == (name in waiting and sequence.residency is Residency.DEVICE)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.in_flight is not None:
+            self._update()
+        for _ in range(20_000):
+            if not self.scheduler.has_work():
+                break
+            self.plan()
+            self._update()
+        assert not self.scheduler.has_work(), "livelock"
+        for name, request in self.requests.items():
+            start = len(request.prompt_ids)
+            end = min(start + (request.sampling.max_tokens or 0), self.longest)
+            expected = [next_token(name, position) for position in range(start, end)]
+            made = self.made.get(name, [])
+            assert made == (expected[: len(made)] if name in self.aborted else expected)
+        assert self.pool.num_used == 0
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestScheduler = SchedulerMachine.TestCase

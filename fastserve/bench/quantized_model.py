@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastserve.checkpoint.folder import ModelFolder
     from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 
-SCHEMES = "int8, int8-asym, int8-a8, int4, int4-g32, int4-g64, int4-g128 (int4 is int4-g128), each int4 with -asym or -a8, codebook"
+SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
 _NAME = re.compile(r"int(?P<bits>[48])(-g(?P<group>32|64|128))?(?P<asym>-asym)?(?P<a8>-a8)?")
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj")
 _MAX_SHARD_BYTES = 1 << 30

@@ -151,4 +151,6 @@ def _codebook(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
 
 
 def _unsupported(what: str) -> CheckpointError:
-    return CheckpointError(f"the folder's weights are quantised in a way that is not supported: {what}. Supported are {SUPPORTED}")
+    return CheckpointError(
+        f"the folder's weights are quantised in a way that is not supported: {what}. Supported are {SUPPORTED}"
+    )

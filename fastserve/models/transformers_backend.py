@@ -51,7 +51,7 @@ class TransformersModel:
         return run_body(self._network, input_ids, positions, context)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
         return self._network.logits(hidden)
 

@@ -169,7 +169,4 @@ def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[i
         shape.dtype,
         loaded.model.device,
     )
-    return ModelRunner(
-        loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device, memory.max_model_len
-    )
-
+    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device, memory.max_model_len)

@@ -80,9 +80,7 @@ class DecoderLayer:
         self._mlp_norm = norm(parameters, "mlp_norm", size, epsilon, layer)
         self._mlp = mlp(parameters, size, config.inner_size, config.activation, config.mlp_bias, layer)
 
-    def __call__(
-        self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
         kernels = context.kernels
         x = self._attention(self._attention_norm(x, kernels), x, rotation, positions, context)
         return self._mlp(self._mlp_norm(x, kernels), x, kernels)

@@ -98,9 +98,7 @@ class Attention:
         if rotation is not None or self._norms[0] is not None:
             cos, sin = rotation or (None, None)
             transform = HeadTransform(*self._norms, self._norm_epsilon, cos, sin, positions)
-        attended = context.attend(
-            self._layer, query, key, value, self._scale, self._window, self._softcap, transform
-        )
+        attended = context.attend(self._layer, query, key, value, self._scale, self._window, self._softcap, transform)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
 
 

@@ -60,7 +60,10 @@ class ServingModel(Protocol):
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
 
     def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32; by the model's own kernels when none are given."""
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32.
+
+        kernels: to compute with; the model's own when not given.
+        """
 
     def release(self, request_ids: list[str]) -> None:
         """Forget what is kept for these requests. Does nothing without `has_own_cache`."""

@@ -255,9 +255,7 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _store_arguments(
-    key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor
-) -> tuple[int, ...]:
+def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:
     assert keys.is_contiguous() and values.is_contiguous() and slot_mapping.is_contiguous()
     return (
         key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _DTYPES[keys.dtype], *key.shape,

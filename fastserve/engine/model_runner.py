@@ -13,7 +13,7 @@ from fastserve.core.request import TokenLogprobs
 from fastserve.engine.batch import BlockTables, make_batch
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs, sample
-from fastserve.kernels.interface import Batch, Kernels
+from fastserve.kernels.interface import Batch, Kernels, RecordedStep
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan
@@ -54,7 +54,7 @@ class ModelRunner:
         self._states: dict[str, SamplingState] = {}
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
         self._tables = BlockTables(device)
-        recorded = "the model keeps its own cache"
+        recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
             recorded = kernels.record(self._network, max_model_len)
         self._recorded = None if isinstance(recorded, str) else recorded
@@ -80,7 +80,7 @@ class ModelRunner:
         if self._recorded is not None and not self._prompts:
             logits, greedy = self._recorded.run(batch, any(state.is_plain_greedy for state in states))
         else:
-            logits, greedy = self._run_scoring(plan, batch, row_ranges, result), []
+            logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
         if sampling:
             self._sample(result, logits, sampling, states, greedy)
         return result
@@ -131,7 +131,12 @@ class ModelRunner:
             self._model.release(request_ids)
 
     def _sample(
-        self, result: StepResult, logits: Tensor, sampling: list[str], states: list[SamplingState], greedy: list[int]
+        self,
+        result: StepResult,
+        logits: Tensor,
+        sampling: list[str],
+        states: list[SamplingState],
+        greedy: list[int] | None,
     ) -> None:
         """One token per row of logits [R, V]; greedy: the largest of each row where that is known already."""
         tokens = sample(logits, states, greedy)

@@ -24,23 +24,23 @@ class RmsNorm:
     """x / rms(x) * weight."""
 
     def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        self.weight = parameters.tensor(role, (size,), layer)
+        self._weight = parameters.tensor(role, (size,), layer)
         self._epsilon = epsilon
 
     def __call__(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self._epsilon)
+        return kernels.rms_norm(x, self._weight, self._epsilon)
 
 
 class LayerNorm:
     """(x - mean) / deviation * weight + bias."""
 
     def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        self.weight = parameters.tensor(role, (size,), layer)
+        self._weight = parameters.tensor(role, (size,), layer)
         self._bias = parameters.tensor(role, (size,), layer, "bias")
         self._epsilon = epsilon
 
     def __call__(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self._bias, self._epsilon)
+        return kernels.layer_norm(x, self._weight, self._bias, self._epsilon)
 
 
 NORMS: dict[str, Any] = {"rms": RmsNorm, "layer": LayerNorm}
@@ -74,11 +74,10 @@ class Attention:
         self._output = parameters.linear(
             {"attention_output": shape.hidden_size}, heads * size, shape.output_bias, layer
         )
-        self._norms: list[Tensor | None] = [None, None]
+        self._query_norm = self._key_norm = None
         if shape.qk_norm:
-            self._norms = [
-                RmsNorm(parameters, role, size, shape.norm_epsilon, layer).weight for role in ("query_norm", "key_norm")
-            ]
+            self._query_norm = parameters.tensor("query_norm", (size,), layer)
+            self._key_norm = parameters.tensor("key_norm", (size,), layer)
         self._norm_epsilon = shape.norm_epsilon
         self._layer = layer
         self._window = window
@@ -95,9 +94,9 @@ class Attention:
         heads = kernels.linear(self._qkv, x).view(x.shape[0], -1, self._head_size)  # [T, H + 2G, D]
         query, key, value = heads.split(self._heads, dim=1)
         transform = None
-        if rotation is not None or self._norms[0] is not None:
+        if rotation is not None or self._query_norm is not None:
             cos, sin = rotation or (None, None)
-            transform = HeadTransform(*self._norms, self._norm_epsilon, cos, sin, positions)
+            transform = HeadTransform(self._query_norm, self._key_norm, self._norm_epsilon, cos, sin, positions)
         attended = context.attend(self._layer, query, key, value, self._scale, self._window, self._softcap, transform)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
 

@@ -9,6 +9,7 @@ one of those tensors are constants: weights, rotation tables, caches.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -77,9 +78,8 @@ class _OnlyViews(TorchDispatchMode):
 
 def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
     """See `Kernels.record`."""
-    from fastserve.kernels.cpu import _native
-
-    plan = _native.Recording(backend, _PROBE_TOKENS, _PROBE_ROWS)
+    native: Any = importlib.import_module("fastserve.kernels.cpu._native")
+    plan = native.Recording(backend, _PROBE_TOKENS, _PROBE_ROWS)
     ids, positions, slots, block_table = torch.zeros(4, _PROBE_TOKENS, dtype=torch.int64).unbind()
     probe = Batch(
         input_ids=ids,
@@ -94,11 +94,11 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
         plan.input(number, tensor.data_ptr(), tensor.nbytes, tensor.shape[0])
     kernels = CPUKernels(plan)
     try:
-        with torch.inference_mode(), _OnlyViews(plan, _native.NotRecordable):
+        with torch.inference_mode(), _OnlyViews(plan, native.NotRecordable):
             logits = network(kernels, probe)
             chosen = kernels.argmax(logits)
         plan.finish(logits.data_ptr(), chosen.data_ptr())
-    except _native.NotRecordable as reason:
+    except native.NotRecordable as reason:
         return str(reason)
     return NativeStep(plan, network, logits.shape[1])
 

@@ -99,9 +99,9 @@ def test_parts_are_one_matrix_and_its_rows_can_be_looked_up(isa: str, name: str)
         torch.tensor([], dtype=torch.int64),
     ):
         for dtype in (torch.float32, torch.bfloat16):
-            rows = native.embedding(packed, ids, dtype)
+            rows = native.embed(packed, ids, dtype)
             assert rows.dtype is dtype
-            assert torch.equal(rows, reference.embedding(expected, ids, dtype))
+            assert torch.equal(rows, reference.embed(expected, ids, dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -132,9 +132,12 @@ class ParameterLoader:
             return read_quantized(self._reader, module, shape, layout)
         if not self._find(f"{module}.weight"):
             return torch.empty(shape, dtype=self.dtype)
-        if role in self._transposed:
-            return self._reader.view(f"{module}.weight", shape[::-1]).t().to(self.device, self.dtype)
-        return self._reader.view(f"{module}.weight", shape).to(self.device, self.dtype)
+        name, is_transposed = f"{module}.weight", role in self._transposed
+        if not is_transposed and self._reader.dtype(name) is self.dtype and self.device.type == "cpu":
+            return self._reader.view(name, shape)
+        weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._reader.read_into(name, weight.t() if is_transposed else weight)
+        return weight
 
     def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
         """How the module is quantised; None when it was left as it was, whatever the config says of others."""

@@ -120,7 +120,8 @@ class Kernels(Protocol):
     ) -> PackedLinear:
         """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load.
 
-        weight: a matrix, or its parts from top to bottom, of one type or scheme and codebook. It is not kept.
+        weight: a matrix, which may be kept; or its parts from top to bottom, of one type or scheme and codebook, which
+            may lie in a file and are not kept.
         is_gated: the first N / 2 rows are the gate, the others are up.
         """
 

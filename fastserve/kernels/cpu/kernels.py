@@ -71,7 +71,7 @@ class CPUKernels(ReferenceKernels):
             options |= {"group": scheme.group_size, "scale_type": _SCALE_DTYPES[first.scales.dtype]}
             if first.codebook is not None:
                 options["table"] = first.codebook.tolist()
-            tensors = [(part.values, part.scales, part.zeros) for part in parts]
+            tensors: list[tuple[Any, ...]] = [(part.values, part.scales, part.zeros) for part in parts]
         else:
             code = _DTYPES[first.dtype]
             tensors = [(part, None, None) for part in parts]

@@ -74,7 +74,8 @@ public:
                    int cache_type, const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
                    int64_t block_size, const std::vector<int64_t>& query_starts,
                    const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, float scale,
-                   float softcap, int64_t window, bool causal) {
+                   float softcap, int64_t window, bool causal, uintptr_t bias, int64_t bias_stride,
+                   int64_t bias_origin) {
         std::vector<const int64_t*> tables;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
         AttentionArgs args{};
@@ -100,6 +101,9 @@ public:
         args.softcap = softcap;
         args.window = window;
         args.causal = causal;
+        args.bias = at<float>(bias);
+        args.bias_stride = bias_stride;
+        args.bias_origin = bias_origin;
         nb::gil_scoped_release release;
         pool_.run(attention_scratch(args), [&](const Worker& worker) { table_->attention(args, worker); });
     }
@@ -123,7 +127,7 @@ public:
 
     void store(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads, int64_t size,
                int64_t key_stride, int64_t key_head_stride, int64_t value_stride, int64_t value_head_stride,
-               uintptr_t keys, uintptr_t values, uintptr_t slots) {
+               uintptr_t keys, uintptr_t values, uintptr_t slots, int64_t block_size) {
         StoreArgs args{at<void>(key),
                        at<void>(value),
                        static_cast<DType>(type),
@@ -137,7 +141,8 @@ public:
                        value_head_stride,
                        at<void>(keys),
                        at<void>(values),
-                       at<int64_t>(slots)};
+                       at<int64_t>(slots),
+                       block_size};
         nb::gil_scoped_release release;
         pool_.run({}, [&](const Worker& worker) { table_->store(args, worker); }, 2 * tokens * heads * size);
     }
@@ -154,6 +159,18 @@ public:
         ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
         nb::gil_scoped_release release;
         pool_.run(argmax_scratch(args, pool_.size()), [&](const Worker& worker) { table_->argmax(args, worker); }, rows * size);
+    }
+
+    void sample(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out,
+                const std::vector<float>& inverse_temperature, const std::vector<int64_t>& top_k,
+                const std::vector<double>& top_p, const std::vector<double>& min_p, const std::vector<uint64_t>& random) {
+        std::vector<SampleRow> how;
+        for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+            how.push_back({inverse_temperature.at(row), top_k.at(row), top_p.at(row), min_p.at(row), random.at(row)});
+        }
+        SampleArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, how.data(), at<int64_t>(out)};
+        nb::gil_scoped_release release;
+        pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
     }
 
     double peak(int kind, double seconds) {
@@ -198,6 +215,7 @@ NB_MODULE(_native, m) {
         .def("store", &Backend::store)
         .def("activation", &Backend::activation)
         .def("argmax", &Backend::argmax)
+        .def("sample", &Backend::sample)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<ReadMeter>(m, "ReadMeter")
         .def(

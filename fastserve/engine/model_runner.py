@@ -106,7 +106,7 @@ class ModelRunner:
             hidden = hidden[[row for _, row in sampling]]
         logits = self._model.logits(hidden)  # [len(sampling), V]
         states = [self._states[request_id] for request_id, _ in sampling]
-        tokens = sample(logits, states)
+        tokens = sample(logits, states, self._kernels)
         self._add_logprobs(result, logits, sampling, states, tokens)
         for (request_id, _), state, token_id in zip(sampling, states, tokens, strict=True):
             state.count(token_id)

@@ -1,7 +1,7 @@
 """The tensors behind the scheduler's block ids: per layer, keys and values [num_blocks, block_size, G, D].
 
-G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. The memory is touched when it is made, so that what was planned is really there and
-the process does not grow while serving.
+G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. The memory is touched when
+it is made, so that what was planned is really there and the process does not grow while serving.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ def sample(logits: Tensor, states: list[SamplingState], kernels: Kernels) -> lis
     """Choose one token per row. logits [R, V] is not changed; `states` has R entries."""
     if any(state.changes_logits for state in states):
         logits = logits.float()
-        rows = [process_logits(row, state) if state.changes_logits else row for row, state in zip(logits, states, strict=True)]
+        rows = [
+            process_logits(row, state) if state.changes_logits else row
+            for row, state in zip(logits, states, strict=True)
+        ]
         logits = torch.stack(rows)
     return kernels.sample(logits, [_row_sampling(state) for state in states])
 

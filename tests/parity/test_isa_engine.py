@@ -1,5 +1,6 @@
-"""The engine on each instruction set of this machine: alone, in a batch, chunked, preempted and with a prefix-cache hit,
-a sequence's tokens are the same, with keys and values as they are and in eight bits.
+"""The engine on each instruction set of this machine, with keys and values as they are and in eight bits.
+
+A sequence's tokens are the same alone, in a batch, chunked, preempted and with a prefix-cache hit.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from fastserve.core.errors import ConfigError
 from tests import folders
 from tests.kernels.conftest import ISAS, native_kernels
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, max_tokens=24, ignore_eos=True)
 PROMPTS = [[3 + (7 * index + 11 * place) % 310 for place in range(5 + 9 * index)] for index in range(8)]
 PARAMS = [replace(SAMPLED, seed=index) if index % 2 else GREEDY for index in range(8)]
 

@@ -78,7 +78,7 @@ class ModelRunner:
         sampling = [entry.request_id for entry in plan.entries if entry.samples]
         states = [self._states[request_id] for request_id in sampling]
         if self._recorded is not None and not self._prompts:
-            logits, greedy = self._recorded.run(batch, any(state.is_plain_greedy for state in states))
+            logits, greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
         if sampling:
@@ -138,8 +138,8 @@ class ModelRunner:
         states: list[SamplingState],
         greedy: list[int] | None,
     ) -> None:
-        """One token per row of logits [R, V]; greedy: the largest of each row where that is known already."""
-        tokens = sample(logits, states, greedy)
+        """One token per row of logits [R, V]; greedy: the largest of each row, where all are greedy and it is known already."""
+        tokens = sample(logits, states, self._kernels, greedy)
         self._add_logprobs(result, logits, sampling, states, tokens)
         for request_id, state, token_id in zip(sampling, states, tokens, strict=True):
             state.count(token_id)

@@ -233,9 +233,49 @@ private:
         return x < -87.0f ? 0.0f : lanes[0];
     }
 
-    int64_t slot(const CacheStrides& strides, int64_t position) const {
-        const int64_t block = args_.block_tables[tile_.sequence][position / args_.block_size];
-        return block * strides.block + position % args_.block_size * strides.slot + tile_.kv_head * strides.head;
+    // Where up to 64 keys and their values start, in elements, and where the scales of s8 are, in bytes.
+    struct Places {
+        int64_t first_key = -1, kv_head = -1, sequence = -1, count = 0;
+        int64_t keys[kKeyBlock], values[kKeyBlock], key_scales[kKeyBlock], value_scales[kKeyBlock];
+    };
+
+    void find(int64_t first_key, int64_t keys, Places& places) const {
+        const CacheStrides &k = args_.key_strides, &v = args_.value_strides;
+        const int64_t scales = args_.block_size * args_.num_kv_heads * args_.head_size;
+        int64_t index = first_key / args_.block_size, offset = first_key % args_.block_size;
+        for (int64_t i = 0; i < keys; ++i) {
+            const int64_t block = args_.block_tables[tile_.sequence][index];
+            places.keys[i] = block * k.block + offset * k.slot + tile_.kv_head * k.head;
+            places.values[i] = block * v.block + offset * v.slot + tile_.kv_head * v.head;
+            const int64_t scale = scales + 4 * (tile_.kv_head * args_.block_size + offset);
+            places.key_scales[i] = block * k.block + scale;
+            places.value_scales[i] = block * v.block + scale;
+            if (++offset == args_.block_size) ++index, offset = 0;
+        }
+        places.first_key = first_key, places.kv_head = tile_.kv_head, places.sequence = tile_.sequence, places.count = keys;
+    }
+
+    // The places of this block and of the next one, which is fetched while this one is worked on: a head's keys are
+    // short rows far apart, which the processor does not foresee.
+    void find_block(int64_t first_key, int64_t keys) {
+        now_ ^= 1;
+        Places& now = places_[now_];
+        if (now.first_key != first_key || now.kv_head != tile_.kv_head || now.sequence != tile_.sequence || now.count < keys) {
+            find(first_key, keys, now);
+            for (int64_t i = 0; i < keys; ++i) fetch(args_.keys, now.keys[i]), fetch(args_.values, now.values[i]);
+        }
+        num_next_ = min_of(kKeyBlock, visible().end - first_key - kKeyBlock);
+        if (num_next_ > 0) find(first_key + kKeyBlock, num_next_, places_[now_ ^ 1]);
+    }
+
+    void fetch(const void* cache, int64_t at) const {
+        const char* from = static_cast<const char*>(cache) + at * element_bytes(args_.cache_type);
+        const int64_t bytes = args_.head_size * element_bytes(args_.cache_type);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    }
+
+    void fetch_next_keys(int64_t begin, int64_t end) const {
+        for (int64_t i = begin; i < min_of(end, num_next_); ++i) fetch(args_.keys, places_[now_ ^ 1].keys[i]);
     }
 
     void attend_block(int64_t first_key) {
@@ -248,15 +288,16 @@ private:
             rows.end = min_of(rows.end, (last - tile_.first_position + 1) * sizes_.group);
         }
         if (rows.begin >= rows.end) return;
-        if (is_s8()) load_scales(first_key, keys);
-        load_keys(first_key, keys);
+        find_block(first_key, keys);
+        if (is_s8()) load_scales(keys);
+        load_keys(keys);
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
         const int64_t count = rows.end - rows.begin;
         product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
                      s_.scores + rows.begin * kPanelColumns, count, false);
         for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
-        load_values(first_key, keys);
+        load_values(keys);
         const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock;
         for (int64_t panel = 0; panel < panels(); ++panel) {
             product_.run(s_.values + panel * value_words * kPanelColumns * 4, panel_width(panel), value_words,
@@ -317,18 +358,22 @@ private:
     }
 
     // Keys [64, D] -> panel [D words, 64]; keys that do not exist are 0.
-    void load_keys(int64_t first_key, int64_t keys) {
+    void load_keys(int64_t keys) {
+        const int64_t* places = places_[now_].keys;
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
         int64_t whole = 0;
         if (kHasTranspose && is_s8() && args_.head_size % 64 == 0) {
-            for (; whole + 16 <= keys; whole += 16) load_16_s8_keys(first_key + whole, panel + whole);
+            for (; whole + 16 <= keys; whole += 16) {
+                fetch_next_keys(whole, whole + 16);
+                load_16_s8_keys(places + whole, panel + whole);
+            }
         } else if (kHasTranspose && args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32) && args_.head_size % 32 == 0) {
             for (; whole + 16 <= keys; whole += 16) {
+                fetch_next_keys(whole, whole + 16);
                 const char* rows[16];
                 for (int i = 0; i < 16; ++i) {
-                    const int64_t at = slot(args_.key_strides, first_key + whole + i);
-                    rows[i] = static_cast<const char*>(args_.keys) + at * element_bytes(args_.cache_type);
+                    rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
                 }
                 for (int64_t word = 0; word < words; word += 16) {
                     transpose_words(rows, word, panel + word * kKeyBlock + whole, kKeyBlock);
@@ -340,16 +385,17 @@ private:
                 for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = 0;
                 continue;
             }
-            const int64_t at = slot(args_.key_strides, first_key + key);
+            fetch_next_keys(key, key + 1);
+            const int64_t at = places[key];
             for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = key_word(at, word);
         }
     }
 
     // Sixteen keys of bytes -> their columns of the panel.
-    void load_16_s8_keys(int64_t first_key, uint32_t* panel) {
+    void load_16_s8_keys(const int64_t* places, uint32_t* panel) {
         const char* rows[16];
         for (int i = 0; i < 16; ++i) {
-            rows[i] = static_cast<const char*>(args_.keys) + slot(args_.key_strides, first_key + i);
+            rows[i] = static_cast<const char*>(args_.keys) + places[i];
         }
         alignas(64) uint32_t bytes[16 * 16];
         for (int64_t word = 0; word < args_.head_size / 4; word += 16) {
@@ -375,15 +421,13 @@ private:
     }
 
     // Of the block's keys and values; 0 where there are none.
-    void load_scales(int64_t first_key, int64_t keys) {
-        const int64_t values = args_.block_size * args_.num_kv_heads * args_.head_size;
+    void load_scales(int64_t keys) {
+        const Places& now = places_[now_];
         for (int64_t i = 0; i < kKeyBlock; ++i) {
             s_.key_scales[i] = s_.value_scales[i] = 0.0f;
             if (i >= keys) continue;
-            const int64_t position = first_key + i, block = args_.block_tables[tile_.sequence][position / args_.block_size];
-            const int64_t at = values + 4 * (tile_.kv_head * args_.block_size + position % args_.block_size);
-            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + block * args_.key_strides.block + at, 4);
-            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + block * args_.value_strides.block + at, 4);
+            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + now.key_scales[i], 4);
+            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + now.value_scales[i], 4);
         }
     }
 
@@ -420,12 +464,14 @@ private:
     }
 
     // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.
-    void load_values(int64_t first_key, int64_t keys) {
+    void load_values(int64_t keys) {
+        const int64_t *places = places_[now_].values, *next = places_[now_ ^ 1].values;
         const int64_t step = sizes_.pairs ? 2 : 1, words = kKeyBlock / step;
         for (int64_t word = 0; word < words; ++word) {
             const int64_t key = word * step;
-            const int64_t first = key < keys ? slot(args_.value_strides, first_key + key) : -1;
-            const int64_t second = step == 2 && key + 1 < keys ? slot(args_.value_strides, first_key + key + 1) : -1;
+            const int64_t first = key < keys ? places[key] : -1;
+            const int64_t second = step == 2 && key + 1 < keys ? places[key + 1] : -1;
+            for (int64_t i = key; i < min_of(key + step, num_next_); ++i) fetch(args_.values, next[i]);
             for (int64_t column = 0; column < sizes_.columns; column += W) {
                 const int64_t panel = column / kPanelColumns, width = panel_width(panel);
                 uint8_t* to = s_.values + panel * words * kPanelColumns * 4 +
@@ -456,6 +502,9 @@ private:
     const AttentionScratch s_;
     PanelProduct product_;
     QueryTile tile_{};
+    Places places_[2];
+    int now_ = 0;
+    int64_t num_next_ = 0;
 };
 
 // Calls visit(tile, splits, is_split, index) for every tile in a fixed order; `splits` are those it sees.

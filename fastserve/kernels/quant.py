@@ -182,6 +182,14 @@ def concatenate(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | Quantized
     )
 
 
+def reordered(weight: Tensor | QuantizedWeight, order: Tensor) -> Tensor | QuantizedWeight:
+    """The matrix with its rows in another order; order [N] int64."""
+    if isinstance(weight, Tensor):
+        return weight[order]
+    zeros = None if weight.zeros is None else weight.zeros[order]
+    return QuantizedWeight(weight.scheme, weight.values[order], weight.scales[order], zeros, weight.codebook)
+
+
 def int8_kv_views(cache: Tensor) -> tuple[Tensor, Tensor]:
     """What an int8 cache [num_blocks, block_size, G, D + 4] holds: bytes [num_blocks, block_size, G, D] and their
     float32 scales [num_blocks, block_size, G], both views of it.

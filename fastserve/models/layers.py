@@ -123,8 +123,8 @@ class Attention:
         transform = None
         if rotation is not None or query_norm is not None:
             cos, sin = rotation or (None, None)
-            weights = [None if norm is None else norm.weight for norm in (query_norm, key_norm)]
-            transform = HeadTransform(*weights, self._norm_epsilon, cos, sin, positions)
+            query_weight, key_weight = (None if norm is None else norm.weight for norm in (query_norm, key_norm))
+            transform = HeadTransform(query_weight, key_weight, self._norm_epsilon, cos, sin, positions)
         attended = context.attend(self._layer, query, key, value, self._scale, self._window, self._softcap, transform)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
 

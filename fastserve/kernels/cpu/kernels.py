@@ -131,10 +131,9 @@ class CPUKernels(ReferenceKernels):
         residual: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        packed, dense = (None, table) if isinstance(table, Tensor) else (table.native, None)
-        if packed is None and dense is None:
-            dense = table.weight
-        out = torch.empty(ids.shape[0], packed.k if dense is None else dense.shape[1], dtype=dtype)
+        packed = None if isinstance(table, Tensor) else table.native
+        dense = table if isinstance(table, Tensor) else None if packed else table.weight
+        out = torch.empty(ids.shape[0], packed.k if packed else dense.shape[1], dtype=dtype)  # type: ignore[union-attr]
         if out.numel():
             assert ids.is_contiguous() and (residual is None or (residual.is_contiguous() and packed is None))
             assert dense is None or (dense.is_contiguous() and dense.dtype is dtype)

@@ -36,8 +36,8 @@ PRECISIONS = ("bf16", "int8", "int4")
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_peers"
 OUR_WEIGHTS = {
     "bf16": [],
-    "int8": ["--weights", "int8", "--head", "int8"],
-    "int4": ["--weights", "int4", "--head", "int8"],
+    "int8": ["--weights", "int8-a8", "--head", "int8"],
+    "int4": ["--weights", "int4-a8", "--head", "int8"],
 }
 PAUSE = 0.3  # seconds between turns, in which an engine's threads stop spinning
 
@@ -89,28 +89,27 @@ class Limits:
         }
 
 
-def measure_pair(
-    engines: list[EngineProcess], cases: list[str], repeats: int, small: bool, limits: Limits
-) -> dict[str, Any]:
-    """Values of every case of every engine, with the limits around each repeat."""
-    found: dict[str, Any] = {engine.name: {} for engine in engines}
+def measure_case(
+    engines: list[EngineProcess], case: str, repeats: int, small: bool, limits: Limits
+) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, float]]]:
+    """Values of one case of every engine (and its memory, for many requests), and the limits around each repeat."""
+    found: dict[str, dict[str, list[float]]] = {engine.name: {} for engine in engines}
     moments = [limits.measure()]
-    for case in cases:
-        for engine in engines:
-            warm_up(engine, case, small)
-            engine.forget_peak()
-        for repeat in range(repeats):
-            for engine in engines if repeat % 2 == 0 else engines[::-1]:
-                time.sleep(PAUSE)
-                value = engine.ask(case, questions(case, repeat, small))["value"]
-                found[engine.name].setdefault(case, []).append(rounded(value))
+    for engine in engines:
+        warm_up(engine, case, small)
+        engine.forget_peak()
+    for repeat in range(repeats):
+        for engine in engines if repeat % 2 == 0 else engines[::-1]:
             time.sleep(PAUSE)
-            moments.append(limits.measure())
-        if case == "throughput":
-            for engine in engines:
-                found[engine.name]["memory"] = [engine.peak_bytes()]
-        say(f"{case}: " + ", ".join(f"{engine.name} {found[engine.name][case]}" for engine in engines))
-    return {"values": found, "limits": moments}
+            value = engine.ask(case, questions(case, repeat, small))["value"]
+            found[engine.name].setdefault(case, []).append(rounded(value))
+        time.sleep(PAUSE)
+        moments.append(limits.measure())
+    if case == "throughput":
+        for engine in engines:
+            found[engine.name]["memory"] = [engine.peak_bytes()]
+    say(f"{case}: " + ", ".join(f"{engine.name} {found[engine.name][case]}" for engine in engines))
+    return found, moments
 
 
 def warm_up(engine: EngineProcess, case: str, small: bool) -> None:
@@ -132,39 +131,42 @@ def agreement(engines: list[EngineProcess], length: int = 4) -> float:
 
 
 def run_pair(name: str, precision: str, cases: list[str], arguments: argparse.Namespace, limits: Limits) -> None:
-    """Measure one peer in one precision beside ours, and merge the outcome into its file of results."""
+    """Measure one peer in one precision beside ours; each case is merged into the pair's file as soon as it is done."""
     model = random_model.make(arguments.shape)
     say(f"== {name} {precision}")
     makers: list[tuple[str, Callable[[], Path]]] = [(name, functools.partial(peers.convert, name, precision, model))]
     if not arguments.without_ours:
         makers.append((OURS, functools.partial(our_model, arguments.shape, precision)))
+    file = results_folder(arguments) / f"{name.replace('.', '_')}.{precision}.json"
     engines: list[EngineProcess] = []
-    started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     try:
         for engine, make in makers:
             engines.append(EngineProcess(engine, make(), precision))
-        outcome = measure_pair(engines, cases, arguments.repeats, arguments.small, limits)
-        outcome["agreement"] = agreement(engines) if len(engines) == 2 and "throughput" in cases else None
-        outcome["about"] = {engine.name: engine.about for engine in engines}
+        for case in cases:
+            found, moments = measure_case(engines, case, arguments.repeats, arguments.small, limits)
+            about = {
+                "measured": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+                "commit": commit(),
+                "limits": moments,
+                "engines": {engine.name: engine.about for engine in engines},
+            }
+            keep(file, case, found, about, {**describe_machine(), "isa": limits.isa})
+        if len(engines) == 2 and "throughput" in cases:
+            keep(file, "agreement", {}, {"share": agreement(engines)}, {})
     finally:
         for process in engines:
             process.close()
-    machine = {**describe_machine(), "isa": limits.isa}
-    about = {"started": started, "commit": commit(), "machine": machine}
-    keep(results_folder(arguments), name, precision, {**about, **outcome})
 
 
-def keep(folder: Path, name: str, precision: str, outcome: dict[str, Any]) -> None:
-    """Merge new cases into the pair's file; other cases stay as they were measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name.replace('.', '_')}.{precision}.json"
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for engine, values in old.get("values", {}).items():
-        outcome["values"][engine] = {**values, **outcome["values"].get(engine, {})}
-    if outcome["agreement"] is None:
-        outcome["agreement"] = old.get("agreement")
-    outcome["about"] = {**old.get("about", {}), **outcome["about"]}
-    file.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+def keep(file: Path, case: str, found: dict[str, Any], about: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Merge one case into the pair's file; the others stay as they were measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pair: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for engine, values in found.items():
+        pair.setdefault("values", {}).setdefault(engine, {}).update(values)
+    pair.setdefault("cases", {})[case] = about
+    pair["machine"] = machine or pair.get("machine", {})
+    file.write_text(json.dumps(pair, indent=1) + "\n", encoding="utf-8")
 
 
 def collect(folder: Path, skipped: dict[str, str]) -> Report:
@@ -173,13 +175,15 @@ def collect(folder: Path, skipped: dict[str, str]) -> Report:
     pairs: dict[str, Any] = {}
     for file in sorted(folder.glob("*.json")):
         pair = json.loads(file.read_text(encoding="utf-8"))
-        label = file.stem
-        pairs[label] = {key: pair[key] for key in ("started", "commit", "about", "agreement")}
-        report.limits[label] = {
-            name: rounded(statistics.median(moment[name] for moment in pair["limits"])) for name in pair["limits"][0]
-        }
-        add_pair(report, label, pair["values"])
-    report.config = {"shape": folder.name, "precision": "see pairs.*.about.*.precision", "pairs": pairs}
+        pairs[file.stem] = pair["cases"]
+        for case, about in pair["cases"].items():
+            moments = about.get("limits", [])
+            if moments:
+                report.limits[f"{file.stem}.{case}"] = {
+                    name: rounded(statistics.median(moment[name] for moment in moments)) for name in moments[0]
+                }
+        add_pair(report, file.stem, pair["values"])
+    report.config = {"shape": folder.name, "precision": "see pairs.*.*.engines.*.precision", "pairs": pairs}
     report.repeats = max((len(runs) for runs in report.runs.values()), default=0)
     return report
 

@@ -83,7 +83,7 @@ PEERS = {
         "onnxruntime_genai",
         ("int4",),
     ),
-    "ctranslate2": Peer((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"), "ctranslate2", ("bf16", "int8")),
+    "ctranslate2": Peer((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"), "ctranslate2", ("int8",)),
 }
 
 
@@ -186,9 +186,8 @@ def _to_onnxruntime(precision: str, model: Path, out: Path) -> None:
 
 
 def _to_ctranslate2(precision: str, model: Path, out: Path) -> None:
-    quantization = {"bf16": "bfloat16", "int8": "int8_bfloat16"}[precision]
     converter = str(environment("ctranslate2") / "bin" / "ct2-transformers-converter")
-    _run(converter, "--model", str(model), "--output_dir", str(out), "--quantization", quantization)
+    _run(converter, "--model", str(model), "--output_dir", str(out), "--quantization", precision)
     shutil.copy(model / "tokenizer.json", out)
 
 

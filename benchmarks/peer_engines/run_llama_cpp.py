@@ -20,7 +20,7 @@ from typing import Any
 
 from worker import Engine, Ids, serve
 
-NUM_SLOTS, SLOT_TOKENS = 32, 1024
+NUM_SLOTS, SLOT_TOKENS = 32, 640  # what the longest of the many requests needs
 FORMATS = {"bf16": ("BF16", "BF16"), "int8": ("Q8_0", "Q8_0"), "int4": ("Q4_0", "Q6_K")}
 
 

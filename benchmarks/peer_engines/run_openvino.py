@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
-from worker import Engine, Ids, serve
+from worker import KV_GIB, Engine, Ids, serve
 
 LM_HEAD = {"bf16": "bfloat16", "int8": "int8 per channel", "int4": "int8 per channel"}
 WEIGHTS = {
@@ -25,7 +25,7 @@ class OpenVINO(Engine):
         scheduler = genai.SchedulerConfig()
         scheduler.max_num_seqs = 64
         scheduler.max_num_batched_tokens = 1024
-        scheduler.cache_size = 4  # GiB
+        scheduler.cache_size = KV_GIB
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
         properties = {"INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0))}
@@ -38,7 +38,7 @@ class OpenVINO(Engine):
             "lm_head": LM_HEAD[precision],
             "activations": core.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name(),
         }
-        self.settings = {"max_num_batched_tokens": 1024, "cache_gib": 4, **properties}
+        self.settings = {"max_num_batched_tokens": 1024, "cache_gib": KV_GIB, **properties}
 
     def generate(self, prompts: Sequence[Ids], num_outputs: Sequence[int]) -> list[Ids]:
         inputs = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from worker import Engine, Ids, serve
+from worker import KV_GIB, Engine, Ids, serve
 
 from fastserve import LLM, SamplingParams
 
-KV_TOKENS = 32 * (512 + 128) + 4096  # the mixed case at once, and one whole context
+WEIGHTS = {"int8": "int8 symmetric per channel", "int4": "int4 symmetric, groups of 128"}
 
 
 class Ours(Engine):
@@ -18,11 +18,16 @@ class Ours(Engine):
 
     def __init__(self, folder: str, precision: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-        self._llm = LLM(folder, dtype="bfloat16", prefix_caching=False, kv_cache_memory=4 * numbers * KV_TOKENS)
-        scheme = json.dumps(config["quantization_config"]) if "quantization_config" in config else "bfloat16"
-        self.precision = {"weights": scheme, "kv_cache": "bfloat16", "lm_head": "see weights", "activations": precision}
-        self.settings = {"kernels": "auto"}
+        settings = {"max_model_len": 2048, "kv_cache_memory": KV_GIB << 30, "prefix_caching": False}
+        self._llm = LLM(folder, dtype="bfloat16", **settings)
+        is_whole = "quantization_config" not in config
+        self.precision = {
+            "weights": "bfloat16" if is_whole else WEIGHTS[precision],
+            "kv_cache": "bfloat16",
+            "lm_head": "bfloat16" if is_whole else "int8 per channel",
+            "activations": "bfloat16" if is_whole else "int8 per token in the products",
+        }
+        self.settings = settings
 
     def generate(self, prompts: Sequence[Ids], num_outputs: Sequence[int]) -> list[Ids]:
         params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in num_outputs]

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from worker import Engine, Ids, serve
+from worker import KV_GIB, Engine, Ids, serve
 
 CPUS = sorted(os.sched_getaffinity(0))
 os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, CPUS)),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: nothing is counted twice, and no third thread on the cores
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -37,7 +37,7 @@ class VLLM(Engine):
             "lm_head": "bfloat16",
             "activations": "int8 per token" if precision == "int8" else "bfloat16",
         }
-        self.settings = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_gib": 4}
+        self.settings = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_gib": KV_GIB}
 
     def generate(self, prompts: Sequence[Ids], num_outputs: Sequence[int]) -> list[Ids]:
         from vllm import SamplingParams

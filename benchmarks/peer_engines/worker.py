@@ -19,6 +19,8 @@ from typing import Any
 
 Ids = list[int]
 
+KV_GIB = 2  # of KV cache for every engine that is told how much: more than the largest case needs
+
 
 class Engine:
     """One engine that generates greedily, end tokens ignored, prefix reuse off.

@@ -3,11 +3,13 @@
 // the pool works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu_features.h"
 #include "measure.h"
@@ -23,6 +25,8 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+using WeightPart = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
 class Backend {
 public:
     Backend(const std::string& isa, int num_threads, const std::vector<int>& cpus)
@@ -33,20 +37,28 @@ public:
     std::string isa() const { return table_->name; }
     int num_threads() const { return pool_.size(); }
 
-    std::unique_ptr<PackedWeight> pack(int format, uintptr_t values, int64_t n, int64_t k, int64_t row_stride,
-                                       int64_t group, uintptr_t scales, int scale_type, uintptr_t zeros,
-                                       const std::vector<float>& table, uintptr_t bias, bool gated) {
+    // Parts: rows, and the addresses of values, scales and zero points.
+    std::unique_ptr<PackedWeight> pack(int format, int64_t k, const std::vector<WeightPart>& parts, int64_t group,
+                                       int scale_type, const std::vector<float>& table, uintptr_t bias, bool gated) {
         if (!table.empty() && table.size() != 16) throw std::invalid_argument("a codebook has 16 values");
         nb::gil_scoped_release release;
-        WeightSource source{static_cast<Format>(format), at<void>(values), n, k, row_stride};
+        WeightSource source{static_cast<Format>(format), k, {}};
+        for (const auto& [n, values, scales, zeros] : parts) {
+            source.parts.push_back({n, at<void>(values), at<void>(scales), at<uint8_t>(zeros)});
+        }
         source.group = group;
-        source.scales = at<void>(scales);
         source.scale_type = static_cast<ScaleType>(scale_type);
-        source.zeros = at<uint8_t>(zeros);
         source.table = table.empty() ? nullptr : table.data();
         source.bias = at<float>(bias);
         source.gated = gated;
         return fastserve::pack(source, pool_);
+    }
+
+    void look_up(const PackedWeight& weight, uintptr_t ids, int64_t count, uintptr_t out, int out_type) {
+        nb::gil_scoped_release release;
+        pool_.run({0, static_cast<size_t>(weight.k) * 4}, [&](const Worker& worker) {
+            fastserve::look_up(weight, at<int64_t>(ids), count, at<void>(out), static_cast<DType>(out_type), worker);
+        }, count * weight.k);
     }
 
     void linear(const PackedWeight& weight, int64_t rows, uintptr_t x, int x_type, int64_t x_stride, uintptr_t out,
@@ -187,10 +199,10 @@ NB_MODULE(_native, m) {
              nb::arg("cpus") = std::vector<int>())
         .def_prop_ro("isa", &Backend::isa)
         .def_prop_ro("num_threads", &Backend::num_threads)
-        .def("pack", &Backend::pack, nb::arg("format"), nb::arg("values"), nb::arg("n"), nb::arg("k"),
-             nb::arg("row_stride"), nb::arg("group") = 0, nb::arg("scales") = 0, nb::arg("scale_type") = 0,
-             nb::arg("zeros") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
+        .def("pack", &Backend::pack, nb::arg("format"), nb::arg("k"), nb::arg("parts"), nb::arg("group") = 0,
+             nb::arg("scale_type") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
              nb::arg("gated") = false)
+        .def("look_up", &Backend::look_up)
         .def("linear", &Backend::linear)
         .def("attention", &Backend::attention)
         .def("norm", &Backend::norm)

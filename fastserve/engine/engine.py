@@ -68,7 +68,7 @@ class Engine:
             cost=cost,
         )
         self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
-        if not loaded.model.has_own_cache:
+        if policy.uses_cost and not loaded.model.has_own_cache:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 

@@ -8,6 +8,7 @@ speed up. A backend is chosen once, at load, by `select.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.quant import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class PackedLinear:
         native: a backend's own object.
         is_gated: the rows of the weight are gate and up, and `linear` gives activation(gate) * up.
         activation_bits: 8: inputs are quantised per token as they come.
+        num_bytes: what it takes in memory.
     """
 
     weight: Tensor
@@ -70,6 +74,10 @@ class PackedLinear:
     native: Any = None
     is_gated: bool = False
     activation_bits: int = 16
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.native is None else int(self.native.bytes))
 
 
 class Kernels(Protocol):
@@ -81,12 +89,16 @@ class Kernels(Protocol):
         """Reasons why this backend cannot serve `spec`; an empty list means it can."""
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
         """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load.
 
+        weight: a matrix, or its parts from top to bottom, of one type or scheme and codebook. It is not kept.
         is_gated: the first N / 2 rows are the gate, the others are up.
         """
+
+    def embedding(self, table: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ids [T] int64 of a packed matrix that is not gated: [T, K] of `dtype`. A tied head is held once so."""
 
     def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].

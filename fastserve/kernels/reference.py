@@ -7,15 +7,15 @@ and in bfloat16 oneDNN keeps memory for every row count that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
-from fastserve.kernels.quant import QuantizedWeight, quantize_activations
+from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear, Weight
+from fastserve.kernels.quant import QuantizedWeight, concatenate, quantize_activations
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -34,12 +34,17 @@ class ReferenceKernels:
         return []
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
+        if isinstance(weight, Sequence):
+            weight = concatenate(weight)
         if isinstance(weight, QuantizedWeight):
             activation_bits = weight.scheme.activation_bits
             return PackedLinear(weight.dequantize(), bias, is_gated=is_gated, activation_bits=activation_bits)
         return PackedLinear(weight, bias, is_gated=is_gated)
+
+    def embedding(self, table: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return functional.embedding(ids, table.weight).to(dtype)
 
     def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         result = self._product(packed, x)

@@ -94,16 +94,14 @@ class Decoder:
         size = config.hidden_size
         self.device = parameters.device
         self._kernels = parameters.kernels
-        self._embedding = parameters.tensor("embedding", (config.vocab_size, size))
+        self._dtype = parameters.dtype
+        # The largest matrices first, so that their place in the file and in memory overlap while little else is loaded.
+        self._embedding, self._head = parameters.embedding_and_head(config.vocab_size, size, config.tied_embeddings)
         self._positions = None
         if config.num_learned_positions:
             self._positions = parameters.tensor("position_embedding", (config.num_learned_positions, size))
         self._layers = [DecoderLayer(parameters, config, layer) for layer in range(config.num_layers)]
         self._norm = NORMS[config.norm](parameters, "final_norm", size, config.norm_epsilon)
-        if config.tied_embeddings:
-            self._head = parameters.kernels.pack_linear(self._embedding, None)
-        else:
-            self._head = parameters.linear({"head": config.vocab_size}, size, bias=False)
         ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
@@ -113,7 +111,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
-        x = functional.embedding(input_ids, self._embedding)
+        x = self._kernels.embedding(self._embedding, input_ids, self._dtype)
         if self._positions is not None:
             x = x + functional.embedding(positions, self._positions)
         rotations = [*(table.rotation(positions, x.dtype) for table in self._tables), None]
@@ -142,5 +140,5 @@ def _shape(config: DecoderConfig, parameters: ParameterLoader) -> ModelShape:
         dtype=parameters.dtype,
         windows=config.windows,
         num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_parameters * parameters.dtype.itemsize,
+        weight_bytes=parameters.num_bytes,
     )

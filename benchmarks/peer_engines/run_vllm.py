@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from worker import KV_GIB, Engine, Ids, serve
 
@@ -18,6 +16,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+WEIGHTS = {"bf16": "bfloat16", "int8": "int8 symmetric per channel", "int4": "int4 symmetric, groups of 128"}
 
 
 class VLLM(Engine):
@@ -29,10 +28,8 @@ class VLLM(Engine):
         self._llm = LLM(
             model=folder, dtype="bfloat16", max_model_len=2048, max_num_seqs=64, enable_prefix_caching=False
         )
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        weights = json.dumps(config["quantization_config"]) if "quantization_config" in config else "bfloat16"
         self.precision = {
-            "weights": weights,
+            "weights": WEIGHTS[precision],
             "kv_cache": "bfloat16",
             "lm_head": "bfloat16",
             "activations": "int8 per token" if precision == "int8" else "bfloat16",

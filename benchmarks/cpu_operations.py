@@ -7,6 +7,7 @@ caches hold, so an operation whose operands would be warm in a real step can be 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -74,7 +75,7 @@ def linears(kernels: CPUKernels, config: dict[str, Any], precision: str) -> Iter
             x = torch.randn(rows, num_inputs).to(torch.bfloat16)
             moved = first.native.bytes + 2 * rows * (num_inputs + num_outputs)
             used = layers if rows == 1 else layers[:4]
-            calls = [lambda layer=layer, x=x: kernels.linear(layer, x) for layer in used]
+            calls = [functools.partial(kernels.linear, layer, x) for layer in used]
             yield Operation(f"{name}.rows{rows}", moved, 2 * rows * num_outputs * num_inputs, form.rate, calls)
         del layers
 
@@ -95,9 +96,7 @@ def attentions(kernels: CPUKernels, config: dict[str, Any]) -> Iterator[Operatio
         batch = Batch(empty, empty, empty, [0, rows], [context], [table], empty)
         pairs = context if rows == 1 else context * (context + 1) // 2
         calls = [
-            lambda keys=keys, values=values, query=query, batch=batch: kernels.paged_attention(
-                query, keys, values, batch, size**-0.5, 0, 0.0
-            )
+            functools.partial(kernels.paged_attention, query, keys, values, batch, size**-0.5, 0, 0.0)
             for keys, values in (caches if rows == 1 else caches[:4])
         ]
         yield Operation(name, kv_bytes + 4 * rows * heads * size, 4 * heads * size * pairs, BF16_RATE, calls)
@@ -116,20 +115,20 @@ def elementwise(kernels: CPUKernels, config: dict[str, Any]) -> Iterator[Operati
         return [one.clone() for _ in range(max(2, ROTATE_BYTES // 4 // one.nbytes))]
 
     inputs = many(rows, hidden)
-    calls: list[Callable[[], Any]] = [lambda x=x: kernels.rms_norm(x, weight, 1e-6) for x in inputs]
+    calls: list[Callable[[], Any]] = [functools.partial(kernels.rms_norm, x, weight, 1e-6) for x in inputs]
     yield Operation("rms_norm", 2 * inputs[0].nbytes, 0, BF16_RATE, calls)
     inputs = many(rows, heads, size)
-    calls = [lambda x=x: kernels.apply_rope(x, cos, sin) for x in inputs]
+    calls = [functools.partial(kernels.apply_rope, x, cos, sin) for x in inputs]
     yield Operation("rope", 2 * inputs[0].nbytes, 0, BF16_RATE, calls)
     inputs = many(rows, kv_heads, size)
     caches = many(rows // BLOCK_SIZE, BLOCK_SIZE, kv_heads, size)
     calls = [
-        lambda x=x, keys=keys, values=values: kernels.store_kv(x, x, keys, values, slots)
+        functools.partial(kernels.store_kv, x, x, keys, values, slots)
         for x, keys, values in zip(inputs, caches, reversed(caches), strict=True)
     ]
     yield Operation("store_kv", 3 * inputs[0].nbytes, 0, BF16_RATE, calls)  # the same rows are key and value
     inputs = many(32, vocabulary)
-    calls = [lambda x=x: kernels.argmax(x) for x in inputs]
+    calls = [functools.partial(kernels.argmax, x) for x in inputs]
     yield Operation("argmax", inputs[0].nbytes, 0, BF16_RATE, calls)
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Operation:
     bytes: int
     operations: int
     rate: int
-    calls: list[Callable[[], Any]]
+    calls: Sequence[Callable[[], Any]]
 
 
 def linears(kernels: CPUKernels, config: dict[str, Any], precision: str) -> Iterator[Operation]:
@@ -115,7 +115,7 @@ def elementwise(kernels: CPUKernels, config: dict[str, Any]) -> Iterator[Operati
         return [one.clone() for _ in range(max(2, ROTATE_BYTES // 4 // one.nbytes))]
 
     inputs = many(rows, hidden)
-    calls: list[Callable[[], Any]] = [functools.partial(kernels.rms_norm, x, weight, 1e-6) for x in inputs]
+    calls: Sequence[Callable[[], Any]] = [functools.partial(kernels.rms_norm, x, weight, 1e-6) for x in inputs]
     yield Operation("rms_norm", 2 * inputs[0].nbytes, 0, BF16_RATE, calls)
     inputs = many(rows, heads, size)
     calls = [functools.partial(kernels.apply_rope, x, cos, sin) for x in inputs]

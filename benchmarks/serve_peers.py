@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -78,10 +79,11 @@ class Server:
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
+        path = "ready" if self.name == OURS else "health"  # ours is healthy before its model is loaded
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.25)
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--shape", default="qwen3-0.6b", help="a decoder shape of make_model.py")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are closed then too
     if not arguments.trace.exists():
         report = Report("serve_peers", skipped={"trace": f"{arguments.trace} is not there; give one with --trace"})
     else:

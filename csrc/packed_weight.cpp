@@ -265,12 +265,13 @@ void unpack(const PackedWeight& weight, float* out) {
     }
 }
 
-void look_up(const PackedWeight& weight, const int64_t* ids, int64_t count, void* out, DType type, const Worker& worker) {
+void look_up(const PackedWeight& weight, const int64_t* ids, int64_t count, float scale, void* out, DType type, const Worker& worker) {
     const Range range = share_of(count, worker.index, worker.count);
     float* wide = reinterpret_cast<float*>(worker.scratch);  // [k]
     for (int64_t i = range.begin; i < range.end; ++i) {
         float* row = type == DType::f32 ? static_cast<float*>(out) + i * weight.k : wide;
         read_column(weight, ids[i], row);
+        for (int64_t k = 0; k < weight.k && scale != 1.0f; ++k) row[k] *= scale;
         if (type == DType::f32) continue;
         uint16_t* narrow = static_cast<uint16_t*>(out) + i * weight.k;
         for (int64_t k = 0; k < weight.k; ++k) narrow[k] = f32_to_bf16(row[k]);

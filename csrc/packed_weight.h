@@ -96,6 +96,6 @@ std::unique_ptr<PackedWeight> pack(const WeightSource& source, ThreadPool& pool)
 void unpack(const PackedWeight& weight, float* out);
 
 // out [count, k] of `type` = rows `ids` of a weight that is not gated: an embedding's look-up. Called by every thread.
-void look_up(const PackedWeight& weight, const int64_t* ids, int64_t count, void* out, DType type, const Worker& worker);
+void look_up(const PackedWeight& weight, const int64_t* ids, int64_t count, float scale, void* out, DType type, const Worker& worker);
 
 }  // namespace fastserve

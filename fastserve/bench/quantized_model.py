@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastserve.checkpoint.quantization import CODEBOOK_METHOD
+from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
 from fastserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastserve.checkpoint.folder import ModelFolder
     from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 
-SCHEMES = "int8, int8-asym, int8-a8, int4, int4-g32, int4-g64, int4-g128 (int4 is int4-g128), each int4 with -asym or -a8, codebook"
+SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
 _NAME = re.compile(r"int(?P<bits>[48])(-g(?P<group>32|64|128))?(?P<asym>-asym)?(?P<a8>-a8)?")
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj")
 _MAX_SHARD_BYTES = 1 << 30
@@ -71,9 +71,9 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
         weight_map.update(dict.fromkeys(tensors, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for file in source.path.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
+    for other in source.path.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and not (target / other.name).exists():
+            shutil.copyfile(other, target / other.name)
     config = {**source.config, "quantization_config": _describe(scheme, head_module)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
@@ -123,14 +123,14 @@ def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
 
 
 def _layout(scheme: QuantScheme) -> str:
+    if scheme.has_codebook:
+        return CODEBOOK_FORMAT
     return "int-quantized" if scheme.weight_bits == 8 and scheme.activation_bits == 8 else "pack-quantized"
 
 
 def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
     from fastserve.kernels.quant import QuantScheme
 
-    if scheme.has_codebook:
-        return {"quant_method": CODEBOOK_METHOD, "bits": 4, "ignore": ["lm_head"]}
     groups = {"group_0": _group(scheme, ["Linear"])}
     if head_module:
         groups["group_1"] = _group(QuantScheme(8), [head_module])
@@ -145,7 +145,8 @@ def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": scheme.weight_bits, "type": "int", "symmetric": scheme.is_symmetric}
+    kind = "codebook" if scheme.has_codebook else "int"
+    weights: dict[str, Any] = {"num_bits": scheme.weight_bits, "type": kind, "symmetric": scheme.is_symmetric}
     weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     return {

@@ -1,7 +1,7 @@
 """What config.json says about quantised weights: which scheme a module has, and how it lies on disk.
 
-Reads the `quantization_config` of compressed-tensors (pack-quantized, int-quantized), GPTQ, AWQ and of our own
-codebooks. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
+Reads the `quantization_config` of compressed-tensors (pack-quantized, int-quantized, and codebooks of our own), GPTQ
+and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
 weights is `models/quantized.py`.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from fastserve.core.errors import CheckpointError
 
-CODEBOOK_METHOD = "fastserve-codebook"
+CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
 SUPPORTED = (
     "compressed-tensors with integer weights (pack-quantized or int-quantized; 4 bits per channel or in groups of 32, "
     "64 or 128, 8 bits per channel or tensor; activations as they are, or 8 bits per token, dynamic, symmetric), GPTQ "
-    f"(4 bits, no reordered columns), AWQ (4 bits, gemm) and {CODEBOOK_METHOD} (4-bit k-means)"
+    f"(4 bits, no reordered columns), AWQ (4 bits, gemm) and format {CODEBOOK_FORMAT} (4-bit k-means)"
 )
 # The tensor by which a quantised module is told from one that was left as it was.
 _MARKERS = {
@@ -86,7 +86,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     try:
         method = str(entry["quant_method"])
-        reader = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, CODEBOOK_METHOD: _codebook}
+        reader = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
         if method not in reader:
             raise _unsupported(f"quant_method {method!r}")
         return Quantization(reader[method](entry))
@@ -103,6 +103,9 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     for group in entry["config_groups"].values():
         weights, activations = group["weights"], group.get("input_activations")
         layout = str(group.get("format") or entry.get("format"))
+        if layout == CODEBOOK_FORMAT and weights.get("num_bits") == 4 and not activations:
+            formats.append(QuantizedFormat("codebook", 4, targets=tuple(str(item) for item in group["targets"])))
+            continue
         if layout not in ("pack-quantized", "int-quantized"):
             raise _unsupported(f"compressed-tensors format {layout!r}")
         strategy, targets = str(weights["strategy"]), tuple(str(item) for item in group["targets"])
@@ -144,11 +147,7 @@ def _awq(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     return [QuantizedFormat("awq", int(entry["bits"]), group_size, not entry.get("zero_point", True))]
 
 
-def _codebook(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
-    if int(entry["bits"]) != 4:
-        raise _unsupported(f"codebooks of {entry['bits']} bits")
-    return [QuantizedFormat("codebook", 4, targets=_CLASSES)]
-
-
 def _unsupported(what: str) -> CheckpointError:
-    return CheckpointError(f"the folder's weights are quantised in a way that is not supported: {what}. Supported are {SUPPORTED}")
+    return CheckpointError(
+        f"the folder's weights are quantised in a way that is not supported: {what}. Supported are {SUPPORTED}"
+    )

@@ -112,7 +112,11 @@ class WeightReader:
             CheckpointError: no such tensor, or another shape.
         """
         info = self._info_of_shape(name, shape)
-        return self._view(info, info.start, info.end).view(shape) if info.start < info.end else torch.empty(shape, dtype=info.dtype)
+        return (
+            self._view(info, info.start, info.end).view(shape)
+            if info.start < info.end
+            else torch.empty(shape, dtype=info.dtype)
+        )
 
     def release(self, name: str) -> None:
         """Give back the memory in which the tensor's file was read; a view of it would read it again."""

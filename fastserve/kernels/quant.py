@@ -154,12 +154,12 @@ def pack_words(values: Tensor, scheme: QuantScheme) -> Tensor:
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
     if scheme.weight_bits == 4:
         values = values[:, ::2] | values[:, 1::2] << 4
-    return values.contiguous().view(torch.int32)
+    return values.reshape(-1).view(torch.int32).view(len(values), -1)
 
 
 def unpack_words(words: Tensor, scheme: QuantScheme, num_inputs: int) -> Tensor:
     """The inverse of `pack_words`: [N, num_inputs] uint8."""
-    values = words.contiguous().view(torch.uint8)
+    values = words.reshape(-1).view(torch.uint8).view(len(words), -1)
     if scheme.weight_bits == 4:
         values = torch.stack((values & 15, values >> 4), dim=-1).view(words.shape[0], -1)
     return values[:, :num_inputs].contiguous()

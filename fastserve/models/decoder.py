@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, Rotation
 from fastserve.models.model import ModelShape
@@ -80,9 +80,10 @@ class DecoderLayer:
         self._mlp_norm = norm(parameters, "mlp_norm", size, epsilon, layer)
         self._mlp = mlp(parameters, size, config.inner_size, config.activation, config.mlp_bias, layer)
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, context: AttentionContext) -> Tensor:
-        x = x + self._attention(self._attention_norm(x), rotation, context)
-        return x + self._mlp(self._mlp_norm(x))
+    def __call__(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
+        kernels = context.kernels
+        x = self._attention(self._attention_norm(x, kernels), x, rotation, positions, context)
+        return self._mlp(self._mlp_norm(x, kernels), x, kernels)
 
 
 class Decoder:
@@ -111,18 +112,19 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
-        x = self._kernels.embedding(self._embedding, input_ids, self._dtype)
+        kernels = context.kernels
+        x = kernels.embed(self._embedding, input_ids, self._dtype)
         if self._positions is not None:
-            x = x + functional.embedding(positions, self._positions)
-        rotations = [*(table.rotation(positions, x.dtype) for table in self._tables), None]
+            x = kernels.embed(self._positions, positions, self._dtype, residual=x)
+        rotations = [*(table.rotation(context.longest) for table in self._tables), None]
         for layer, rotation in zip(self._layers, self._rotation_of_layer, strict=True):
-            x = layer(x, rotations[rotation], context)
-        return self._norm(x)
+            x = layer(x, rotations[rotation], positions, context)
+        return self._norm(x, kernels)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._kernels.linear(self._head, hidden).float()
+        return (kernels or self._kernels).linear(self._head, hidden, is_wide=True)
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""

@@ -93,8 +93,12 @@ class ParameterLoader:
         """
         for role in parts:
             self._prefetch(role, layer + 1)
-        weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
-        _check_alike([self._module(role, layer) for role in parts], weights)
+        weights: Tensor | list[Weight]
+        if all(self._must_convert(role, layer) for role in parts):
+            weights = self._converted(parts, num_inputs, layer)
+        else:
+            weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
+            _check_alike([self._module(role, layer) for role in parts], weights)
         merged_bias = None
         if bias:
             merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])
@@ -121,20 +125,35 @@ class ParameterLoader:
                 "transformers run it with backend=transformers"
             )
 
+    def _must_convert(self, role: str, layer: int) -> bool:
+        """Whether a matrix that is not quantised lies on disk in another form than it is packed from."""
+        name = f"{self._module(role, layer)}.weight"
+        if self._format(role, layer, "Embedding" if role == "embedding" else "Linear") is not None:
+            return False
+        is_ready = name in self._reader and self._reader.dtype(name) is self.dtype and self.device.type == "cpu"
+        return role in self._transposed or not is_ready
+
+    def _converted(self, parts: Mapping[str, int], num_inputs: int, layer: int) -> Tensor:
+        """Matrices in the compute precision below each other; pages of the file are given back meanwhile."""
+        merged = torch.empty((sum(parts.values()), num_inputs), dtype=self.dtype, device=self.device)
+        for role, rows in zip(parts, merged.split(list(parts.values())), strict=True):
+            name = f"{self._module(role, layer)}.weight"
+            if self._find(name):
+                self._reader.read_into(name, rows.t() if role in self._transposed else rows)
+        return merged
+
     def _weight(self, role: str, shape: tuple[int, int], layer: int) -> Weight:
-        """A matrix as a view of the file where it lies there in the compute precision, else converted."""
+        """A quantised matrix, or one as a view of the file."""
         module = self._module(role, layer)
         layout = self._format(role, layer, "Embedding" if role == "embedding" else "Linear")
-        if layout is not None:
-            if role in self._transposed:
-                raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
-            self._used.update(name for name in self._reader.names_of(module) if not name.endswith(".bias"))
-            return read_quantized(self._reader, module, shape, layout)
-        if not self._find(f"{module}.weight"):
-            return torch.empty(shape, dtype=self.dtype)
+        if layout is None:
+            return (
+                self._reader.view(f"{module}.weight", shape) if self._find(f"{module}.weight") else torch.empty(shape)
+            )
         if role in self._transposed:
-            return self._reader.view(f"{module}.weight", shape[::-1]).t().to(self.device, self.dtype)
-        return self._reader.view(f"{module}.weight", shape).to(self.device, self.dtype)
+            raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
+        self._used.update(name for name in self._reader.names_of(module) if not name.endswith(".bias"))
+        return read_quantized(self._reader, module, shape, layout)
 
     def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
         """How the module is quantised; None when it was left as it was, whatever the config says of others."""

@@ -65,9 +65,7 @@ def read_quantized(
     return QuantizedWeight(scheme, values, scales, zeros, codebook)
 
 
-def _read_zeros(
-    reader: WeightReader, read: _Read, module: str, scheme: QuantScheme, shape: tuple[int, int]
-) -> Tensor:
+def _read_zeros(reader: WeightReader, read: _Read, module: str, scheme: QuantScheme, shape: tuple[int, int]) -> Tensor:
     """Zero points [N, G]: bytes, or words that are packed along N."""
     if reader.dtype(f"{module}.weight_zero_point") is not torch.int32:
         return _unsigned(read("weight_zero_point", shape), scheme)
@@ -103,7 +101,9 @@ def _read_transposed(
     zeros = zeros.t().contiguous()
     if scheme.is_symmetric:
         if not bool((zeros == scheme.centre).all()):
-            raise CheckpointError("config.json calls the weights symmetric, but their zero points are not in the middle")
+            raise CheckpointError(
+                "config.json calls the weights symmetric, but their zero points are not in the middle"
+            )
         zeros = None
     return QuantizedWeight(scheme, values, scales, zeros)
 

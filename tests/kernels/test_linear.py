@@ -93,11 +93,15 @@ def test_parts_are_one_matrix_and_its_rows_can_be_looked_up(isa: str, name: str)
     back = torch.empty(104, 200)
     packed.native.unpack(back.data_ptr())
     assert torch.equal(back, expected.weight.float())
-    for ids in (torch.tensor([103, 0, 69, 70, 70, 102]), torch.arange(104).repeat(3), torch.tensor([], dtype=torch.int64)):
+    for ids in (
+        torch.tensor([103, 0, 69, 70, 70, 102]),
+        torch.arange(104).repeat(3),
+        torch.tensor([], dtype=torch.int64),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
-            rows = native.embedding(packed, ids, dtype)
+            rows = native.embed(packed, ids, dtype)
             assert rows.dtype is dtype
-            assert torch.equal(rows, reference.embedding(expected, ids, dtype))
+            assert torch.equal(rows, reference.embed(expected, ids, dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)

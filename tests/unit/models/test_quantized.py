@@ -185,7 +185,7 @@ REFUSED = [
     (compressed(8, True, "int-quantized", weights={"actorder": "group"}), "reordered"),
     (compressed(8, True, "int-quantized", input_activations={"num_bits": 8, "dynamic": False}), "activations"),
     (compressed(8, True, "int-quantized", targets=["re:("]), "cannot be read"),
-    ({"quant_method": "fastserve-codebook", "bits": 3}, "codebooks of 3"),
+    (compressed(3, True, "fastserve-codebook"), "fastserve-codebook"),
 ]
 
 

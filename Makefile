@@ -21,7 +21,7 @@ SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/
 SERVING_PATH_LIMIT := 7500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-native lint format bench size clean
+.PHONY: help setup serve test test-fast test-native lint format bench bench-peers size clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -72,10 +72,14 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## both benchmarks of this release (about 20 minutes on two cores)
+bench: $(STAMP) ## benchmarks beside transformers and against this machine's limits (about 40 minutes on two cores)
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/serve_vs_transformers.py | tee benchmarks/results/serve_vs_transformers.json
 	$(BIN)/python benchmarks/soak.py | tee benchmarks/results/soak.json
+	$(BIN)/python benchmarks/cpu_roofline.py --plot docs/img/cpu_roofline.svg | tee benchmarks/results/cpu_roofline.json
+
+bench-peers: $(STAMP) ## other engines that `benchmarks/peers.py install NAME` installed (about 5 minutes for each and precision)
+	$(BIN)/python benchmarks/cpu_peers.py | tee benchmarks/results/cpu_peers.json
 
 size: ## lines of Python per room; fails when the serving path exceeds its limit
 	@for room in $(filter-out %__pycache__/,$(wildcard fastserve/*/)); do \

@@ -1,0 +1,102 @@
+"""The parent's half of a comparison: start an engine in its own process and environment, ask it, read its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peers
+
+from fastserve.bench import workload
+
+OURS = "fastserve"
+
+
+class EngineProcess:
+    """One engine, answering questions until it is closed.
+
+    Args:
+        name: a peer, or OURS.
+        model: its form of the model.
+        precision: bf16, int8 or int4.
+
+    Raises:
+        RuntimeError: the engine ended before it was ready.
+    """
+
+    def __init__(self, name: str, model: Path, precision: str) -> None:
+        python = sys.executable if name == OURS else str(peers.interpreter(name))
+        script = peers.ENGINES / f"run_{'ours' if name == OURS else name.replace('.', '_')}.py"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if name == "llama.cpp":
+            environment["LLAMA_CPP_TOOLS"] = str(peers.llama_cpp_tools())
+        self.name = name
+        self._process = subprocess.Popen(
+            [python, str(script), str(model), precision],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.about: dict[str, Any] = self._answer()
+
+    def ask(self, case: str, prompts: Sequence[workload.Prompt]) -> dict[str, Any]:
+        """The answer to one question (see peer_engines/worker.py)."""
+        assert self._process.stdin is not None
+        question = {"case": case, "prompts": [(item.token_ids, item.num_outputs) for item in prompts]}
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def peak_bytes(self) -> int:
+        """Largest resident memory of the engine since `forget_peak`, all its processes together."""
+        return sum(_high_water(pid) for pid in _tree(self._process.pid))
+
+    def forget_peak(self) -> None:
+        for pid in _tree(self._process.pid):
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            for pid in reversed(_tree(self._process.pid)):
+                os.kill(pid, 9)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that it started, parents first."""
+    found = [pid]
+    for parent in found:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in children.read_text(encoding="ascii").split()]
+    return found
+
+
+def _high_water(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -150,10 +150,16 @@ void check_packing(ThreadPool& pool, Format format, int64_t group, int64_t n, in
     for (int64_t i = 0; i < n * k; ++i) codes.push_back(static_cast<uint8_t>(source() % levels));
     for (int64_t i = 0; i < n * groups; ++i) zeros.push_back(static_cast<uint8_t>(source() % levels));
     const bool is_float = format == Format::f32 || format == Format::bf16;
-    WeightSource weight{format, is_float ? floats.data() : codes.data(), n, k, k};
+    const bool has_zeros = !is_float && format != Format::c4;
+    WeightSource weight{format, k, {}};
+    for (int64_t first = 0; first < n; first += ceil_div(n, 2)) {  // in two parts, as merged matrices come
+        const int64_t bytes = first * k * (format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1);
+        const uint8_t* values = is_float ? static_cast<const uint8_t*>(floats.data()) : codes.data();
+        weight.parts.push_back({min_of(n - first, ceil_div(n, 2)), values + bytes,
+                                is_float ? nullptr : static_cast<const float*>(scales.data()) + first * groups,
+                                has_zeros ? zeros.data() + first * groups : nullptr});
+    }
     weight.group = group;
-    weight.scales = is_float ? nullptr : scales.data();
-    weight.zeros = is_float || format == Format::c4 ? nullptr : zeros.data();
     weight.table = format == Format::c4 ? table.wide.data() : nullptr;
     const auto packed = pack(weight, pool);
     std::vector<float> out(static_cast<size_t>(n * k), -1.0f);

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from fastserve.bench import policies, random_model
 from fastserve.bench.latencies import Limits, RequestTimes, saturated_rate, summarise
@@ -61,7 +62,7 @@ def serve_alone(options: dict[str, Any], requests: list[Request]) -> list[Reques
     clock = OwnClock()
     engine = Engine(EngineConfig(**options, prefix_caching=False), clock)
     for request in requests:
-        alone = Replay(engine, clock, [replace(request, arrival_time=clock())])
+        alone = Replay(engine, clock, [msgspec.structs.replace(request, arrival_time=clock())])
         side_by_side([alone])
         times += alone.times
     engine.close()

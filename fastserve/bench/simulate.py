@@ -36,6 +36,7 @@ class Machine:
         context: longest prompt + output in tokens.
         num_blocks, block_size: KV memory; 0 blocks means room for every request at once.
         prefix_caching: as in the engine.
+        target_tpot: as the scheduler's, seconds; 0 for none.
         is_known: the scheduler's cost model is given the coefficients and stays; else it learns them from steps.
     """
 
@@ -46,6 +47,7 @@ class Machine:
     num_blocks: int = 0
     block_size: int = 16
     prefix_caching: bool = True
+    target_tpot: float = 0.0
     is_known: bool = False
 
 
@@ -119,6 +121,7 @@ def make_scheduler(machine: Machine, policy: str, num_blocks: int) -> CoastingSc
         max_batch_tokens=machine.max_batch_tokens,
         max_model_len=machine.context,
         cost=cost,
+        target_tpot=machine.target_tpot,
     )
 
 
@@ -141,6 +144,11 @@ class Replica:
         self._coasting = coasting and not record
         self._record = record
         self._live: dict[str, RequestTimes] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Requests that came and have not finished."""
+        return len(self._live)
 
     def add(self, request: Request) -> RequestTimes:
         """A request arrives; the clock must have been advanced to its arrival. Its times are filled in as it runs."""

@@ -71,6 +71,7 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
+            target_tpot=config.target_tpot_ms / 1e3,
         )
         self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
         if not loaded.model.has_own_cache:

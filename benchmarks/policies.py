@@ -48,7 +48,7 @@ def serve(
     results: dict[str, tuple[list[RequestTimes], dict[str, float]]] = {}
     for name, engine, replay in zip(names, engines, replays, strict=True):
         stats = engine.stats()
-        counts = {"preemptions": stats.num_preemptions, "cached_tokens": stats.prefix_cache_hits}
+        counts = {"preemptions": float(stats.num_preemptions), "cached_tokens": float(stats.prefix_cache_hits)}
         results[name] = (replay.times, counts)
         engine.close()
     return results

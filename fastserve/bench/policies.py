@@ -77,7 +77,7 @@ def plot(
     machine: Machine,
     loads: Sequence[float] = PLOTTED_LOADS,
 ) -> None:
-    """Simulate the policies at several loads, and draw latency against load; queue and steps over time are at `load`."""
+    """Simulate the policies at several loads, and draw latency against load; queue and steps over time at `load`."""
     from fastserve.bench.plots import draw
 
     fitted = read_trace(trace, num_requests, offset).fit(machine.context)

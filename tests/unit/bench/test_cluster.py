@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ def replicas(count: int, machine: Machine = MACHINE) -> list[Replica]:
 
 def test_one_replica_behind_a_router_is_the_plain_simulation() -> None:
     trace = Trace("t", tuple(TraceRequest(index * 0.07, 20, 5 + index % 9) for index in range(30)), True)
-    times = cluster.serve(iter(trace.requests), replicas(1), cluster.make_router("least-loaded"))
-    assert times == simulate(make_requests(trace), MACHINE, "fcfs").times
+    machine = replace(MACHINE, prefix_caching=False)
+    times = cluster.serve(iter(trace.requests), replicas(1, machine), cluster.make_router("least-loaded"))
+    assert times == simulate(make_requests(trace), machine, "fcfs").times
 
 
 def test_least_loaded_avoids_the_busy_replica() -> None:
@@ -66,5 +68,5 @@ def test_a_short_trace_is_repeated_at_the_same_rate(tmp_path: Path) -> None:
 
 def test_heavy_tailed_answers_are_mostly_short_and_mostly_long_work() -> None:
     lengths = sorted(item.num_output for item in heavy_tailed(2000).requests)
-    assert lengths[1000] < 40
-    assert sum(lengths[-200:]) > 0.5 * sum(lengths)
+    assert lengths[1800] < 40
+    assert sum(lengths[1800:]) > 0.8 * sum(lengths)

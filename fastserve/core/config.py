@@ -60,6 +60,7 @@ class EngineConfig:
             or module:Class.
         max_batch_sequences: most sequences in one step.
         max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
+        target_tpot_ms: milliseconds per token that answers should keep to; prefills get what that leaves. 0: none.
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
         max_waiting: most requests that may wait; further ones get 429.
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
@@ -76,9 +77,10 @@ class EngineConfig:
     device: str = "auto"
     kernels: str = "auto"
     backend: str = "auto"
-    scheduler: str = "fcfs"
+    scheduler: str = "aged-srpt"
     max_batch_sequences: int = 64
     max_batch_tokens: int = 1024
+    target_tpot_ms: float = 0.0
     max_model_len: int = 0
     max_waiting: int = 1024
     kv_cache_memory: int = 0
@@ -99,6 +101,7 @@ class EngineConfig:
         self._choice("kv_cache_dtype", ("auto",))
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
+        self._at_least("target_tpot_ms", 0)
         self._at_least("max_model_len", 0)
         self._at_least("max_waiting", 0)
         self._at_least("kv_cache_memory", 0)

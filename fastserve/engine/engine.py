@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -34,6 +34,8 @@ class Engine:
 
     Args:
         config: options; checked already.
+        clock: seconds; a benchmark that runs several engines in turn gives each its own.
+        cost: what learns how long steps take; a benchmark passes one that keeps what it sees.
 
     Attributes:
         max_model_len: longest prompt + output, tokens.
@@ -45,8 +47,11 @@ class Engine:
         CheckpointError, ConfigError, MemoryPlanError: the model cannot be loaded or does not fit.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        cost = CostModel()
+    def __init__(
+        self, config: EngineConfig, clock: Callable[[], float] = time.monotonic, cost: CostModel | None = None
+    ) -> None:
+        cost = cost or CostModel()
+        self._clock = clock
         policy = make_policy(config.scheduler, PolicyContext(cost, config.max_batch_sequences))
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         folder, loaded, self.memory = open_model(config)
@@ -65,6 +70,7 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
+            target_tpot=config.target_tpot_ms / 1e3,
         )
         runner = _make_runner(loaded, self.memory, folder.eos_token_ids)
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
@@ -93,7 +99,7 @@ class Engine:
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         self._stats.prompt_tokens += len(prompt)
-        self._scheduler.add(request, time.monotonic())
+        self._scheduler.add(request, self._clock())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
@@ -104,10 +110,10 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step; returns the new tokens."""
-        started = time.monotonic()
+        started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
-        ended = time.monotonic()
+        ended = self._clock()
         outputs = self._scheduler.update(plan, result, ended - started, ended)
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started

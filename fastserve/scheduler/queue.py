@@ -39,6 +39,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._current)
 
+    @property
+    def next_review(self) -> float:
+        """When `review` may next change a rank; inf for never. Outdated reviews count: too early does no harm."""
+        return self._reviews[0][0] if self._reviews else math.inf
+
     def push(self, sequence: Sequence, now: float) -> None:
         """Take in a sequence that is not here yet."""
         assert sequence.request_id not in self._current

@@ -19,7 +19,7 @@ from fastserve.core.request import (
     TokenOutput,
 )
 from fastserve.scheduler.block_pool import BlockPool, hash_block
-from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.plan import PlanEntry, StepPlan
 from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
@@ -51,6 +51,8 @@ class Scheduler:
         max_model_len: longest sequence in tokens.
         eos_token_ids: the model's end tokens.
         cost: how long steps take; learns from each.
+        target_tpot: seconds that a step with decoding sequences should take at most (prefills get what that leaves, a
+            block at least), so that answers keep their pace; 0 for no such limit.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         cost: CostModel | None = None,
+        target_tpot: float = 0.0,
     ) -> None:
         assert block_pool.num_blocks * block_pool.block_size >= max_model_len
         self.block_pool = block_pool
@@ -74,6 +77,7 @@ class Scheduler:
         self._max_sequences = max_batch_sequences
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
+        self._target_tpot = target_tpot
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
@@ -125,7 +129,7 @@ class Scheduler:
         self._pending, self._running = self._running[::-1], []  # the best is last
         self._may_place = True
         pending, running = self._pending, self._running
-        tokens_left, decodes_left = self._max_tokens, sum(item.sequence.is_decoding for item in pending)
+        tokens_left, decodes_left = self._token_budget(), sum(item.sequence.is_decoding for item in pending)
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
@@ -182,6 +186,19 @@ class Scheduler:
             if entry.samples:
                 outputs.append(self._append(sequence, result, now))
         return outputs
+
+    def _token_budget(self) -> int:
+        """Tokens of this step: all that is allowed, or what `target_tpot` leaves beside those who decode."""
+        if not self._target_tpot:
+            return self._max_tokens
+        contexts = [item.sequence.num_computed for item in self._pending if item.sequence.is_decoding]
+        if not contexts:
+            return self._max_tokens
+        decoding = StepWork(decodes=len(contexts), decode_context=sum(contexts))
+        spare = self._target_tpot - self.cost.coefficients.seconds(decoding)
+        prefill = max(self.block_pool.block_size, self.cost.prefill_tokens_within(spare))
+        decodes = min(self._max_sequences, len(contexts) + len(self._paused))
+        return min(self._max_tokens, decodes + prefill)
 
     # -- queue ---------------------------------------------------------------------------------------------------
 

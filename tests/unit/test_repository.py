@@ -50,6 +50,7 @@ ENGINE_OPTIONS = [
     "scheduler",
     "max_batch_sequences",
     "max_batch_tokens",
+    "target_tpot_ms",
     "max_model_len",
     "max_waiting",
     "kv_cache_memory",

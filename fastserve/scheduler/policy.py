@@ -63,6 +63,11 @@ class SchedulingPolicy(Protocol):
         """When the rank just taken is to be taken again, should the sequence still wait; inf for never."""
         return math.inf
 
+    def service_before(self, sequence: Sequence) -> float:
+        """Seconds of service after which a new sequence stands where this one is; those in front of it take the
+        difference each before its turn. 0 where the rank alone says who is next."""
+        return 0.0
+
     def on_start(self, sequence: Sequence, now: float) -> None:
         """It joins the batch, for the first time or after a pause."""
 

@@ -27,6 +27,7 @@ from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 from fastserve.scheduler.turns import order_by_next_turn
 
+_MEMORY = 0.02  # weight of the newest request in means
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
 
@@ -92,6 +93,8 @@ class Scheduler:
         self._has_dropped = False
         self._planned_blocks = block_pool.num_blocks
         self._num_arrived = 0
+        self._mean_prompt = 0.0  # tokens to compute, of late
+        self._mean_output = 0.0
         self._freed: list[str] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
@@ -108,11 +111,19 @@ class Scheduler:
         """The pool may not be smaller: the longest sequence must fit."""
         return self._num_blocks(self._max_model_len)
 
+    @property
+    def request_seconds(self) -> float:
+        """Time of the engine that one request takes when the batch is full; 0 before any has finished."""
+        if self._mean_output == 0.0:
+            return 0.0
+        decoding = self.cost.decode_seconds(self._mean_output, self._mean_prompt, self._max_sequences)
+        return self.cost.prefill_seconds(int(self._mean_prompt)) + decoding
+
     def has_work(self) -> bool:
         return bool(self._sequences) or len(self._loads) > 0
 
     def resize(self, num_blocks: int) -> int:
-        """Grow or shrink the pool, but not below `min_blocks`; returns its size. Blocks in use go when they are free."""
+        """Grow or shrink the pool, not below `min_blocks`; returns its size. Blocks that are held go when given up."""
         self.block_pool.resize(max(num_blocks, self.min_blocks))
         return self.block_pool.num_blocks
 
@@ -360,8 +371,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, take: int, now: float) -> bool:
         """Give `sequence` blocks for `take` more tokens, dropping worse-ranked holders if need be.
 
-        Returns False when it was itself the worst and had to go back to the queue, or must wait. Nothing new is placed in a step
-        that dropped for this reason.
+        Returns False when it was itself the worst and had to go back to the queue, or must wait. Nothing new is placed
+        in a step that dropped for this reason.
         """
         if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
             return True
@@ -493,6 +504,10 @@ class Scheduler:
             sequence.block_ids = []
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)
+        if sequence.num_output > 0:
+            weight = _MEMORY if self._mean_output else 1.0
+            self._mean_output += weight * (sequence.num_output - self._mean_output)
+            self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
         self._freed.append(sequence.request_id)
         self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

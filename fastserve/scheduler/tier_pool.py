@@ -36,7 +36,7 @@ class _Entry:
 class _Level:
     tier: Tier
     free: list[int]
-    order: list[tuple[int, int, bytes]] = field(default_factory=list)  # heap; the first goes next, outdated ones skipped
+    order: list[tuple[int, int, bytes]] = field(default_factory=list)  # heap: the first goes next; some are outdated
 
 
 class TierPool:

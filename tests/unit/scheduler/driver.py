@@ -65,7 +65,7 @@ class FakeMemory:
         arrived = [item for item in self.coming if item[0] <= self._step] or (self.coming[:1] if must_wait else [])
         self.coming = [item for item in self.coming if item not in arrived]
         for _, block, content in arrived:
-            self._device[block] = content or []
+            self._device[block] = list(content or [])
         return [(block, content is not None, 1e-5) for _, block, content in arrived]
 
     def _compute(self, entry: PlanEntry, token_ids: list[int]) -> None:

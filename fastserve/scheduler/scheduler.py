@@ -95,6 +95,7 @@ class Scheduler:
         self._num_arrived = 0
         self._mean_prompt = 0.0  # tokens to compute, of late
         self._mean_output = 0.0
+        self._num_finished = 0
         self._freed: list[str] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
@@ -505,7 +506,8 @@ class Scheduler:
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)
         if sequence.num_output > 0:
-            weight = _MEMORY if self._mean_output else 1.0
+            self._num_finished += 1
+            weight = max(_MEMORY, 1.0 / self._num_finished)
             self._mean_output += weight * (sequence.num_output - self._mean_output)
             self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
         self._freed.append(sequence.request_id)

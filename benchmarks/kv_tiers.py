@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         "block_size": BLOCK_SIZE,
         "prefix_caching": False,
     }
-    probe = Engine(EngineConfig(**options, kv_cache_memory="64MiB"))
+    probe = Engine(EngineConfig(**options, kv_cache_memory=64 << 20))
     block_bytes = probe.memory.block_bytes
     probe.close()
     whole = num_blocks(requests, arguments.running)

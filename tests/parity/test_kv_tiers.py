@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,10 +95,7 @@ def test_a_failing_disk_costs_time_and_nothing_else(
             raise OSError(errno.EIO, "input/output error")
         return os.preadv(descriptor, buffers, offset)
 
-    class FaultyDisk:
-        pwrite, preadv = staticmethod(pwrite), staticmethod(preadv)
-
-    monkeypatch.setattr(kv_tiers, "os", FaultyDisk)
+    monkeypatch.setattr(kv_tiers, "os", SimpleNamespace(pwrite=pwrite, preadv=preadv))
     assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
     stats = llm.engine.stats()
     assert stats.kv_errors > 0 and stats.recomputed_tokens > 0

@@ -70,6 +70,11 @@ class SchedulingPolicy(Protocol):
         0, the safe answer, forbids it. Asked only of preemptive policies."""
         return 0.0
 
+    def service_before(self, sequence: Sequence) -> float:
+        """Seconds of service after which a new sequence stands where this one is; those in front of it take the
+        difference each before its turn. 0 where the rank alone says who is next."""
+        return 0.0
+
     def on_start(self, sequence: Sequence, now: float) -> None:
         """It joins the batch, for the first time or after a pause."""
 

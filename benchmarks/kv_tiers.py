@@ -18,7 +18,7 @@ from typing import Any
 
 from fastserve.bench import random_model
 from fastserve.bench.latencies import summarise
-from fastserve.bench.replay import replay
+from fastserve.bench.replay import OwnClock, Replay, side_by_side
 from fastserve.bench.report import Report, emit, measure_limits, rounded
 from fastserve.core.config import EngineConfig
 from fastserve.core.request import Request
@@ -48,7 +48,7 @@ def num_blocks(requests: list[Request], running: int) -> int:
 
 
 class Recorder:
-    """An engine whose tokens are kept, for `replay`."""
+    """An engine whose tokens are kept, for `Replay`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -64,20 +64,20 @@ class Recorder:
 
 def serve(options: dict[str, Any], requests: list[Request], way: str) -> tuple[dict[str, float], dict[str, list[int]]]:
     """One run on a new engine: figures, and the tokens."""
-    engine = Engine(EngineConfig(**options))
+    clock = OwnClock()
+    engine = Engine(EngineConfig(**options), clock)
     if way == "reactive":
         engine._scheduler._move_ahead = lambda now: None  # type: ignore[method-assign]
     recorder = Recorder(engine)
     try:
-        began = time.perf_counter()
-        times = replay(recorder, requests)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - began
+        replay = Replay(recorder, clock, requests)  # type: ignore[arg-type]
+        side_by_side([replay])
         stats = engine.stats()
     finally:
         engine.close()
-    figures = summarise(times)
+    figures = summarise(replay.times)
     figures.update(
-        seconds=seconds,
+        seconds=clock(),
         preemptions=stats.num_preemptions,
         recomputed_tokens=stats.recomputed_tokens,
         blocks_out=stats.kv_blocks_kept,

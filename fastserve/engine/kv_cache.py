@@ -25,7 +25,7 @@ class KVCache:
     Args:
         num_layers, num_blocks, block_size, num_kv_heads, head_size: shape.
         dtype, device: of the tensors.
-        max_blocks: most blocks `resize` can give; 0 for `num_blocks`. Beyond the CPU no more than `num_blocks`.
+        max_blocks: most blocks `resize` can give; 0 for `num_blocks`, as ever but on a CPU under Linux.
     """
 
     def __init__(
@@ -40,18 +40,19 @@ class KVCache:
         max_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
-        self.max_blocks = max(max_blocks, num_blocks) if device.type == "cpu" else num_blocks
+        can_resize = device.type == "cpu" and sys.platform == "linux"
+        self.max_blocks = max(max_blocks, num_blocks) if can_resize else num_blocks
         shape = (self.max_blocks, block_size, num_kv_heads, head_size)
         self.block_size = block_size
         self.dtype = dtype
         self._part_bytes = math.prod(shape) * dtype.itemsize
         self._pages: Pages | None = None
         num_bytes = 2 * num_layers * self._part_bytes
-        if device.type == "cpu" and sys.platform == "linux" and num_bytes >= _HUGE_PAGE:
+        if can_resize and num_bytes >= _HUGE_PAGE:
             self._pages = Pages(num_bytes)
             memory = torch.frombuffer(self._pages.memory, dtype=dtype).view(2 * num_layers, *shape)
         else:
-            memory = torch.zeros((2 * num_layers, *shape), dtype=dtype, device=device)
+            memory = torch.empty((2 * num_layers, *shape), dtype=dtype, device=device).zero_()
         self.keys: list[Tensor] = list(memory[:num_layers])
         self.values: list[Tensor] = list(memory[num_layers:])
         if self._pages is not None:
@@ -79,11 +80,11 @@ class KVCache:
 
     def _ranges(self, first: int, last: int) -> list[tuple[int, int]]:
         """Bytes of blocks first .. last - 1."""
-        starts = [part.storage_offset() * part.itemsize for part in self.parts]
+        total = len(self.parts) * self._part_bytes
         if last - first == self.max_blocks:
-            return [(0, starts[-1] + self._part_bytes)]
+            return [(0, total)]
         size = self._part_bytes // self.max_blocks
-        return [(start + first * size, start + last * size) for start in starts]
+        return [(start + first * size, start + last * size) for start in range(0, total, self._part_bytes)]
 
     @staticmethod
     def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:

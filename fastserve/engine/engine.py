@@ -204,6 +204,8 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         block_size=config.block_size,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.kv_cache_dtype == "int8" and loaded.model.has_own_cache:
+        raise ConfigError("this model keeps its own cache, which has no int8 form; use kv_cache_dtype=auto")
     memory = plan_memory(
         loaded.model.shape,
         loaded.model.device,
@@ -213,6 +215,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         max_model_len=config.max_model_len,
         max_batch_sequences=config.max_batch_sequences,
         max_batch_tokens=config.max_batch_tokens,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     return folder, loaded, memory
 
@@ -225,7 +228,7 @@ def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> 
         memory.block_size,
         shape.num_kv_heads,
         shape.head_size,
-        shape.dtype,
+        memory.kv_dtype,
         loaded.model.device,
         1 if loaded.model.has_own_cache else max_blocks,
     )

@@ -1,8 +1,9 @@
 """The tensors behind the scheduler's block ids: per layer, keys and values [max_blocks, block_size, G, D].
 
-G key/value heads, D head size. Addresses are reserved for the largest size the cache may ever have; memory is taken for
-the first `num_blocks` only, and touched then (at first in the background), so that the process grows at no other time.
-Blocks that are given up return their pages to the system (docs/decisions/0021-kv-tiers.md).
+G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. Addresses are reserved for
+the largest size the cache may ever have; memory is taken for the first `num_blocks` only, and touched then (at first in
+the background), so that the process grows at no other time. Blocks that are given up return their pages to the system
+(docs/decisions/0021-kv-tiers.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastserve.engine.pages import Pages
 from fastserve.kernels.interface import Kernels
+from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 
 _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 
@@ -42,7 +44,7 @@ class KVCache:
         self.num_blocks = num_blocks
         can_resize = device.type == "cpu" and sys.platform == "linux"
         self.max_blocks = max(max_blocks, num_blocks) if can_resize else num_blocks
-        shape = (self.max_blocks, block_size, num_kv_heads, head_size)
+        shape = (self.max_blocks, block_size, num_kv_heads, _row_bytes(head_size, dtype) // dtype.itemsize)
         self.block_size = block_size
         self.dtype = dtype
         self._part_bytes = math.prod(shape) * dtype.itemsize
@@ -89,4 +91,9 @@ class KVCache:
     @staticmethod
     def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers, keys and values."""
-        return 2 * num_layers * block_size * num_kv_heads * head_size * dtype.itemsize
+        return 2 * num_layers * block_size * num_kv_heads * _row_bytes(head_size, dtype)
+
+
+def _row_bytes(head_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one head of one token, keys or values."""
+    return head_size * dtype.itemsize + (INT8_KV_SCALE_BYTES if dtype is torch.int8 else 0)

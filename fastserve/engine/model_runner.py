@@ -78,7 +78,8 @@ class ModelRunner:
         sampling = [entry.request_id for entry in plan.entries if entry.samples]
         states = [self._states[request_id] for request_id in sampling]
         if self._recorded is not None and not self._prompts:
-            logits, greedy = self._recorded.run(batch, any(state.is_plain_greedy for state in states))
+            logits, greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))
+            logits = self._model.finish(logits)
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
         if sampling:
@@ -86,9 +87,9 @@ class ModelRunner:
         return result
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
-        """A whole step: logits [R, V] of the batch's logit rows."""
+        """A whole step: [R, V] of the batch's logit rows, to be finished."""
         hidden = self._hidden(kernels, batch)
-        return self._model.logits(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+        return self._model.head(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
 
     def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
         context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
@@ -138,8 +139,8 @@ class ModelRunner:
         states: list[SamplingState],
         greedy: list[int] | None,
     ) -> None:
-        """One token per row of logits [R, V]; greedy: the largest of each row where that is known already."""
-        tokens = sample(logits, states, greedy)
+        """One token per row of logits [R, V]; greedy: the largest of each row where all are greedy."""
+        tokens = sample(logits, states, self._kernels, greedy)
         self._add_logprobs(result, logits, sampling, states, tokens)
         for request_id, state, token_id in zip(sampling, states, tokens, strict=True):
             state.count(token_id)

@@ -28,7 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(folder: Path, num_blocks: int, **options: Any) -> LLM:
-    block = 2 * 2 * 16 * 2 * 16 * 4
+    row = 16 + 4 if options.get("kv_cache_dtype") == "int8" else 16 * 4
+    block = 2 * 2 * 16 * 2 * row
     settings = {"dtype": "float32", "max_model_len": 192, "max_batch_tokens": 64, "max_batch_sequences": 16}
     llm = LLM(folder, **{**settings, "kv_cache_memory": num_blocks * block, **options})
     assert llm.engine.memory.block_bytes == block and llm.engine.memory.num_blocks == num_blocks
@@ -53,6 +54,15 @@ def test_a_quarter_of_the_memory(folder: Path, expected: list[list[int]], policy
     assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
     stats = llm.engine.stats()
     assert stats.num_preemptions > 0 and stats.kv_blocks_restored > 0 and stats.kv_errors == 0
+    llm.engine.close()
+
+
+def test_a_quarter_of_the_memory_in_eight_bits(folder: Path) -> None:
+    whole = make(folder, NUM_BLOCKS, kv_cache_dtype="int8")
+    llm = make(folder, NUM_BLOCKS // 4, kv_cache_dtype="int8", kv_disk_cache="8MiB", prefix_caching=False)
+    assert tokens(llm.generate(PROMPTS, PARAMS)) == tokens(whole.generate(PROMPTS, PARAMS))
+    stats = llm.engine.stats()
+    assert stats.kv_blocks_restored > 0 and stats.kv_errors == 0
     llm.engine.close()
 
 

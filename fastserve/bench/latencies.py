@@ -81,3 +81,11 @@ def gap_closed(ours: float, fcfs: float, oracle: float) -> float:
 def ratios(ours: dict[str, float], theirs: dict[str, float], names: Iterable[str]) -> dict[str, float]:
     """How many times better ours is (above 1 is better): theirs over ours for latencies."""
     return {name: rounded(theirs[name] / ours[name]) for name in names if ours.get(name)}
+
+
+def saturated_rate(times: Sequence[RequestTimes], max_batch_sequences: int) -> float:
+    """Requests per second of a run in which all requests were there at the start: from a full batch to the last first
+    token. The end, when the last long answers run in an ever smaller batch, says nothing about a server under load."""
+    first_tokens = sorted(item.first_token for item in times)
+    filled = min(max_batch_sequences, len(times) // 2)
+    return (len(times) - filled) / (first_tokens[-1] - first_tokens[filled - 1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastserve.bench.latencies import Limits, gap_closed, ratios, summarise
@@ -19,6 +20,7 @@ from fastserve.scheduler.policy import POLICY_NAMES
 
 DEFAULT_POLICY = "aged-srpt"
 FLOOR, CEILING = "fcfs", "srpt-oracle"
+PLOTTED_LOADS = (0.5, 0.7, 0.9, 1.1)
 _COMPARED = tuple(f"{label}_{figure}" for figure in ("normalised_latency", "ttft", "e2e") for label in ("mean", "p99"))
 
 
@@ -62,6 +64,32 @@ def compare(
         report.metrics.update({f"{name}.{figure}": value for figure, value in figures.items()})
     report.metrics.update(against_floor(results, default_policy))
     return report.as_dict()
+
+
+def plot(
+    folder: Path,
+    trace: str,
+    *,
+    load: float,
+    num_requests: int,
+    offset: int,
+    policies: Sequence[str],
+    machine: Machine,
+    loads: Sequence[float] = PLOTTED_LOADS,
+) -> None:
+    """Simulate the policies at several loads, and draw latency against load; queue and steps over time at `load`."""
+    from fastserve.bench.plots import draw
+
+    fitted = read_trace(trace, num_requests, offset).fit(machine.context)
+    rate = capacity(fitted, machine)
+    names = tuple(dict.fromkeys([FLOOR, *policies, CEILING]))
+    sweep = {}
+    for each in loads:
+        requests = make_requests(fitted.at_rate(each * rate))
+        sweep[each] = {name: summarise(simulate(requests, machine, name).times) for name in names}
+    requests = make_requests(fitted.at_rate(load * rate))
+    runs = {name: simulate(requests, machine, name, record=True) for name in names}
+    draw(folder, f"{fitted.name}, simulated; over time at {load:.0%} of capacity", sweep, runs)
 
 
 def against_floor(results: dict[str, dict[str, float]], policy: str) -> dict[str, float]:

@@ -6,17 +6,20 @@ that nobody reads: lengths come from the trace, with `ignore_eos`.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
-from fastserve.bench.latencies import RequestTimes
+from fastserve.bench.coast import CoastingScheduler
+from fastserve.bench.latencies import RequestTimes, saturated_rate
 from fastserve.bench.traces import Trace, prompt_ids
 from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork, warm_up_shapes
+from fastserve.scheduler.plan import StepPlan
 from fastserve.scheduler.policy import PolicyContext, make_policy
-from fastserve.scheduler.scheduler import Scheduler, StepResult
+from fastserve.scheduler.scheduler import StepResult
 
 # llama-0.1b in float32 on two cores, measured roughly; pass your own for another model or machine.
 LLAMA_01B_CPU = Coefficients(6e-3, 0.25e-3, 0.9e-3, 0.0, 0.5e-6)
@@ -33,6 +36,8 @@ class Machine:
         context: longest prompt + output in tokens.
         num_blocks, block_size: KV memory; 0 blocks means room for every request at once.
         prefix_caching: as in the engine.
+        target_tpot: as the scheduler's, seconds; 0 for none.
+        is_known: the scheduler's cost model is given the coefficients and stays; else it learns them from steps.
     """
 
     coefficients: Coefficients = LLAMA_01B_CPU
@@ -42,6 +47,8 @@ class Machine:
     num_blocks: int = 0
     block_size: int = 16
     prefix_caching: bool = True
+    target_tpot: float = 0.0
+    is_known: bool = False
 
 
 @dataclass(slots=True)
@@ -54,6 +61,8 @@ class Run:
         num_preemptions, num_pauses: times that a started sequence lost its memory, and its place in the batch.
         busy_seconds: virtual time spent in steps.
         wall_seconds: real time the simulation took.
+        queue_lengths: (time, running, waiting) after each step, where recorded.
+        steps: (time at its end, prefill tokens, decoding sequences) of each step, where recorded.
     """
 
     times: list[RequestTimes]
@@ -65,6 +74,7 @@ class Run:
     busy_seconds: float = 0.0
     wall_seconds: float = 0.0
     queue_lengths: list[tuple[float, int, int]] = field(default_factory=list)
+    steps: list[tuple[float, int, int]] = field(default_factory=list)
 
 
 def make_requests(trace: Trace, vocab_size: int = _VOCAB_SIZE) -> list[Request]:
@@ -94,68 +104,129 @@ def warm_cost_model(machine: Machine) -> CostModel:
     return model
 
 
-def make_scheduler(machine: Machine, policy: str, requests: list[Request]) -> Scheduler:
+class FixedCost(CostModel):
+    """Knows the truth already; learns nothing. For long simulations, in which learning would take most of the time."""
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Nothing to learn."""
+
+
+def make_scheduler(machine: Machine, policy: str, num_blocks: int) -> CoastingScheduler:
     """A Scheduler as the engine would make it."""
-    size = machine.block_size
-    room = sum(-(-(len(item.prompt_ids) + (item.sampling.max_tokens or 1)) // size) + 1 for item in requests)
-    cost = warm_cost_model(machine)
-    return Scheduler(
-        BlockPool(machine.num_blocks or max(room, -(-machine.context // size)), size, machine.prefix_caching),
+    cost = FixedCost(machine.coefficients) if machine.is_known else warm_cost_model(machine)
+    return CoastingScheduler(
+        BlockPool(num_blocks, machine.block_size, machine.prefix_caching),
         make_policy(policy, PolicyContext(cost, machine.max_batch_sequences)),
         max_batch_sequences=machine.max_batch_sequences,
         max_batch_tokens=machine.max_batch_tokens,
         max_model_len=machine.context,
         cost=cost,
+        target_tpot=machine.target_tpot,
     )
 
 
-def simulate(requests: list[Request], machine: Machine, policy: str, sample_every: float = 0.0) -> Run:
-    """Serve `requests` (in order of arrival) to the end.
+class Replica:
+    """One simulated engine with its own clock.
 
     Args:
-        policy: a scheduler's name.
-        sample_every: virtual seconds between samples of (time, running, waiting); 0 takes none.
+        num_blocks: KV blocks.
+        coasting: jump over steps that decide nothing (see `coast`); the result is the same.
+        record: keep (time, running, waiting) and (time, prefill tokens, decodes) of every step; implies no coasting.
     """
-    started = time.perf_counter()
-    scheduler = make_scheduler(machine, policy, requests)
-    times = {item.request_id: RequestTimes(item.arrival_time, 0.0, 0.0, 0, item.tenant) for item in requests}
-    run = Run(list(times.values()))
-    now, upcoming = 0.0, 0
-    while upcoming < len(requests) or scheduler.has_work():
-        if not scheduler.has_work():
-            now = max(now, requests[upcoming].arrival_time)
-        while upcoming < len(requests) and requests[upcoming].arrival_time <= now:
-            scheduler.add(requests[upcoming], now)
-            upcoming += 1
-        plan = scheduler.plan(now)
-        assert plan.entries, "the scheduler has work but plans none"
-        seconds = machine.coefficients.seconds(StepWork.of(plan))
-        now += seconds
+
+    def __init__(
+        self, machine: Machine, policy: str, num_blocks: int, coasting: bool = True, record: bool = False
+    ) -> None:
+        self.scheduler = make_scheduler(machine, policy, num_blocks)
+        self.run = Run([])
+        self.now = 0.0
+        self._coefficients = machine.coefficients
+        self._coasting = coasting and not record
+        self._record = record
+        self._live: dict[str, RequestTimes] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Requests that came and have not finished."""
+        return len(self._live)
+
+    def add(self, request: Request) -> RequestTimes:
+        """A request arrives; the clock must have been advanced to its arrival. Its times are filled in as it runs."""
+        self.now = max(self.now, request.arrival_time)
+        seen = RequestTimes(request.arrival_time, 0.0, 0.0, 0, request.tenant)
+        self._live[request.request_id] = seen
+        self.scheduler.add(request, self.now)
+        return seen
+
+    def advance(self, until: float = math.inf) -> None:
+        """Run steps that start before `until`, while there is work."""
+        scheduler, run = self.scheduler, self.run
+        while self.now < until and scheduler.has_work():
+            plan = scheduler.plan(self.now)
+            assert plan.entries, "the scheduler has work but plans none"
+            work = StepWork.of(plan)
+            seconds = self._coefficients.seconds(work)
+            self.now += seconds
+            self._take(plan, seconds)
+            run.num_steps += 1
+            run.busy_seconds += seconds
+            if self._record:
+                run.queue_lengths.append((self.now, scheduler.num_running, scheduler.num_waiting))
+                run.steps.append((self.now, work.prefill_tokens, work.decodes))
+            elif self._coasting and self.now < until and work.prefill_tokens == 0:
+                self._coast(plan, until)
+
+    def finish(self) -> Run:
+        """Run to the end; returns the counts."""
+        self.advance()
+        self.run.num_preemptions = self.scheduler.num_preemptions
+        self.run.num_pauses = self.scheduler.num_pauses
+        self.run.num_recomputed_tokens = self.scheduler.num_recomputed_tokens
+        return self.run
+
+    def _take(self, plan: StepPlan, seconds: float) -> None:
         result = StepResult({entry.request_id: entry.start for entry in plan.entries if entry.samples})
-        for output in scheduler.update(plan, result, seconds, now):
-            seen = times[output.request_id]
+        for output in self.scheduler.update(plan, result, seconds, self.now):
+            seen = self._live[output.request_id]
             if seen.num_tokens == 0:
-                seen.first_token = now
-                run.num_cached_tokens += output.num_cached_tokens
+                seen.first_token = self.now
+                self.run.num_cached_tokens += output.num_cached_tokens
             seen.num_tokens += 1
-            seen.last_token = now
-        run.num_steps += 1
-        run.busy_seconds += seconds
-        if sample_every and (not run.queue_lengths or now - run.queue_lengths[-1][0] >= sample_every):
-            run.queue_lengths.append((now, scheduler.num_running, scheduler.num_waiting))
-    run.num_preemptions = scheduler.num_preemptions
-    run.num_pauses = scheduler.num_pauses
-    run.num_recomputed_tokens = scheduler.num_recomputed_tokens
+            seen.last_token = self.now
+            if output.finish_reason is not None:
+                del self._live[output.request_id]
+
+    def _coast(self, plan: StepPlan, until: float) -> None:
+        started = self.now
+        steps, self.now = self.scheduler.coast(plan, self._coefficients, self.now, until)
+        if steps:
+            self.run.num_steps += steps
+            self.run.busy_seconds += self.now - started
+            for entry in plan.entries:
+                seen = self._live[entry.request_id]
+                seen.num_tokens += steps
+                seen.last_token = self.now
+
+
+def simulate(
+    requests: list[Request], machine: Machine, policy: str, record: bool = False, coasting: bool = True
+) -> Run:
+    """Serve `requests` (in order of arrival) to the end; see `Replica`."""
+    started = time.perf_counter()
+    size = machine.block_size
+    room = sum(-(-(len(item.prompt_ids) + (item.sampling.max_tokens or 1)) // size) + 1 for item in requests)
+    num_blocks = machine.num_blocks or max(room, -(-machine.context // size))
+    replica = Replica(machine, policy, num_blocks, coasting, record)
+    for request in requests:
+        replica.advance(request.arrival_time)
+        replica.run.times.append(replica.add(request))
+    run = replica.finish()
     run.wall_seconds = time.perf_counter() - started
     return run
 
 
 def capacity(trace: Trace, machine: Machine) -> float:
-    """Requests per second with FCFS while the queue is never empty: from a full batch to the last first token.
-
-    The end, when the last long answers run in an ever smaller batch, says nothing about a server under load.
-    """
-    requests = make_requests(trace.all_at_once())
-    first_tokens = sorted(item.first_token for item in simulate(requests, machine, "fcfs").times)
-    filled = min(machine.max_batch_sequences, len(requests) // 2)
-    return (len(requests) - filled) / (first_tokens[-1] - first_tokens[filled - 1])
+    """Requests per second with FCFS while the queue is never empty (see `latencies.saturated_rate`)."""
+    return saturated_rate(
+        simulate(make_requests(trace.all_at_once()), machine, "fcfs").times, machine.max_batch_sequences
+    )

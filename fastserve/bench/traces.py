@@ -19,6 +19,7 @@ from fastserve.bench.report import percentile, rounded
 from fastserve.core.errors import ConfigError
 
 MOONCAKE_BLOCK = 512  # tokens behind one hash id
+HEAVY_TAILED = "heavy-tailed"  # the name of the made-up trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def read_trace(file: str | Path, num_requests: int = 0, offset: int = 0, seed: i
     Args:
         file: Azure (TIMESTAMP, ContextTokens, GeneratedTokens), ServeGen and ShareGPT (arrival_s, input_tokens,
             output_tokens, client_id if known) or Vidur (num_prefill_tokens, num_decode_tokens) as CSV; Mooncake
-            (timestamp in ms, input_length, output_length, hash_ids) as JSONL.
+            (timestamp in ms, input_length, output_length, hash_ids) as JSONL. "heavy-tailed" makes one up.
         num_requests: how many; 0 for all.
         offset: how many to leave out before them.
         seed: of the arrivals, where the file has none.
@@ -132,6 +133,8 @@ def read_trace(file: str | Path, num_requests: int = 0, offset: int = 0, seed: i
         ConfigError: the file cannot be read, is in none of these formats, or has too few requests.
     """
     path = Path(file)
+    if str(file) == HEAVY_TAILED:
+        return heavy_tailed(num_requests or 300, offset, seed)
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             rows = _mooncake(lines) if path.suffix == ".jsonl" else _csv(lines, path)
@@ -149,6 +152,19 @@ def read_trace(file: str | Path, num_requests: int = 0, offset: int = 0, seed: i
     if len(chosen) < max(2, num_requests):
         raise ConfigError(f"trace {path} has {len(read)} requests; {num_requests or 2} from {offset} on are not there")
     return Trace(path.stem, tuple(chosen), has_arrivals, offset)
+
+
+def heavy_tailed(num_requests: int, offset: int = 0, seed: int = 0) -> Trace:
+    """A made-up trace: one answer in twenty has 1,500 to 3,500 tokens, the others 8 to 40, and the prompts (16 to 64
+    tokens) tell nothing of it; Poisson arrivals. The long answers are nearly all of the work."""
+    draws = random.Random(f"{seed}:heavy-tailed")
+    clock = 0.0
+    requests: list[TraceRequest] = []
+    for _ in range(offset + num_requests):
+        clock += draws.expovariate(1.0)
+        num_output = draws.randrange(1500, 3500) if draws.random() < 0.05 else draws.randrange(8, 40)
+        requests.append(TraceRequest(clock, draws.randrange(16, 64), num_output))
+    return Trace(HEAVY_TAILED, tuple(requests[offset:]), False, offset)
 
 
 def _mooncake(lines: Iterator[str]) -> Iterator[TraceRequest]:

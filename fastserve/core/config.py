@@ -23,7 +23,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 ENVIRONMENT_PREFIX = "FASTSERVE_"
 # Fields that hold bytes and may be written as text with a unit.
-SIZE_FIELDS = frozenset({"kv_cache_memory", "max_body_bytes"})
+SIZE_FIELDS = frozenset({"kv_cache_memory", "kv_cache_max_memory", "kv_host_cache", "kv_disk_cache", "max_body_bytes"})
 
 
 def parse_bytes(value: int | str) -> int:
@@ -60,10 +60,16 @@ class EngineConfig:
             or module:Class.
         max_batch_sequences: most sequences in one step.
         max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
+        target_tpot_ms: milliseconds per token that answers should keep to; prefills get what that leaves. 0: none.
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
         max_waiting: most requests that may wait; further ones get 429.
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
+        kv_cache_max_memory: bytes to which the KV cache may grow while memory is free, and from which it shrinks when
+            the machine runs short; 0 keeps its size. CPU only.
         kv_cache_dtype: auto (the compute dtype) or int8 (a scale per token and head: half of bfloat16's memory).
+        kv_host_cache, kv_disk_cache: bytes of host memory and of a file for blocks that leave the KV cache; 0: none.
+        kv_disk_folder: where that file is made; the system's temporary folder when empty.
+        kv_replacement: lru or lfu: which blocks those give up first.
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
         num_threads: compute threads; 0 uses every core the process may use.
@@ -76,13 +82,19 @@ class EngineConfig:
     device: str = "auto"
     kernels: str = "auto"
     backend: str = "auto"
-    scheduler: str = "fcfs"
+    scheduler: str = "aged-srpt"
     max_batch_sequences: int = 64
     max_batch_tokens: int = 1024
+    target_tpot_ms: float = 0.0
     max_model_len: int = 0
     max_waiting: int = 1024
     kv_cache_memory: int = 0
+    kv_cache_max_memory: int = 0
     kv_cache_dtype: str = "auto"
+    kv_host_cache: int = 0
+    kv_disk_cache: int = 0
+    kv_disk_folder: str = ""
+    kv_replacement: str = "lru"
     block_size: int = 16
     prefix_caching: bool = True
     num_threads: int = 0
@@ -90,7 +102,9 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
+        for name in ("kv_cache_memory", "kv_cache_max_memory", "kv_host_cache", "kv_disk_cache"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+            self._at_least(name, 0)
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}")
@@ -101,9 +115,10 @@ class EngineConfig:
             raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
+        self._at_least("target_tpot_ms", 0)
         self._at_least("max_model_len", 0)
         self._at_least("max_waiting", 0)
-        self._at_least("kv_cache_memory", 0)
+        self._choice("kv_replacement", ("lru", "lfu"))
         self._at_least("num_threads", 0)
         self._at_least("block_size", 1)
         if self.max_batch_tokens < self.max_batch_sequences:

@@ -33,6 +33,7 @@ from fastserve.engine.messages import (
     FromEngine,
     Outputs,
     Ready,
+    ResizeCache,
     Shutdown,
 )
 from fastserve.engine.token_stream import TokenStream
@@ -43,7 +44,8 @@ _RATE_WINDOW_SECONDS = 30.0
 MAX_RETRY_AFTER = 60.0
 _COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
-    *("prompt_tokens", "generation_tokens", "step_seconds"),
+    *("prompt_tokens", "generation_tokens", "step_seconds", "recomputed_tokens"),
+    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds"),
 )
 
 
@@ -167,6 +169,17 @@ class EngineClient:
         if sent and self._link is not None:
             self._link.send(Abort(sent))
 
+    def resize_kv_cache(self, num_bytes: int) -> None:
+        """Ask for another size of the KV cache: at most kv_cache_max_memory, at least room for the longest sequence,
+        and never what running sequences hold. `stats.kv_blocks_total` tells the outcome.
+
+        Raises:
+            EngineDeadError: no engine is running now.
+        """
+        if self.state is not EngineState.READY or self._link is None:
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
+        self._link.send(ResizeCache(num_bytes))
+
     def end_all(self, error: FastServeError) -> None:
         """Stop every request; their readers get `error`."""
         ended = list(self._live.values())
@@ -244,7 +257,10 @@ class EngineClient:
             )
 
     def _retry_after(self, count: int) -> float:
-        """Seconds until `count` requests will have finished, going by the last half minute."""
+        """Seconds until `count` of those who wait will have been taken: by what the engine expects of a request, or,
+        before it knows, by those who finished in the last half minute."""
+        if self.stats.request_seconds > 0.0:
+            return float(min(MAX_RETRY_AFTER, max(1, math.ceil(count * self.stats.request_seconds))))
         now = time.monotonic()
         recent = [moment for moment in self._finish_times if now - moment < _RATE_WINDOW_SECONDS]
         if not recent:

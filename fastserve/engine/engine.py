@@ -6,9 +6,10 @@ In-process users (`fastserve.LLM`) drive it directly; the server drives it in a 
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -18,7 +19,8 @@ from fastserve.core.errors import ConfigError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.engine.executor import Executor, LocalExecutor
 from fastserve.engine.kv_cache import KVCache
-from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
+from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
+from fastserve.engine.memory import ElasticSize, MemoryPlan, free_memory, plan_memory
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.warm_up import measure_steps
@@ -27,6 +29,9 @@ from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.policy import PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler
+from fastserve.scheduler.tier_pool import Tier, TierPool
+
+_MEMORY_MARGIN = 512 << 20  # of an elastic KV cache, besides what a step takes
 
 
 class Engine:
@@ -34,6 +39,8 @@ class Engine:
 
     Args:
         config: options; checked already.
+        clock: seconds; a benchmark that runs several engines in turn gives each its own.
+        cost: what learns how long steps take; a benchmark passes one that keeps what it sees.
 
     Attributes:
         max_model_len: longest prompt + output, tokens.
@@ -45,19 +52,32 @@ class Engine:
         CheckpointError, ConfigError, MemoryPlanError: the model cannot be loaded or does not fit.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        cost = CostModel()
+    def __init__(
+        self, config: EngineConfig, clock: Callable[[], float] = time.monotonic, cost: CostModel | None = None
+    ) -> None:
+        cost = cost or CostModel()
+        self._clock = clock
         policy = make_policy(config.scheduler, PolicyContext(cost, config.max_batch_sequences))
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         folder, loaded, self.memory = open_model(config)
         shape = loaded.model.shape
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
+        max_blocks = max(self.memory.num_blocks, config.kv_cache_max_memory // self.memory.block_bytes)
+        kv_cache = _make_kv_cache(loaded, self.memory, max_blocks)
+        stores = _make_stores(config, loaded, self.memory)
+        self._tiers = KVTiers(kv_cache, stores) if stores else None
+        tier_pool = None
+        if self._tiers is not None:
+            seconds = self._tiers.measure()
+            tiers = [Tier(store.num_slots, time) for store, time in zip(stores, seconds, strict=True)]
+            tier_pool = TierPool(tiers, config.kv_replacement)
         self._scheduler = Scheduler(
             BlockPool(
                 self.memory.num_blocks,
                 config.block_size,
-                prefix_caching=config.prefix_caching and not loaded.model.has_own_cache,
+                config.prefix_caching and not loaded.model.has_own_cache,
+                tier_pool,
             ),
             policy,
             max_batch_sequences=config.max_batch_sequences,
@@ -65,11 +85,23 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
+            target_tpot=config.target_tpot_ms / 1e3,
         )
-        runner = _make_runner(loaded, self.memory, folder.eos_token_ids)
+        runner = ModelRunner(
+            loaded.model, loaded.kernels, kv_cache, folder.eos_token_ids, loaded.model.device, self.max_model_len
+        )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
-        self._executor: Executor = LocalExecutor(runner)
-        if policy.uses_cost and not loaded.model.has_own_cache:
+        self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
+        self._device = loaded.model.device
+        self._elastic = ElasticSize(
+            self.memory.block_bytes,
+            self._scheduler.min_blocks,
+            kv_cache.max_blocks,
+            self.memory.activation_bytes + _MEMORY_MARGIN,
+            interval=1.0 if config.kv_cache_max_memory else math.inf,
+        )
+        decides_by_cost = policy.uses_cost or tier_pool is not None or config.target_tpot_ms > 0
+        if decides_by_cost and not loaded.model.has_own_cache:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
@@ -93,7 +125,7 @@ class Engine:
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         self._stats.prompt_tokens += len(prompt)
-        self._scheduler.add(request, time.monotonic())
+        self._scheduler.add(request, self._clock())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
@@ -104,15 +136,36 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step; returns the new tokens."""
-        started = time.monotonic()
+        started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
-        ended = time.monotonic()
+        ended = self._clock()
         outputs = self._scheduler.update(plan, result, ended - started, ended)
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
         self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
+
+    def resize_kv_cache(self, num_bytes: int) -> None:
+        """Grow or shrink the KV cache, within kv_cache_max_memory and not below what the longest sequence needs.
+
+        Memory of running sequences is given back when they end.
+        """
+        self._resize(num_bytes // self.memory.block_bytes)
+
+    def tend(self) -> None:
+        """What is to be done from time to time, busy or idle: with kv_cache_max_memory, follow the free memory."""
+        now, elastic, pool = self._clock(), self._elastic, self._scheduler.block_pool
+        if now >= elastic.next_look and elastic.interval < math.inf:
+            elastic.next_look = now + elastic.interval
+            advised = elastic.advise(free_memory(self._device), pool.num_blocks, pool.num_used)
+            if advised != pool.num_blocks:
+                self._resize(advised)
+
+    def _resize(self, num_blocks: int) -> None:
+        self._scheduler.resize(min(num_blocks, self._elastic.max_blocks))
+        if not self._scheduler.has_work():
+            self.step()  # an empty one, which carries the size to the executor
 
     def stats(self) -> EngineStats:
         """Counters so far and gauges now. The same object each time; copy it to keep it."""
@@ -120,9 +173,15 @@ class Engine:
         stats.num_running = self._scheduler.num_running
         stats.num_waiting = self._scheduler.num_waiting
         stats.kv_blocks_used = pool.num_used
+        stats.kv_blocks_total = pool.num_blocks
         stats.prefix_cache_queries = pool.num_queries
         stats.prefix_cache_hits = pool.num_hits
         stats.num_preemptions = self._scheduler.num_preemptions
+        stats.recomputed_tokens = self._scheduler.num_recomputed_tokens
+        stats.request_seconds = self._scheduler.request_seconds
+        if pool.tiers is not None and self._tiers is not None:
+            stats.kv_blocks_kept, stats.kv_blocks_restored = pool.tiers.num_kept, pool.tiers.num_restored
+            stats.kv_errors, stats.kv_move_seconds = self._tiers.num_errors, self._tiers.wait_seconds
         return stats
 
     def close(self) -> None:
@@ -150,7 +209,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
     memory = plan_memory(
         loaded.model.shape,
         loaded.model.device,
-        free_memory(loaded.model.device),
+        max(0, free_memory(loaded.model.device) - (config.kv_host_cache if loaded.model.device.type == "cpu" else 0)),
         block_size=config.block_size,
         kv_cache_memory=config.kv_cache_memory,
         max_model_len=config.max_model_len,
@@ -161,9 +220,9 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
     return folder, loaded, memory
 
 
-def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[int, ...]) -> ModelRunner:
+def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> KVCache:
     shape = loaded.model.shape
-    kv_cache = KVCache(
+    return KVCache(
         shape.num_layers,
         1 if loaded.model.has_own_cache else memory.num_blocks,
         memory.block_size,
@@ -171,5 +230,19 @@ def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[i
         shape.head_size,
         memory.kv_dtype,
         loaded.model.device,
+        1 if loaded.model.has_own_cache else max_blocks,
     )
-    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device, memory.max_model_len)
+
+
+def _make_stores(config: EngineConfig, loaded: LoadedModel, memory: MemoryPlan) -> list[BlockStore]:
+    """The tiers below the device, the fastest first."""
+    if loaded.model.has_own_cache and (config.kv_host_cache or config.kv_disk_cache or config.kv_cache_max_memory):
+        raise ConfigError(
+            "kv_host_cache, kv_disk_cache and kv_cache_max_memory need a model that FastServe computes itself; leave "
+            "them out, or choose --backend native"
+        )
+    host, disk = config.kv_host_cache // memory.block_bytes, config.kv_disk_cache // memory.block_bytes
+    stores: list[BlockStore] = [HostStore(host, memory.block_bytes)] if host else []
+    if disk:
+        stores.append(FileStore(disk, memory.block_bytes, config.kv_disk_folder))
+    return stores

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from fastserve.engine.kv_cache import KVCache
+from fastserve.engine.kv_tiers import KVTiers
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.scheduler.plan import StepPlan
 from fastserve.scheduler.scheduler import StepResult
@@ -13,20 +15,30 @@ class Executor(Protocol):
     """Runs every plan it is given, in order."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step."""
+        """Compute one step. With nothing to compute, wait for blocks on their way to the device, if any."""
 
     def close(self) -> None:
         """Free what is held. Safe to call twice."""
 
 
 class LocalExecutor:
-    """The runner in this process."""
+    """The runner in this process, with the memory that its plans speak of."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, kv_cache: KVCache, tiers: KVTiers | None = None) -> None:
         self._runner = runner
+        self._kv_cache = kv_cache
+        self._tiers = tiers
 
     def run(self, plan: StepPlan) -> StepResult:
-        return self._runner.run(plan)
+        if self._tiers is not None:
+            self._tiers.start(plan.moves)
+        if plan.num_blocks:
+            self._kv_cache.resize(plan.num_blocks)
+        result = self._runner.run(plan)
+        if self._tiers is not None:
+            result.loaded = self._tiers.collect(wait=not plan.entries)
+        return result
 
     def close(self) -> None:
-        pass
+        if self._tiers is not None:
+            self._tiers.close()

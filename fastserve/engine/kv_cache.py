@@ -1,28 +1,24 @@
-"""The tensors behind the scheduler's block ids: per layer, keys and values [num_blocks, block_size, G, D].
+"""The tensors behind the scheduler's block ids: per layer, keys and values [max_blocks, block_size, G, D].
 
-G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. The memory is touched when
-it is made, so that what was planned is really there and the process does not grow while serving. On Linux that is done
-in the background, on huge pages where the system has them: the first request need not wait for gigabytes of zeros.
+G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. Addresses are reserved for
+the largest size the cache may ever have; memory is taken for the first `num_blocks` only, and touched then (at first in
+the background), so that the process grows at no other time. Blocks that are given up return their pages to the system
+(docs/decisions/0021-kv-tiers.md).
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-import os
 import sys
-import threading
 
 import torch
 from torch import Tensor
 
+from fastserve.engine.pages import Pages
 from fastserve.kernels.interface import Kernels
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 
-_HUGE_PAGE = 2 << 20
-_TOUCHED_AT_ONCE = 16 << 20
-_MADV_POPULATE_WRITE = 23  # linux/mman.h
+_HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 
 
 class KVCache:
@@ -31,6 +27,7 @@ class KVCache:
     Args:
         num_layers, num_blocks, block_size, num_kv_heads, head_size: shape.
         dtype, device: of the tensors.
+        max_blocks: most blocks `resize` can give; 0 for `num_blocks`, as ever but on a CPU under Linux.
     """
 
     def __init__(
@@ -42,19 +39,54 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_blocks: int = 0,
     ) -> None:
-        shape = (num_blocks, block_size, num_kv_heads, _row_bytes(head_size, dtype) // dtype.itemsize)
         self.num_blocks = num_blocks
+        can_resize = device.type == "cpu" and sys.platform == "linux"
+        self.max_blocks = max(max_blocks, num_blocks) if can_resize else num_blocks
+        shape = (self.max_blocks, block_size, num_kv_heads, _row_bytes(head_size, dtype) // dtype.itemsize)
         self.block_size = block_size
         self.dtype = dtype
-        memory = _zeros((2 * num_layers, *shape), dtype, device)
+        self._part_bytes = math.prod(shape) * dtype.itemsize
+        self._pages: Pages | None = None
+        num_bytes = 2 * num_layers * self._part_bytes
+        if can_resize and num_bytes >= _HUGE_PAGE:
+            self._pages = Pages(num_bytes)
+            memory = torch.frombuffer(self._pages.memory, dtype=dtype).view(2 * num_layers, *shape)
+        else:
+            memory = torch.empty((2 * num_layers, *shape), dtype=dtype, device=device).zero_()
         self.keys: list[Tensor] = list(memory[:num_layers])
         self.values: list[Tensor] = list(memory[num_layers:])
+        if self._pages is not None:
+            self._pages.take_later(self._ranges(0, num_blocks))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Every tensor that holds a piece of each block, [max_blocks, ...]."""
+        return [*self.keys, *self.values]
 
     def copy_blocks(self, pairs: list[tuple[int, int]], kernels: Kernels) -> None:
         """Copy blocks source -> target in every layer."""
         for keys, values in zip(self.keys, self.values, strict=True):
             kernels.copy_blocks(keys, values, pairs)
+
+    def resize(self, num_blocks: int) -> None:
+        """Take or give back memory so that the first `num_blocks` blocks have some; nothing is said of what new ones
+        hold."""
+        assert 0 < num_blocks <= self.max_blocks
+        old, self.num_blocks = self.num_blocks, num_blocks
+        if self._pages is not None and num_blocks > old:
+            self._pages.take(self._ranges(old, num_blocks))
+        elif self._pages is not None and num_blocks < old:
+            self._pages.give_back(self._ranges(num_blocks, old))
+
+    def _ranges(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Bytes of blocks first .. last - 1."""
+        total = len(self.parts) * self._part_bytes
+        if last - first == self.max_blocks:
+            return [(0, total)]
+        size = self._part_bytes // self.max_blocks
+        return [(start + first * size, start + last * size) for start in range(0, total, self._part_bytes)]
 
     @staticmethod
     def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
@@ -65,30 +97,3 @@ class KVCache:
 def _row_bytes(head_size: int, dtype: torch.dtype) -> int:
     """Bytes of one head of one token, keys or values."""
     return head_size * dtype.itemsize + (INT8_KV_SCALE_BYTES if dtype is torch.int8 else 0)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or sys.platform != "linux" or num_bytes < _HUGE_PAGE:
-        return torch.empty(shape, dtype=dtype, device=device).zero_()
-    mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)  # a wish: small pages work too
-    memory = torch.frombuffer(mapped, dtype=dtype)
-    if _populate(memory, 0, _HUGE_PAGE):
-        threading.Thread(target=_touch, args=(memory,), name="touch-kv-cache", daemon=True).start()
-    else:  # Linux before 5.14
-        memory.zero_()
-    return memory.view(shape)
-
-
-def _touch(memory: Tensor) -> None:
-    """Have the system give the memory now, in steps, so that nobody waits long for its lock; contents stay."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread: requests go first
-    for start in range(0, memory.nbytes, _TOUCHED_AT_ONCE):
-        _populate(memory, start, min(_TOUCHED_AT_ONCE, memory.nbytes - start))
-
-
-def _populate(memory: Tensor, start: int, num_bytes: int) -> bool:
-    address = ctypes.c_void_p(memory.data_ptr() + start)
-    result: int = ctypes.CDLL(None).madvise(address, ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE)
-    return result == 0

@@ -61,6 +61,34 @@ class MemoryPlan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
 
 
+@dataclass(slots=True)
+class ElasticSize:
+    """How large the KV cache should be, by what the machine has free: at most an eighth more or less at a time.
+
+    Attributes:
+        block_bytes, min_blocks, max_blocks: the cache and its bounds.
+        margin_bytes: keep so much free; below it the cache shrinks, and it grows only when this remains.
+        interval: seconds between looks.
+    """
+
+    block_bytes: int
+    min_blocks: int
+    max_blocks: int
+    margin_bytes: int
+    interval: float = 1.0
+    next_look: float = 0.0
+
+    def advise(self, free_bytes: int, num_blocks: int, num_used: int) -> int:
+        """The number of blocks to have; grows only when nearly all are held."""
+        step = max(1, self.max_blocks // 8)
+        if free_bytes < self.margin_bytes:
+            return max(self.min_blocks, num_blocks - step)
+        room = (free_bytes - self.margin_bytes) // self.block_bytes
+        if num_used >= 0.9 * num_blocks:
+            return min(self.max_blocks, num_blocks + min(step, room))
+        return num_blocks
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`."""
     if device.type == "cuda":

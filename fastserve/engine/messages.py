@@ -34,6 +34,12 @@ class Abort(msgspec.Struct, tag=True):
     request_ids: list[str]
 
 
+class ResizeCache(msgspec.Struct, tag=True):
+    """API -> engine: grow or shrink the KV cache to this size, as far as it can. EngineStats tell the outcome."""
+
+    num_bytes: int
+
+
 class Shutdown(msgspec.Struct, tag=True):
     """API -> engine: finish the current step and exit."""
 
@@ -47,6 +53,10 @@ class EngineStats(msgspec.Struct):
         prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and found.
         num_preemptions, num_steps, prompt_tokens, generation_tokens: totals.
         step_seconds: total time spent in steps.
+        recomputed_tokens: computed again after their memory was taken.
+        kv_blocks_kept, kv_blocks_restored, kv_errors: copied to lower tiers, brought back, and failed reads and writes.
+        kv_move_seconds: part of step_seconds in which a step waited for such copies.
+        request_seconds: gauge: time of the engine that a request takes, as expected now.
     """
 
     num_running: int = 0
@@ -60,6 +70,12 @@ class EngineStats(msgspec.Struct):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     step_seconds: float = 0.0
+    recomputed_tokens: int = 0
+    kv_blocks_kept: int = 0
+    kv_blocks_restored: int = 0
+    kv_errors: int = 0
+    kv_move_seconds: float = 0.0
+    request_seconds: float = 0.0
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -84,7 +100,7 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Abort | Shutdown
+ToEngine = Configure | Add | Abort | ResizeCache | Shutdown
 FromEngine = Ready | Outputs | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -11,6 +11,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 
+from fastserve.scheduler.tier_pool import TierPool
+
 
 def hash_block(parent: bytes, token_ids: SequenceOf[int]) -> bytes:
     """Hash of a full block: its tokens and, through `parent`, everything before it. 128 bits, so equal means equal."""
@@ -23,14 +25,24 @@ class BlockPool:
     Args:
         num_blocks: blocks in all.
         block_size: tokens in a block.
-        prefix_caching: keep full blocks findable by content.
+        prefix_caching: sequences share full blocks of equal content.
+        tiers: where content goes that is about to be overwritten.
+
+    Attributes:
+        is_findable: full blocks are found by content, if only by the sequence that made them.
+        num_used: blocks that somebody holds.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, tiers: TierPool | None = None
+    ) -> None:
         assert num_blocks > 0 and block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.tiers = tiers
+        self.is_findable = prefix_caching or tiers is not None
+        self.num_used = 0
         self.num_queries = 0
         self.num_hits = 0
         self._references = [0] * num_blocks
@@ -44,8 +56,23 @@ class BlockPool:
         return len(self._free)
 
     @property
-    def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+    def num_reachable(self) -> int:
+        """Blocks whose memory is in use: all, and those above that are still held after the pool shrank."""
+        return len(self._references)
+
+    def resize(self, num_blocks: int) -> None:
+        """Grow, or shrink to the first `num_blocks`; blocks above that are held go when they are given up."""
+        assert num_blocks > 0
+        for block_id in range(num_blocks, self.num_blocks):
+            if self._references[block_id] == 0:
+                del self._free[block_id]
+                self._forget(block_id)
+        first, self.num_blocks = self.num_blocks, num_blocks
+        missing = num_blocks - len(self._references)
+        self._references.extend([0] * missing)
+        self._hashes.extend([None] * missing)
+        self._free.update(dict.fromkeys(index for index in range(first, num_blocks) if self._references[index] == 0))
+        self._trim()
 
     def count_free_matches(self, hashes: SequenceOf[bytes]) -> tuple[int, int]:
         """How many leading `hashes` are cached, and how many of those blocks would come off the free list."""
@@ -61,16 +88,15 @@ class BlockPool:
     def match_prefix(self, hashes: SequenceOf[bytes]) -> list[int]:
         """Blocks of the longest cached run of `hashes`, each now held once more by the caller."""
         found: list[int] = []
-        self.num_queries += len(hashes) * self.block_size
         for block_hash in hashes:
             block_id = self._by_hash.get(block_hash)
             if block_id is None:
                 break
             if self._references[block_id] == 0:
                 del self._free[block_id]
+                self.num_used += 1
             self._references[block_id] += 1
             found.append(block_id)
-        self.num_hits += len(found) * self.block_size
         return found
 
     def allocate(self, num_blocks: int) -> list[int] | None:
@@ -83,12 +109,13 @@ class BlockPool:
             self._forget(block_id)
             self._references[block_id] = 1
             taken.append(block_id)
+        self.num_used += num_blocks
         return taken
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """Make a full, computed block findable. The first block with a given content wins."""
         assert self._references[block_id] > 0, "only held blocks can be published"
-        if self.prefix_caching and self._hashes[block_id] is None and block_hash not in self._by_hash:
+        if self.is_findable and self._hashes[block_id] is None and block_hash not in self._by_hash:
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
 
@@ -97,13 +124,26 @@ class BlockPool:
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, "block freed twice"
             self._references[block_id] -= 1
-            if self._references[block_id] == 0:
+            if self._references[block_id] > 0:
+                continue
+            self.num_used -= 1
+            if block_id >= self.num_blocks:
+                self._forget(block_id)
+                self._trim()
+            else:
                 self._free[block_id] = None
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
 
+    def _trim(self) -> None:
+        while len(self._references) > self.num_blocks and self._references[-1] == 0:
+            self._references.pop()
+            self._hashes.pop()
+
     def _forget(self, block_id: int) -> None:
         block_hash = self._hashes[block_id]
         if block_hash is not None:
+            if self.tiers is not None:
+                self.tiers.keep(block_id, block_hash)
             self._hashes[block_id] = None
             del self._by_hash[block_hash]

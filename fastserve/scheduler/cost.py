@@ -67,6 +67,9 @@ class Coefficients:
         )
 
 
+_FIRST_FITS = (8, 16, 32)  # steps: without a warm-up, the guess that it starts from should not stand for long
+
+
 class CostModel:
     """Step times, learned from steps.
 
@@ -97,7 +100,7 @@ class CostModel:
             seconds = min(seconds, 4.0 * self.coefficients.seconds(work))
         self._accumulate(work, seconds)
         self.num_observed += 1
-        if self.num_observed % self._refit_every == 0:
+        if self.num_observed % self._refit_every == 0 or self.num_observed in _FIRST_FITS:
             self._fit()
 
     def account(self, plan: StepPlan, seconds: float) -> list[float]:
@@ -122,6 +125,10 @@ class CostModel:
         """Time that `num_tokens` prompt tokens after `start` cached ones add to steps."""
         pairs = num_tokens * start + num_tokens * num_tokens / 2
         return self.coefficients.prefill_token * num_tokens + self.coefficients.prefill_pair * pairs
+
+    def prefill_tokens_within(self, seconds: float) -> int:
+        """How many prompt tokens add at most so many seconds to a step; 0 for none."""
+        return max(0, int(seconds / max(self.coefficients.prefill_token, 1e-9)))
 
     def decode_seconds(self, num_tokens: float, context: float, batch: int = 1) -> float:
         """Time that decoding `num_tokens` tokens from `context` on takes, as a share of steps of `batch` sequences."""

@@ -57,6 +57,9 @@ class SkipJoinMLFQ(FCFS):
         place = self._places[sequence.request_id]
         return place.since + self.alpha if place.level > 0 else math.inf
 
+    def service_before(self, sequence: Sequence) -> float:
+        return self._first_quantum * ((1 << self._places[sequence.request_id].level) - 1)
+
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         place = self._places[sequence.request_id]
         place.used += seconds

@@ -34,12 +34,21 @@ class PlanEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: entries in execution order, block copies and moves before it, requests whose state may be dropped."""
+    """One step.
+
+    Attributes:
+        entries: in execution order.
+        copies: (source, target) blocks, copied before the entries run.
+        moves: (source, target) between device blocks and tier slots (`~slot`), in this order. Reading a device block is
+            over before the entries run; a block that is filled from a slot is reported when it is (StepResult.loaded).
+        num_blocks: device blocks that need memory, where that changed; else 0.
+        freed: requests whose state may be dropped.
+    """
 
     entries: list[PlanEntry]
     copies: list[tuple[int, int]] = []
-    swap_in: list[tuple[int, int]] = []
-    swap_out: list[tuple[int, int]] = []
+    moves: list[tuple[int, int]] = []
+    num_blocks: int = 0
     freed: list[str] = []
 
     @property

@@ -65,6 +65,16 @@ class SchedulingPolicy(Protocol):
         """When the rank just taken is to be taken again, should the sequence still wait; inf for never."""
         return math.inf
 
+    def stable_tokens(self, sequence: Sequence) -> float:
+        """How many more tokens a decoding sequence can make before its rank may change. A simulator may jump over them;
+        0, the safe answer, forbids it. Asked only of preemptive policies."""
+        return 0.0
+
+    def service_before(self, sequence: Sequence) -> float:
+        """Seconds of service after which a new sequence stands where this one is; those in front of it take the
+        difference each before its turn. 0 where the rank alone says who is next."""
+        return 0.0
+
     def on_start(self, sequence: Sequence, now: float) -> None:
         """It joins the batch, for the first time or after a pause."""
 
@@ -90,6 +100,9 @@ class Priority(FCFS):
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         return (sequence.request.priority, sequence.request.arrival_time)
+
+    def stable_tokens(self, sequence: Sequence) -> float:
+        return math.inf
 
 
 _POLICIES = {

@@ -39,6 +39,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._current)
 
+    @property
+    def next_review(self) -> float:
+        """When `review` may next change a rank; inf for never. Outdated reviews count: too early does no harm."""
+        return self._reviews[0][0] if self._reviews else math.inf
+
     def push(self, sequence: Sequence, now: float) -> None:
         """Take in a sequence that is not here yet."""
         assert sequence.request_id not in self._current
@@ -81,9 +86,9 @@ class WaitingQueue:
         """The worst item, by looking at all of them."""
         return max(self._current.values(), default=None)
 
-    def items(self) -> Iterable[Ranked]:
-        """All of them, in no order."""
-        return self._current.values()
+    def items(self, request_ids: Iterable[str] | None = None) -> Iterable[Ranked]:
+        """All of them, or those named (all here), in no order."""
+        return self._current.values() if request_ids is None else (self._current[name] for name in request_ids)
 
     def _is_current(self, item: Ranked) -> bool:
         return self._current.get(item.sequence.request_id) is item

@@ -2,8 +2,8 @@
 
 `plan` picks sequences in the policy's order and gives each its tokens and blocks; `update` takes in what the step
 made. There is no prefill/decode split: a plan is {sequence: number of tokens}. When blocks run out, the worst-ranked
-holder is dropped and recomputed later (its full blocks often survive in the prefix cache). Pure Python over integers;
-the clock is an argument.
+holder is dropped: what the prefix cache or a lower tier (`tier_pool.py`) still has of it comes back when its turn is
+near, the rest is computed again. Pure Python over integers; the clock is an argument.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from fastserve.core.request import (
     TokenOutput,
 )
 from fastserve.scheduler.block_pool import BlockPool, hash_block
-from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.cost import CostModel, StepWork
+from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan
 from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
+from fastserve.scheduler.turns import order_by_next_turn
+
+_MEMORY = 0.02  # weight of the newest request in means
+_IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
 
 @dataclass(slots=True)
@@ -34,23 +39,27 @@ class StepResult:
         tokens: request id -> sampled token, for entries with `samples`.
         logprobs: request id -> its log probabilities, where asked for.
         prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
+        loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
     """
 
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    loaded: list[tuple[int, bool, float]] = field(default_factory=list)
 
 
 class Scheduler:
     """Owns the sequences and the blocks; writes status and residency.
 
     Args:
-        block_pool: the KV blocks. They must hold at least one sequence of `max_model_len`.
+        block_pool: the KV blocks, with their tiers. They must hold at least one sequence of `max_model_len`.
         policy: order of service.
         max_batch_sequences, max_batch_tokens: limits of one step.
         max_model_len: longest sequence in tokens.
         eos_token_ids: the model's end tokens.
         cost: how long steps take; learns from each.
+        target_tpot: seconds that a step with decoding sequences should take at most (prefills get what that leaves, a
+            block at least), so that answers keep their pace; 0 for no such limit.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         cost: CostModel | None = None,
+        target_tpot: float = 0.0,
     ) -> None:
         assert block_pool.num_blocks * block_pool.block_size >= max_model_len
         self.block_pool = block_pool
@@ -74,14 +84,22 @@ class Scheduler:
         self._max_sequences = max_batch_sequences
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
+        self._target_tpot = target_tpot
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
         self._fresh = WaitingQueue(policy)  # waiting without memory
         self._paused = WaitingQueue(policy)  # waiting, but holding blocks
+        self._loads = Loads()
+        self._away: dict[str, Sequence] = {}  # in `_fresh`: lost their memory, but tiers may have the content
         self._may_place = True
+        self._has_dropped = False
+        self._planned_blocks = block_pool.num_blocks
         self._num_arrived = 0
+        self._mean_prompt = 0.0  # tokens to compute, of late
+        self._mean_output = 0.0
+        self._num_finished = 0
         self._freed: list[str] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
@@ -91,10 +109,28 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._fresh) + len(self._paused)
+        return len(self._fresh) + len(self._paused) + len(self._loads)
+
+    @property
+    def min_blocks(self) -> int:
+        """The pool may not be smaller: the longest sequence must fit."""
+        return self._num_blocks(self._max_model_len)
+
+    @property
+    def request_seconds(self) -> float:
+        """Time of the engine that one request takes when the batch is full; 0 before any has finished."""
+        if self._mean_output == 0.0:
+            return 0.0
+        decoding = self.cost.decode_seconds(self._mean_output, self._mean_prompt, self._max_sequences)
+        return self.cost.prefill_seconds(int(self._mean_prompt)) + decoding
 
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences) or len(self._loads) > 0
+
+    def resize(self, num_blocks: int) -> int:
+        """Grow or shrink the pool, not below `min_blocks`; returns its size. Blocks that are held go when given up."""
+        self.block_pool.resize(max(num_blocks, self.min_blocks))
+        return self.block_pool.num_blocks
 
     def add(self, request: Request, now: float) -> None:
         """Take in a request. Its prompt must be shorter than max_model_len, its id new."""
@@ -103,8 +139,7 @@ class Scheduler:
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
         self._sequences[request.request_id] = sequence
-        matched, _ = self.block_pool.count_free_matches(self._prefix_hashes(sequence))
-        sequence.num_cached_expected = matched * self.block_pool.block_size
+        sequence.num_cached_expected = self._count_cached(sequence)
         self._policy.on_arrival(sequence, now)
         self._fresh.push(sequence, now)
 
@@ -123,9 +158,9 @@ class Scheduler:
         if preemptive:
             self._rank_running(now)
         self._pending, self._running = self._running[::-1], []  # the best is last
-        self._may_place = True
+        self._may_place, self._has_dropped = True, False
         pending, running = self._pending, self._running
-        tokens_left, decodes_left = self._max_tokens, sum(item.sequence.is_decoding for item in pending)
+        tokens_left, decodes_left = self._token_budget(), sum(item.sequence.is_decoding for item in pending)
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
@@ -136,8 +171,9 @@ class Scheduler:
                 decodes_left -= sequence.is_decoding
             elif first is not None:
                 item, sequence = first, first.sequence
-                if not self._start(item, now):
+                if not self._start(item, now) and sequence.residency is not Residency.LOADING:
                     self._may_place = False  # those who hold memory may go on
+                if sequence.status is not Status.RUNNING:
                     first = self._first_waiting(now)
                     continue
                 first = self._first_waiting(now)
@@ -159,8 +195,17 @@ class Scheduler:
         for item in (*skipped, *pending):
             self._pause(item.sequence, now)
         pending.clear()
+        return self._finish_plan(entries, now)
+
+    def _finish_plan(self, entries: list[PlanEntry], now: float) -> StepPlan:
+        moves: list[tuple[int, int]] = []
+        if self.block_pool.tiers is not None:
+            self._move_ahead(now)
+            moves = self.block_pool.tiers.take_moves()
+        num_blocks = self.block_pool.num_reachable
+        is_same, self._planned_blocks = num_blocks == self._planned_blocks, num_blocks
         freed, self._freed = self._freed, []
-        return StepPlan(entries, freed=freed)
+        return StepPlan(entries, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
@@ -181,7 +226,22 @@ class Scheduler:
                 kept.extend(result.prompt_logprobs[entry.request_id])
             if entry.samples:
                 outputs.append(self._append(sequence, result, now))
+        for block_id, is_good, load_seconds in result.loaded:
+            self._take_block(block_id, is_good, load_seconds, now)
         return outputs
+
+    def _token_budget(self) -> int:
+        """Tokens of this step: all that is allowed, or what `target_tpot` leaves beside those who decode."""
+        if not self._target_tpot:
+            return self._max_tokens
+        contexts = [item.sequence.num_computed for item in self._pending if item.sequence.is_decoding]
+        if not contexts:
+            return self._max_tokens
+        decoding = StepWork(decodes=len(contexts), decode_context=sum(contexts))
+        spare = self._target_tpot - self.cost.coefficients.seconds(decoding)
+        prefill = max(self.block_pool.block_size, self.cost.prefill_tokens_within(spare))
+        decodes = min(self._max_sequences, len(contexts) + len(self._paused))
+        return min(self._max_tokens, decodes + prefill)
 
     # -- queue ---------------------------------------------------------------------------------------------------
 
@@ -206,9 +266,7 @@ class Scheduler:
         sequence = item.sequence
         if sequence.residency is Residency.DEVICE:
             self._paused.discard(sequence)
-        elif self._place(item, now):
-            self._fresh.discard(sequence)
-        else:
+        elif not self._place(item, now) or sequence.residency is Residency.LOADING:
             return False
         sequence.status = Status.RUNNING
         self._policy.on_start(sequence, now)
@@ -228,33 +286,111 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_pool.block_size)
 
-    def _place(self, item: Ranked, now: float) -> bool:
-        """Take the cached prefix, if all tokens so far fit beside what the running sequences still need."""
+    def _place(self, item: Ranked, now: float, num_spare: int = 0) -> bool:
+        """Take a sequence out of `_fresh` and give it the cached prefix, or start to load it, if all its tokens so far
+        fit beside what those who hold memory still need (and `num_spare` blocks)."""
         sequence = item.sequence
         hashes = self._prefix_hashes(sequence)
         matched, from_free = self.block_pool.count_free_matches(hashes)
-        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free
-        for other in (*self._running, *self._pending):
-            missing = self._num_blocks(len(other.sequence.token_ids)) - len(other.sequence.block_ids)
-            needed += max(1, missing)
+        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free + num_spare
+        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
+            needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
         while needed > self.block_pool.num_free:
-            victim = self._worst_holder() if self._policy.evicts else None
+            victim = self._worst_holder() if self._may_evict and not num_spare else None
             if victim is None or victim < item:
                 return False
             self._drop(victim.sequence, now)
         sequence.block_ids = self.block_pool.match_prefix(hashes)
-        sequence.num_computed = len(sequence.block_ids) * self.block_pool.block_size
-        sequence.num_published = len(sequence.block_ids)
-        sequence.residency = Residency.DEVICE
-        if sequence.scheduled_time is None:
-            sequence.num_cached_tokens = sequence.num_computed
+        self._fresh.discard(sequence)
+        self._away.pop(sequence.request_id, None)
+        if not self._load(sequence, hashes):
+            self._settle(sequence)
         return True
+
+    @property
+    def _may_evict(self) -> bool:
+        """With tiers, order may take memory from others: little of what was computed is lost."""
+        return self._policy.evicts or (self._policy.preemptive and self.block_pool.tiers is not None)
+
+    def _load(self, sequence: Sequence, hashes: list[bytes]) -> bool:
+        """Fetch what follows the blocks at hand from the tiers, when that is quicker than computing it."""
+        pool, tiers, first = self.block_pool, self.block_pool.tiers, len(sequence.block_ids)
+        found = tiers.count(hashes[first:]) if tiers is not None else 0
+        if tiers is None or found == 0:
+            return False
+        seconds = tiers.seconds(hashes[first : first + found]) * (1 + self._loads.num_blocks / found)
+        if seconds > self.cost.prefill_seconds(found * pool.block_size, first * pool.block_size):
+            return False
+        blocks = pool.allocate(found)
+        assert blocks is not None
+        found = tiers.count(hashes[first : first + found])  # making room may have cost us some
+        pool.free(blocks[found:])
+        if found == 0:
+            return False
+        for block_hash, block_id in zip(hashes[first:], blocks[:found], strict=False):
+            tiers.restore(block_hash, block_id)
+        sequence.block_ids.extend(blocks[:found])
+        sequence.residency = Residency.LOADING
+        self._loads.begin(sequence, first)
+        return True
+
+    def _take_block(self, block_id: int, is_good: bool, seconds: float, now: float) -> None:
+        """A block came from a tier. When it was a sequence's last, the sequence may go on from the first bad one."""
+        pool, sequence = self.block_pool, self._loads.find(block_id).sequence
+        assert pool.tiers is not None
+        pool.tiers.restored(sequence.block_hashes[sequence.block_ids.index(block_id)], is_good, seconds)
+        load = self._loads.arrive(block_id, is_good)
+        if load is None:
+            return
+        if sequence.status is Status.FINISHED:
+            pool.free(sequence.block_ids)
+            sequence.block_ids, sequence.residency = [], Residency.NONE
+            return
+        num_good = load.num_good
+        pool.free(sequence.block_ids[num_good:])
+        del sequence.block_ids[num_good:]
+        for index in range(load.first, num_good):
+            pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
+        self._settle(sequence)
+        self._paused.push(sequence, now)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Its blocks hold what they will before it is computed."""
+        sequence.residency = Residency.DEVICE
+        sequence.num_published = len(sequence.block_ids)
+        sequence.num_computed = sequence.num_published * self.block_pool.block_size
+        self.num_recomputed_tokens += max(0, sequence.num_lost - sequence.num_computed)
+        sequence.num_lost = 0
+        if self.block_pool.prefix_caching and sequence.scheduled_time is None:
+            sequence.num_cached_tokens = sequence.num_computed
+        if self.block_pool.prefix_caching:
+            self.block_pool.num_queries += len(self._prefix_hashes(sequence)) * self.block_pool.block_size
+            self.block_pool.num_hits += sequence.num_computed
+
+    def _move_ahead(self, now: float) -> None:
+        """Take the memory of those whose turn is far, so that some blocks are idle; or start to bring back the one
+        whose turn is nearest. Never both: what goes out and in within a step moved for nothing."""
+        pool = self.block_pool
+        num_idle = pool.num_blocks // _IDLE_SHARE
+        if self._policy.preemptive and pool.num_free < num_idle and len(self._paused) > 0:
+            for item in reversed(self._by_next_turn(self._paused.items(), now)):
+                self._drop(item.sequence, now)
+                if pool.num_free >= num_idle:
+                    return
+        elif self._away and not self._has_dropped and pool.num_free > num_idle:
+            nearest = self._by_next_turn(self._fresh.items(self._away), now)[0]
+            if self._place(nearest, now, 1 + num_idle) and nearest.sequence.residency is Residency.DEVICE:
+                self._paused.push(nearest.sequence, now)
+
+    def _by_next_turn(self, candidates: Iterable[Ranked], now: float) -> list[Ranked]:
+        ahead = (*self._running, *self._paused.items())
+        return order_by_next_turn(candidates, ahead, self._policy, self._max_sequences, now)
 
     def _grow(self, sequence: Sequence, take: int, now: float) -> bool:
         """Give `sequence` blocks for `take` more tokens, dropping worse-ranked holders if need be.
 
-        Returns False when it was itself the worst and had to go back to the queue. Nothing new is placed in a step
-        that dropped for this reason.
+        Returns False when it was itself the worst and had to go back to the queue, or must wait. Nothing new is placed
+        in a step that dropped for this reason.
         """
         if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
             return True
@@ -262,6 +398,8 @@ class Scheduler:
         while (blocks := self.block_pool.allocate(missing)) is None:
             self._may_place = False
             victim = self._worst_holder()
+            if victim is None and len(self._loads) > 0:
+                return False  # it waits in its place: those who load will be victims when they have arrived
             if victim is None:
                 self._running.pop()  # it was chosen last
                 self._drop(sequence, now)
@@ -278,12 +416,16 @@ class Scheduler:
         return worst
 
     def _drop(self, sequence: Sequence, now: float) -> None:
-        """Free the blocks; the sequence waits and will be computed again from its tokens."""
+        """Free the blocks; the sequence waits, and what is gone when it returns is computed again from its tokens."""
         self.block_pool.free(sequence.block_ids)
-        self.num_recomputed_tokens += sequence.num_computed
+        sequence.num_lost = sequence.num_computed
+        sequence.num_cached_expected = 0
+        if self.block_pool.tiers is not None:
+            sequence.num_cached_expected = sequence.num_published * self.block_pool.block_size
+            self._away[sequence.request_id] = sequence
+        self._has_dropped = True
         sequence.block_ids = []
         sequence.num_computed = 0
-        sequence.num_cached_expected = 0
         sequence.num_published = 0
         sequence.residency = Residency.NONE
         sequence.is_known = False
@@ -297,22 +439,31 @@ class Scheduler:
 
     def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
-        if not self.block_pool.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+        if not self.block_pool.is_findable or sequence.request.sampling.prompt_logprobs is not None:
             return []
         limit = (len(sequence.token_ids) - 1) // self.block_pool.block_size
         self._extend_hashes(sequence, limit)
         return sequence.block_hashes[:limit]
 
+    def _count_cached(self, sequence: Sequence) -> int:
+        """Leading tokens that need not be computed."""
+        hashes = self._prefix_hashes(sequence)
+        matched, _ = self.block_pool.count_free_matches(hashes)
+        if self.block_pool.tiers is not None:
+            matched += self.block_pool.tiers.count(hashes[matched:])
+        return matched * self.block_pool.block_size
+
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         size = self.block_pool.block_size
         hashes = sequence.block_hashes
+        root = b"" if self.block_pool.prefix_caching else sequence.request_id.encode()
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else root
             hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:
-        if not self.block_pool.prefix_caching:
+        if not self.block_pool.is_findable:
             return
         num_full = sequence.num_computed // self.block_pool.block_size
         self._extend_hashes(sequence, num_full)
@@ -364,12 +515,18 @@ class Scheduler:
         else:
             self._fresh.discard(sequence)
             self._paused.discard(sequence)
+            self._away.pop(sequence.request_id, None)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
             self.block_pool.free(sequence.block_ids)
             sequence.block_ids = []
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)
+        if sequence.num_output > 0:
+            self._num_finished += 1
+            weight = max(_MEMORY, 1.0 / self._num_finished)
+            self._mean_output += weight * (sequence.num_output - self._mean_output)
+            self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
         self._freed.append(sequence.request_id)
         self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

@@ -20,9 +20,14 @@ class Status(enum.Enum):
 
 
 class Residency(enum.Enum):
-    """Where the keys and values of the computed tokens are."""
+    """Where the keys and values of the computed tokens are.
+
+    NONE: in no block of its own; the prefix cache and the tiers may have them still. LOADING: in its own blocks when
+    what is on the way from a tier has arrived.
+    """
 
     NONE = "none"
+    LOADING = "loading"
     DEVICE = "device"
 
 
@@ -38,7 +43,8 @@ class Sequence:
         block_hashes: prefix hashes of the leading full blocks, as far as computed.
         num_published: leading blocks already offered to the prefix cache.
         is_known: the executor holds this sequence's request (so plans need not send it).
-        num_cached_expected: leading tokens that the prefix cache held when it arrived.
+        num_cached_expected: leading tokens that the prefix cache or a tier held when it arrived or lost its memory.
+        num_lost: tokens that were computed when it lost its memory.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         scheduled_time, first_token_time: monotonic seconds, None until then.
     """
@@ -56,6 +62,7 @@ class Sequence:
     is_known: bool = False
     num_preemptions: int = 0
     num_cached_expected: int = 0
+    num_lost: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -82,7 +89,7 @@ class Sequence:
     @property
     def num_uncached(self) -> int:
         """Tokens to compute before the next one can be sampled, less those the prefix cache is expected to give."""
-        if self.residency is Residency.NONE:
+        if self.residency is not Residency.DEVICE:
             return max(1, len(self.token_ids) - self.num_cached_expected)
         return len(self.token_ids) - self.num_computed
 

@@ -93,6 +93,9 @@ class SRPTPredicted(SRPTOracle):
             forecast.rank = self._take_rank(sequence, tokens_left)
         return forecast.rank
 
+    def stable_tokens(self, sequence: Sequence) -> float:
+        return self._forecasts[sequence.request_id].retake_at - sequence.num_output
+
     def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
         return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 

@@ -19,6 +19,7 @@ from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Requ
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient
 from fastserve.engine.token_stream import TokenStream
+from fastserve.scheduler.policy import POLICY_NAMES
 from fastserve.serve.errors import ApiError
 from fastserve.serve.metrics import Metrics
 
@@ -201,9 +202,10 @@ class Generator:
             QueueFullError, EngineDeadError: it cannot be taken now.
         """
         self.check_open()
-        if priority and self._client.config.scheduler == "fcfs":
+        scheduler = self._client.config.scheduler
+        if priority and scheduler in POLICY_NAMES and scheduler != "priority":
             raise RequestError(
-                "priority has no effect here, because requests are served in order of arrival; leave it out, or start "
+                f"priority has no effect here, because {scheduler} orders the requests; leave it out, or start "
                 "the server with --scheduler priority",
                 "priority",
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastserve.bench import policies
 from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, summarise
-from fastserve.bench.simulate import Machine, capacity, make_requests, simulate, warm_cost_model
+from fastserve.bench.simulate import Machine, Run, capacity, make_requests, simulate, warm_cost_model
 from fastserve.bench.traces import Trace, TraceRequest
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
 
@@ -90,6 +91,16 @@ def test_cost_model_learns_the_coefficients_and_shrugs_off_a_stall() -> None:
         assert cost.coefficients.seconds(work) == pytest.approx(truth.seconds(work), rel=0.1)
 
 
+def test_cost_model_without_warm_up_knows_after_sixteen_steps() -> None:
+    truth = Coefficients(0.05, 0.002, 0.01)  # ten times slower than what it starts from
+    cost = CostModel()
+    for step in range(16):
+        work = StepWork(decodes=1 + step % 5, prefill_tokens=(step % 3) * 40)
+        cost.observe(work, truth.seconds(work))
+    for work in (StepWork(decodes=3), StepWork(prefill_tokens=60, decodes=2)):
+        assert cost.coefficients.seconds(work) == pytest.approx(truth.seconds(work), rel=0.05)
+
+
 def test_a_step_is_shared_out_in_full() -> None:
     from fastserve.scheduler.plan import PlanEntry, StepPlan
 
@@ -98,3 +109,22 @@ def test_a_step_is_shared_out_in_full() -> None:
     shares = cost.account(plan, 0.5)
     assert sum(shares) == pytest.approx(0.5)
     assert shares[1] / shares[0] == pytest.approx(30 * 0.001 / 0.002)
+
+
+def test_a_tpot_target_is_kept_by_smaller_prefills() -> None:
+    """Long prompts keep arriving beside running answers: without a target, each token waits for a whole chunk."""
+    items = [TraceRequest(0.0, 10, 60)] + [TraceRequest(0.2 + index * 0.3, 200, 2) for index in range(8)]
+    items.append(TraceRequest(50.0, 200, 2))
+    requests = make_requests(Trace("mixed", tuple(items), True))
+    machine = Machine(STEP, max_batch_sequences=4, max_batch_tokens=128, context=256)
+    free = simulate(requests, machine, "fcfs", record=True)
+    bound = simulate(requests, replace(machine, target_tpot=0.05), "fcfs", record=True)
+    assert max(_decode_step_seconds(free)) > 0.1
+    assert max(_decode_step_seconds(bound)) < 0.05 * 1.1
+    assert bound.times[0].tpot < 0.05
+    alone = [tokens for _, tokens, decodes in bound.steps if decodes == 0 and tokens > 100]
+    assert alone, "with nobody to keep pace for, prompts are read in whole chunks"
+
+
+def _decode_step_seconds(run: Run) -> list[float]:
+    return [STEP.seconds(StepWork(prefill, decodes)) for _, prefill, decodes in run.steps if decodes]

@@ -54,6 +54,12 @@ class FakeEngine:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
 
+    def tend(self) -> None:
+        pass
+
+    def resize_kv_cache(self, num_bytes: int) -> None:
+        self._stats.kv_blocks_total = num_bytes
+
     def has_work(self) -> bool:
         return bool(self._requests)
 

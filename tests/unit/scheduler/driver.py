@@ -6,7 +6,7 @@ from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
-from fastserve.scheduler.plan import StepPlan
+from fastserve.scheduler.plan import PlanEntry, StepPlan
 from fastserve.scheduler.policy import PolicyContext, SchedulingPolicy, make_policy
 from fastserve.scheduler.scheduler import Scheduler, StepResult
 
@@ -25,6 +25,60 @@ def execute(plan: StepPlan) -> StepResult:
             if entry.samples
         }
     )
+
+
+class FakeMemory:
+    """Device blocks and tier slots that remember what was computed into them: for each token, all tokens up to it.
+
+    Reads from slots arrive `latency` steps later, or at once when there is nothing else to do. While `fails` is set,
+    nothing is written to a slot and nothing can be read from one.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.latency, self.fails = 0, False
+        self.num_errors = 0
+        self.coming: list[tuple[int, int, list[int] | None]] = []  # (arrives in step, block, content)
+        self._step = 0
+        self._device: dict[int, list[int]] = {}
+        self._slots: dict[int, list[int] | None] = {}
+
+    def run(self, plan: StepPlan, tokens: dict[str, list[int]]) -> list[tuple[int, bool, float]]:
+        """Carry out a plan; `tokens` are all sequences' token ids. Returns StepResult.loaded."""
+        self._step += 1
+        for source, target in plan.moves:
+            content = self._device[source][:] if source >= 0 else self._slots[~source]
+            if self.fails:
+                content = None
+                self.num_errors += 1
+            if target >= 0:
+                self.coming.append((self._step + self.latency, target, content))
+            else:
+                self._slots[~target] = content
+        if plan.num_blocks:
+            self.num_blocks = plan.num_blocks
+            self._device = {block: content for block, content in self._device.items() if block < self.num_blocks}
+        for entry in plan.entries:
+            assert max(entry.block_ids) < self.num_blocks
+            self._compute(entry, tokens[entry.request_id])
+        must_wait = not plan.entries
+        arrived = [item for item in self.coming if item[0] <= self._step] or (self.coming[:1] if must_wait else [])
+        self.coming = [item for item in self.coming if item not in arrived]
+        for _, block, content in arrived:
+            self._device[block] = list(content or [])
+        return [(block, content is not None, 1e-5) for _, block, content in arrived]
+
+    def _compute(self, entry: PlanEntry, token_ids: list[int]) -> None:
+        size, end = self.block_size, entry.start + len(entry.token_ids)
+        for position in range(end):
+            block, offset = self._device.setdefault(entry.block_ids[position // size], []), position % size
+            identity = hash(tuple(token_ids[: position + 1]))
+            if position < entry.start:
+                assert block[offset] == identity, f"position {position} holds something else"
+            else:
+                del block[offset:]
+                assert len(block) == offset
+                block.append(identity)
 
 
 def request(

@@ -1,7 +1,8 @@
-"""Scheduler and BlockPool under any mix of arrivals, aborts, steps and idle time, with every policy.
+"""Scheduler, BlockPool and TierPool under any mix of arrivals, aborts, steps, idle time, resizing and disk errors.
 
-After every action: each block is held exactly as often as sequences hold it, no block is written by two sequences,
-budgets are kept; at the end everything finishes with the tokens it would have made alone, and all memory is free.
+With every policy. After every action: each block is held exactly as often as sequences hold it, no block is written by
+two sequences, budgets are kept, and what a step attends to is what was computed for those very tokens, wherever it has
+been meanwhile; at the end everything finishes with the tokens it would have made alone, and all memory is free.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fastserve.scheduler.plan import StepPlan
 from fastserve.scheduler.policy import POLICY_NAMES, PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler
 from fastserve.scheduler.sequence import Residency, Status
-from tests.unit.scheduler.driver import STEP, execute, next_token
+from fastserve.scheduler.tier_pool import REPLACEMENTS, Tier, TierPool
+from tests.unit.scheduler.driver import STEP, FakeMemory, execute, next_token
 
 BLOCK = 4
 SHARED = [5, 6, 7, 8, 9, 10, 11, 12, 13]
@@ -33,12 +35,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         places=st.integers(1, 5),
         tokens=st.integers(5, 40),
         prefix_caching=st.booleans(),
+        tiers=st.lists(st.integers(1, 60), max_size=2),
+        replacement=st.sampled_from(REPLACEMENTS),
     )
-    def start(self, policy: str, num_blocks: int, places: int, tokens: int, prefix_caching: bool) -> None:
+    def start(
+        self,
+        policy: str,
+        num_blocks: int,
+        places: int,
+        tokens: int,
+        prefix_caching: bool,
+        tiers: list[int],
+        replacement: str,
+    ) -> None:
         cost = CostModel(STEP)
         self.longest = min(num_blocks * BLOCK, 60)
         self.places, self.tokens = places, tokens
-        self.pool = BlockPool(num_blocks, BLOCK, prefix_caching)
+        self.tiers = TierPool([Tier(slots, 1e-5) for slots in tiers], replacement) if tiers else None
+        self.pool = BlockPool(num_blocks, BLOCK, prefix_caching, self.tiers)
+        self.memory = FakeMemory(num_blocks, BLOCK)
         self.scheduler = Scheduler(
             self.pool,
             make_policy(policy, PolicyContext(cost, places)),
@@ -78,13 +93,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def idle(self, seconds: float) -> None:
         self.now += seconds
 
+    @rule(num_blocks=st.integers(1, 50))
+    def resize(self, num_blocks: int) -> None:
+        assert self.scheduler.resize(num_blocks) >= max(num_blocks, self.longest // BLOCK)
+
+    @rule(latency=st.integers(0, 4), fails=st.booleans())
+    def trouble(self, latency: int, fails: bool) -> None:
+        """The disk becomes slow, or fails in reading and writing, until told otherwise."""
+        self.memory.latency, self.memory.fails = latency, fails
+
     @precondition(lambda self: self.in_flight is None)
     @rule()
     def plan(self) -> None:
         """Plan a step; aborts and arrivals may happen before its result is in."""
         had_work = self.scheduler.has_work()
         plan = self.scheduler.plan(self.now)
-        assert bool(plan.entries) == had_work
+        assert bool(plan.entries) == had_work or len(self.memory.coming) > 0 or plan.moves
         assert plan.num_tokens <= self.tokens
         assert len(plan.entries) <= self.places
         assert len({entry.request_id for entry in plan.entries}) == len(plan.entries)
@@ -100,6 +124,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             first = entry.start // BLOCK
             fresh = set(entry.block_ids[first:])
             assert all(not fresh & set(other.block_ids) for other in others)
+        tokens = {name: sequence.token_ids for name, sequence in self.scheduler._sequences.items()}
+        self.loaded = self.memory.run(plan, tokens)
         self.in_flight = plan
 
     @precondition(lambda self: self.in_flight is not None)
@@ -117,7 +143,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, self.in_flight = self.in_flight, None
         seconds = STEP.seconds(StepWork.of(plan))
         self.now += seconds
-        for output in self.scheduler.update(plan, execute(plan), seconds, self.now):
+        result = execute(plan)
+        result.loaded = self.loaded
+        for output in self.scheduler.update(plan, result, seconds, self.now):
             assert output.request_id not in self.aborted
             self.made.setdefault(output.request_id, []).extend(output.token_ids)
 
@@ -125,9 +153,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def blocks_are_held_as_often_as_sequences_hold_them(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        held = Counter(block for sequence in self.scheduler._sequences.values() for block in sequence.block_ids)
-        assert self.pool._references == [held[block] for block in range(self.pool.num_blocks)]
-        assert self.pool.num_free == self.pool.num_blocks - len(held)
+        owners = {id(sequence): sequence for sequence in self.scheduler._sequences.values()}
+        owners.update((id(sequence), sequence) for sequence in self.scheduler._loads.sequences())  # aborted ones too
+        held = Counter(block for sequence in owners.values() for block in sequence.block_ids)
+        assert self.pool._references == [held[block] for block in range(self.pool.num_reachable)]
+        assert self.pool.num_used == len(held)
+        assert self.pool.num_free == sum(block not in held for block in range(self.pool.num_blocks))
+
+    @invariant()
+    def slots_hold_one_block_each(self) -> None:
+        if not hasattr(self, "scheduler") or self.tiers is None:
+            return
+        slots = [entry.slot for entry in self.tiers._entries.values()]
+        slots += [slot for level in self.tiers._levels for slot in level.free]
+        assert sorted(slots) == list(range(sum(level.tier.num_slots for level in self.tiers._levels)))
 
     @invariant()
     def states_agree(self) -> None:
@@ -138,12 +177,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         paused = {item.sequence.request_id for item in scheduler._paused.items()}
         fresh = {item.sequence.request_id for item in scheduler._fresh.items()}
         assert not paused & fresh
-        waiting = paused | fresh
+        loading = {item.request_id for item in scheduler._loads.sequences() if item.status is not Status.FINISHED}
+        assert not loading & (paused | fresh)
+        assert set(scheduler._away) <= fresh
+        waiting = paused | fresh | loading
         assert not running & waiting
         assert running | waiting == set(scheduler._sequences)
         for name, sequence in scheduler._sequences.items():
             assert (sequence.status is Status.RUNNING) == (name in running)
-            assert (sequence.residency is Residency.DEVICE) or not sequence.block_ids
+            assert (sequence.residency is not Residency.NONE) or not sequence.block_ids
+            assert (sequence.residency is Residency.LOADING) == (name in loading)
             assert (name in paused) == (name in waiting and sequence.residency is Residency.DEVICE)
 
     def teardown(self) -> None:
@@ -151,6 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         if self.in_flight is not None:
             self._update()
+        assert self.tiers is None or self.memory.fails or self.tiers.num_failed <= self.memory.num_errors
         for _ in range(20_000):
             if not self.scheduler.has_work():
                 break

@@ -74,6 +74,10 @@ class _Forecast:
 class SRPTPredicted(SRPTOracle):
     """Shortest remaining time first with predicted lengths, given what was made already. Nothing bounds a wait."""
 
+    uses_cost = (
+        False  # lengths are known from requests that finished, and by then the cost model has learnt from their steps
+    )
+
     def __init__(self, context: PolicyContext, predictor: LengthPredictor | None = None) -> None:
         super().__init__(context)
         self._predictor = predictor or NearestLengths()

@@ -7,6 +7,7 @@ support yet, is refused by name: nothing that would change the answer is ignored
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,7 @@ from fastserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 MAX_PROMPTS = 2048
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_ARGUMENTS = 32
+MAX_TIMEOUT_SECONDS = 7 * 86400
 
 Name = Annotated[str, Field(max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -53,6 +55,7 @@ class Body(BaseModel):
     """Base of all bodies: strict types; see the module docstring about unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # more fields of one body, with values that ask for nothing
 
     @model_validator(mode="before")
     @classmethod
@@ -61,9 +64,10 @@ class Body(BaseModel):
             return values
         for name in values.keys() - cls.model_fields.keys() - _WITHOUT_EFFECT:
             value = values[name]
-            if value is None or value in _NOT_SUPPORTED.get(name, ()):
+            neutral = cls.NEUTRAL.get(name, _NOT_SUPPORTED.get(name))
+            if value is None or value in (neutral or ()):
                 continue
-            reason = "is not supported yet" if name in _NOT_SUPPORTED else "is not a known field"
+            reason = "is not a known field" if neutral is None else "is not supported yet"
             shown = str(name)[:100].encode("utf-8", "backslashreplace").decode()
             raise RequestError(f"{shown} {reason}", shown)
         return values
@@ -100,6 +104,7 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
 
     # Fields that are passed to SamplingParams as they are.
     _SAMPLING: ClassVar[tuple[str, ...]] = (
@@ -162,6 +167,39 @@ class CompletionBody(GenerationBody):
     )
     logprobs: int | None = None
     add_special_tokens: bool = True
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if self.max_tokens == 0 and (self.stream or not self.echo):
+            raise RequestError("max_tokens may be 0 only with echo: true and without stream", "max_tokens")
+        if self.num_candidates < self.num_choices:
+            raise RequestError(f"best_of ({self.best_of}) must be at least n ({self.n})", "best_of")
+        if self.stream and self.num_candidates > self.num_choices:
+            raise RequestError("best_of compares whole answers; leave out stream", "best_of")
+        if self.suffix and self.echo:
+            raise RequestError("echo and suffix exclude each other", "suffix")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Answers per prompt in the reply."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers per prompt that are made; the reply has the best of them."""
+        return self.num_choices if self.best_of is None else self.best_of
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        params = super().sampling_params(defaults)
+        if self.num_candidates > self.num_choices:
+            params = replace(params, n=self.num_candidates, logprobs=params.logprobs or 0)
+        if self.echo and self.logprobs is not None:
+            params = replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
+        return params
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or more prompts, all texts or all token ids."""
@@ -172,7 +210,8 @@ class CompletionBody(GenerationBody):
         return self.prompt
 
     def _max_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default for completions
+        # OpenAI's default is 16. The engine always makes a token; with 0 it is not shown.
+        return 16 if self.max_tokens is None else max(1, self.max_tokens) if self.echo else self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:

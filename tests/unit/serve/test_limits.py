@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastserve.serve.connection import TimedHeaders
+from fastserve.serve.connection import BoundedConnection
 from fastserve.serve.errors import ApiError
 from fastserve.serve.limits import BodyLimit
 from fastserve.serve.openai import ChatBody, CompletionBody
@@ -31,7 +31,7 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
 
 
 def test_half_sent_headers_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(TimedHeaders, "header_seconds", 0.4)
+    monkeypatch.setattr(BoundedConnection, "header_seconds", 0.4)
     with run_server(tmp_path) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         for first in (b"", b"GET /health HTTP/1.1\r\nHost:", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea"):

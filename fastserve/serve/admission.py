@@ -56,14 +56,14 @@ class Admission:
             limit = min(limit, self._max_queued_tokens)
         if num_tokens > limit:
             raise RequestError(
-                f"this request can take {num_tokens} tokens (prompt and max_tokens, for each choice); the server admits "
-                f"{limit}: lower max_tokens, n or best_of",
+                f"this request can take {num_tokens} tokens (prompt and max_tokens, for each choice); the server "
+                f"admits {limit}: lower max_tokens, n or best_of",
                 "max_tokens",
             )
         if self._max_queued_tokens and self._tokens + num_tokens > self._max_queued_tokens:
             raise QueueFullError(
-                f"the requests that are here can take {self._tokens} tokens, and this one {num_tokens} more; the server "
-                f"admits {self._max_queued_tokens} (max_queued_tokens): try again later",
+                f"the requests that are here can take {self._tokens} tokens, and this one {num_tokens} more; the "
+                f"server admits {self._max_queued_tokens} (max_queued_tokens): try again later",
                 _RETRY_SECONDS,
             )
         held, free = self._sequences[tenant], capacity - self._sequences.total()

@@ -202,7 +202,8 @@ class _Work:
             problems = await asyncio.to_thread(self._validate)
             if problems:
                 raise _InvalidInputError(problems)
-            batch.move("in_progress")
+            if batch.status == "validating":  # it may have been cancelled meanwhile
+                batch.move("in_progress")
         self._save(batch)
         done = await asyncio.to_thread(self._read_done)
         lines = (line for line in self._lines() if line.custom_id not in done)

@@ -18,7 +18,6 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
 from fastserve.core.errors import ConfigError
 from fastserve.serve.errors import ApiError
@@ -161,11 +160,9 @@ class FilesApi:
             raise ApiError("send the file as multipart/form-data, with the fields file and purpose")
         try:
             form = await request.form(max_files=1, max_fields=8, max_part_size=64 * 1024)
-        except MultiPartException as error:
-            raise ApiError(f"the form cannot be read: {error.message}") from error
-        except Exception as error:  # starlette turns some problems of a form into its own HTTP errors
+        except Exception as error:  # starlette turns problems of a form into its own HTTP errors
             raise ApiError(f"the form cannot be read: {getattr(error, 'detail', type(error).__name__)}") from error
-        async with form:
+        try:
             file, purpose = form.get("file"), form.get("purpose")
             if unknown := set(form) - {"file", "purpose"}:
                 raise ApiError(f"{min(unknown)[:100]} is not supported", param=min(unknown)[:100])
@@ -179,6 +176,8 @@ class FilesApi:
                 while data := await file.read(1 << 20):
                     target.write(data)
             return _json(state.register(file_id, file.filename or "", PURPOSE, tenant_of(request)).shown())
+        finally:
+            await form.close()
 
     async def list(
         self,

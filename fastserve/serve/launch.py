@@ -236,9 +236,7 @@ class _Server:
         if not _is_loopback(host) and not self._keys:
             lines.append("warning: other machines can reach this server and no API key is set (FASTSERVE_API_KEY)")
         if self._keys.num_tenants > 1 and self._config.scheduler == "fcfs":
-            lines.append(
-                "note: requests of all keys are served in order of arrival; --scheduler fair shares equally"
-            )
+            lines.append("note: requests of all keys are served in order of arrival; --scheduler fair shares equally")
         return "\n".join([*lines, "try:", f"  {self._curl(url, has_chat)}"])
 
     def _curl(self, url: str, has_chat: bool) -> str:

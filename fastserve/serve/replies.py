@@ -82,7 +82,7 @@ class ChatDelta(msgspec.Struct):
 class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | UnsetType = UNSET
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType = UNSET
 
@@ -190,7 +190,7 @@ class ChatReply(_BaseReply):
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         choice = delta.choice
-        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs))
+        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs) or UNSET)
         item.finish_reason = choice.finish_reason
         if choice.stop_reason is not None:
             item.stop_reason = choice.stop_reason

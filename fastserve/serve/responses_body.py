@@ -75,7 +75,7 @@ class ResponsesBody(GenerationBody, ChatTemplateFields):
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: Name | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     include: Annotated[list[Name], Field(max_length=16)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     store: bool | None = None

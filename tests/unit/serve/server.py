@@ -32,8 +32,11 @@ class RunningServer:
 
 
 @contextmanager
-def run_server(folder: Path, config: EngineConfig | None = None, **options) -> Iterator[RunningServer]:
+def run_server(
+    folder: Path, config: EngineConfig | None = None, *, stall_timeout: float = 60.0, **options
+) -> Iterator[RunningServer]:
     """Serve the fake engine with the tokenizer of `folder` (made when it is empty)."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder)
     (folder / "config.json").write_text("{}")
@@ -42,7 +45,8 @@ def run_server(folder: Path, config: EngineConfig | None = None, **options) -> I
     ready, stop = threading.Event(), threading.Event()
 
     async def main() -> None:
-        client = EngineClient(config or EngineConfig(), command=COMMAND, restarts=RestartPolicy(delays=(0.1,)))
+        restarts = RestartPolicy(delays=(0.1,))
+        client = EngineClient(config or EngineConfig(), command=COMMAND, stall_timeout=stall_timeout, restarts=restarts)
         await client.start()
         listener = bind("127.0.0.1", 0)
         tokenizer = Tokenizer.load(ModelFolder.open(str(folder)))

@@ -57,7 +57,6 @@ class ResponseReply:
             "top_logprobs": body.top_logprobs or 0,
             "top_p": float(sampling.top_p),
             "truncation": "disabled",
-            "usage": None,
         }
 
     def take(self, text: str, logprobs: list[TokenLogprobs]) -> list[dict[str, Any]]:

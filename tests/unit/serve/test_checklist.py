@@ -1,14 +1,9 @@
-"""The server's checklist: what must hold at its edge. Each test is named by its point; what other tests show is named there.
+"""The server's checklist: what must hold at its edge, each test named by its point. Points that others show:
 
-1 engine killed: test_failures (streams, queue), test_launch (exit status)      10 keys on every route: here, test_failures
-2 engine hangs: here                                                            11 prompts are not logged: here
-3 SIGTERM, second signal: test_launch                                           12 long load: benchmarks/soak.py
-4 clients gone: here, test_failures, test_limits                                13 port in use: test_launch
-5 slow header, body, reader: here, test_limits                                  14 damaged model file: checkpoint/test_weights
-6 sizes and odd bodies: here, test_api_errors                                   15 clock jumps: here
-7 fields out of range: here, test_api_errors                                    16 fairness among keys: here
-8 memory: here                                                                  17 pinned versions: tests/unit/test_repository
-9 disk full: here
+1 engine killed: test_failures (streams and queue), test_launch (exit status). 3 SIGTERM, second signal: test_launch.
+4, 5, 6, 7 (clients gone, slow ones, odd bodies, ranges): also test_failures, test_limits, test_api_errors.
+12 long load: benchmarks/soak.py. 13 port in use: test_launch. 14 damaged model file: checkpoint/test_weights.
+17 pinned versions: tests/unit/test_repository.
 """
 
 from __future__ import annotations
@@ -224,20 +219,22 @@ def test_07_every_field_is_bounded(http: httpx.Client) -> None:
 
 def test_07_cost_is_admitted_against_budgets(tmp_path: Path) -> None:
     config = EngineConfig(max_batch_sequences=8)
-    with run_server(tmp_path, config, max_queued_tokens=300) as server:
-        with httpx.Client(base_url=server.url, timeout=30) as http:
-            for fields in ({"max_tokens": 300}, {"n": 10, "max_tokens": 40}, {"best_of": 10, "max_tokens": 40}):
-                response = http.post("/v1/completions", json={"prompt": "a", **fields})
-                assert (response.status_code, response.json()["error"]["param"]) == (400, "max_tokens")
-            body = {"prompt": [WAIT], "max_tokens": 200, "stream": True}
-            with http.stream("POST", "/v1/completions", json=body):
-                until(lambda: server.client.num_live == 1)
-                full = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 150}, timeout=30)
-                assert full.status_code == 429
-                assert int(full.headers["retry-after"]) > 0
-                small = {"prompt": "a", "max_tokens": 20}
-                assert httpx.post(f"{server.url}/v1/completions", json=small, timeout=30).status_code == 200
-            until(lambda: server.api.generator._admission.num_tokens == 0)
+    with (
+        run_server(tmp_path, config, max_queued_tokens=300) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        for fields in ({"max_tokens": 300}, {"n": 10, "max_tokens": 40}, {"best_of": 10, "max_tokens": 40}):
+            response = http.post("/v1/completions", json={"prompt": "a", **fields})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "max_tokens")
+        body = {"prompt": [WAIT], "max_tokens": 200, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body):
+            until(lambda: server.client.num_live == 1)
+            full = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 150}, timeout=30)
+            assert full.status_code == 429
+            assert int(full.headers["retry-after"]) > 0
+            small = {"prompt": "a", "max_tokens": 20}
+            assert httpx.post(f"{server.url}/v1/completions", json=small, timeout=30).status_code == 200
+        until(lambda: server.api.generator._admission.num_tokens == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -256,28 +253,29 @@ def test_07_a_deadline_ends_a_request(tmp_path: Path, stream: bool) -> None:
 
 def test_08_what_does_not_fit_is_refused_or_waits(tmp_path: Path) -> None:
     """Memory for keys and values is planned at start; here: a queue that is full refuses and the server lives."""
-    with run_server(tmp_path, EngineConfig(max_batch_sequences=1, max_batch_tokens=8, max_waiting=1)) as server:
-        with httpx.Client(base_url=server.url, timeout=30) as http:
-            assert http.post("/v1/completions", json={**TEXT, "n": 3}).status_code == 400
-            assert http.post("/v1/completions", json={**TEXT, "n": 2}).status_code == 200
+    config = EngineConfig(max_batch_sequences=1, max_batch_tokens=8, max_waiting=1)
+    with run_server(tmp_path, config) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        assert http.post("/v1/completions", json={**TEXT, "n": 3}).status_code == 400
+        assert http.post("/v1/completions", json={**TEXT, "n": 2}).status_code == 200
 
 
 def test_09_a_full_disk_fails_the_batch_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with run_server(tmp_path / "model", state_folder=str(tmp_path / "state"), max_state_bytes=1200) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-            lines = [
-                {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": TEXT}
-                for number in range(9)
-            ]
-            content = "\n".join(map(json.dumps, lines)).encode()
-            file = client.files.create(file=("a", content), purpose="batch")
-            with pytest.raises(openai.APIStatusError) as error:
-                client.files.create(file=("a", content), purpose="batch")
-            assert error.value.status_code == 413
-            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-            until(lambda: client.batches.retrieve(batch.id).status == "failed")
-            assert "max_state_bytes" in client.batches.retrieve(batch.id).errors.data[0].message
-            assert client.completions.create(model="fake", prompt="ab", max_tokens=2).choices[0].text == "ab"
+    with (
+        run_server(tmp_path / "model", state_folder=str(tmp_path / "state"), max_state_bytes=1200) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        lines = [
+            {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": TEXT} for number in range(9)
+        ]
+        content = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("a", content), purpose="batch")
+        with pytest.raises(openai.APIStatusError) as error:
+            client.files.create(file=("a", content), purpose="batch")
+        assert error.value.status_code == 413
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        until(lambda: client.batches.retrieve(batch.id).status == "failed")
+        assert "max_state_bytes" in client.batches.retrieve(batch.id).errors.data[0].message
+        assert client.completions.create(model="fake", prompt="ab", max_tokens=2).choices[0].text == "ab"
 
 
 def test_10_every_route_needs_a_key_and_keys_stay_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

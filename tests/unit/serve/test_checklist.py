@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -130,11 +131,8 @@ def test_05_a_reader_that_does_not_read_is_cut(tmp_path: Path, monkeypatch: pyte
         # Cut in the middle: what was buffered ends without the last event.
         connection.settimeout(20)
         received = b""
-        with pytest.raises(ConnectionResetError):
-            while True:
-                data = connection.recv(1 << 20)
-                if not data:
-                    raise AssertionError("it was read to its end")
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(1 << 20):
                 received += data
         assert b"[DONE]" not in received
 

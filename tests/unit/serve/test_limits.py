@@ -135,6 +135,18 @@ def test_no_body_is_an_internal_error(http: httpx.Client, kind, data):
     assert response.status_code in (200, 400, 404), (fields, response.text)
 
 
+@pytest.mark.parametrize("field", ["prompt", "stop", "stop_token_ids", "logit_bias", "messages"])
+def test_a_million_faults_are_one_error(http: httpx.Client, field):
+    """pydantic would otherwise make an object for each of them."""
+    path = "/v1/chat/completions" if field == "messages" else "/v1/completions"
+    value = {str(number): [] for number in range(15_000)} if field == "logit_bias" else [[None]] * 25_000
+    body = {"messages": [{"role": "user", "content": "x"}]} if field == "messages" else {"prompt": "x"}
+    began = time.process_time()
+    response = http.post(path, json={**body, field: value})
+    assert response.status_code == 400
+    assert time.process_time() - began < 1.0  # client and server are one process
+
+
 def test_api_errors_carry_their_status():
     error = ApiError("x", 418, param="p", code="c", retry_after=2)
     assert (error.http_status, error.param, error.code, error.retry_after) == (418, "p", "c", 2)

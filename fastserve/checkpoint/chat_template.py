@@ -158,7 +158,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for joined in list(template.find_all(nodes.Concat)):
             texts: list[nodes.Expr] = [nodes.Filter(node, "string", [], [], None, None) for node in joined.nodes]
             joined.nodes = [functools.reduce(nodes.Add, texts)]
-        return template.set_environment(self)
+        template.set_environment(self)
+        return template
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:

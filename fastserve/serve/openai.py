@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastserve.core.errors import RequestError
 from fastserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -23,7 +23,7 @@ MAX_TIMEOUT_SECONDS = 7 * 86400
 
 Name = Annotated[str, Field(max_length=1024)]
 # Lists stop at their first fault: an error for each of a million items would take all memory.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast(), Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
 
 # Bookkeeping of OpenAI's own service: taken and not used, because it cannot change the answer.
 _WITHOUT_EFFECT = frozenset(
@@ -101,8 +101,8 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], FailFast()] | None = None
-    stop_token_ids: Annotated[list[int], FailFast()] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -168,8 +168,8 @@ class CompletionBody(GenerationBody):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: int | None = None
     add_special_tokens: bool = True
@@ -233,7 +233,7 @@ class Message(Body):
     """One turn. Content is a text or a list of text parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], FailFast(), Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)] | None = None
     name: Name | None = None
 
     @model_validator(mode="before")
@@ -266,7 +266,7 @@ class ChatTemplateFields(Body):
 class ChatBody(GenerationBody, ChatTemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -290,7 +290,7 @@ class TokenizeBody(ChatTemplateFields):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -305,7 +305,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast(), Field(max_length=1_000_000)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=1_000_000)]
 
 
 def _shown(name: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastserve.core.errors import RequestError
 from fastserve.core.sampling_params import MAX_LOGPROBS
@@ -29,7 +29,7 @@ class InputItem(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], FailFast(), Field(max_length=MAX_MESSAGES)]
+    content: str | Annotated[list[InputText], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     id: Name | None = None
     status: Name | None = None
     phase: Name | None = None
@@ -72,11 +72,11 @@ class ResponsesBody(GenerationBody, ChatTemplateFields):
         "moderation": (),
     }
 
-    input: str | Annotated[list[InputItem], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: Name | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    include: Annotated[list[Name], FailFast(), Field(max_length=16)] | None = None
+    include: Annotated[list[Name], Field(fail_fast=True, max_length=16)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     store: bool | None = None
     background: bool | None = None

@@ -96,7 +96,8 @@ class Batch(msgspec.Struct, omit_defaults=True):
 
     def shown(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        fields.pop("tenant", None)
+        for name in ("tenant", "output_file_id", "error_file_id") if self.is_live else ("tenant",):
+            fields.pop(name, None)  # files can be read when the batch has ended
         return {**fields, "object": "batch", "request_counts": msgspec.structs.asdict(self.request_counts)}
 
 
@@ -150,23 +151,24 @@ class BatchRunner:
             await self._wake.wait()
 
     async def _work_off(self, batch: Batch) -> None:
+        work = _Work(self._app, opened(self._state), batch, self._num_workers, self.save)
         try:
-            await _Work(self._app, opened(self._state), batch, self._num_workers, self.save).run()
+            await work.run()
+            return
         except _InvalidInputError as error:
-            self._fail(batch, [{"code": "invalid_input_file", "message": text} for text in error.problems])
+            problems = [{"code": "invalid_input_file", "message": text} for text in error.problems]
         except ApiError as error:
-            self._fail(batch, [{"code": error.code or "invalid_request", "message": str(error)}])
+            problems = [{"code": error.code or "invalid_request", "message": str(error)}]
         except OSError as error:  # the disk is full, say: serving goes on
             _log.error("batch %s failed: %s", batch.id, error)
-            self._fail(batch, [{"code": "storage_error", "message": error.strerror or "cannot write"}])
+            problems = [{"code": "storage_error", "message": error.strerror or "cannot write"}]
         except Exception:
             _log.exception("batch %s failed", batch.id)
-            self._fail(batch, [{"code": "server_error", "message": "internal error; the server's log has the details"}])
-
-    def _fail(self, batch: Batch, problems: list[dict[str, Any]]) -> None:
+            problems = [{"code": "server_error", "message": "internal error; the server's log has the details"}]
         batch.errors = {"object": "list", "data": problems}
         batch.move("failed")
         try:
+            work.keep_results()
             self.save(batch)
         except OSError as error:
             _log.error("the state of batch %s cannot be written: %s", batch.id, error)
@@ -304,19 +306,25 @@ class _Work:
         is_whole = counts.completed + counts.failed >= counts.total
         if batch.status == "in_progress":
             batch.move("finalizing")
-        kept = {is_answer: path.exists() for is_answer, path in self._paths.items()}
-        assert batch.output_file_id is not None and batch.error_file_id is not None
-        if kept[True]:
-            self._state.register(batch.output_file_id, f"{batch.id}_output.jsonl", "batch_output", batch.tenant)
-        if kept[False]:
-            self._state.register(batch.error_file_id, f"{batch.id}_error.jsonl", "batch_output", batch.tenant)
-        batch.output_file_id = batch.output_file_id if kept[True] else None
-        batch.error_file_id = batch.error_file_id if kept[False] else None
+        self.keep_results()
         if batch.status == "cancelling":
             batch.move("cancelled")
         else:
             batch.move("completed" if is_whole else "expired")
         self._save(batch)
+
+    def keep_results(self) -> None:
+        """Make files of the answers that are there, also when the batch ends early."""
+        batch = self._batch
+        assert batch.output_file_id is not None and batch.error_file_id is not None
+        if self._paths[True].exists():
+            self._state.register(batch.output_file_id, f"{batch.id}_output.jsonl", "batch_output", batch.tenant)
+        else:
+            batch.output_file_id = None
+        if self._paths[False].exists():
+            self._state.register(batch.error_file_id, f"{batch.id}_error.jsonl", "batch_output", batch.tenant)
+        else:
+            batch.error_file_id = None
 
 
 def _result(custom_id: str, status: int, body: bytes) -> bytes:

@@ -21,7 +21,7 @@ SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/
 SERVING_PATH_LIMIT := 7500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast fuzz lint format bench size clean
+.PHONY: help setup serve test test-fast lint format bench size clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,9 +44,6 @@ test: $(STAMP) ## all tests that this machine can run
 
 test-fast: $(STAMP) ## the everyday subset, under three minutes
 	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
-
-fuzz: $(STAMP) ## 100,000 random requests over the OpenAPI description: no 5xx
-	@$(BIN)/python benchmarks/fuzz.py
 
 lint: $(STAMP) ## ruff, mypy, import-linter, and the size limit
 	@$(BIN)/ruff check .

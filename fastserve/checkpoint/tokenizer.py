@@ -99,6 +99,11 @@ class Tokenizer:
         data = b"".join(map(self.token_bytes, shown))
         return strip_start(data.decode("utf-8", errors="replace"), rules.num_stripped)
 
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary spells it; None when there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, for showing; part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")

@@ -23,7 +23,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 ENVIRONMENT_PREFIX = "FASTSERVE_"
 # Fields that hold bytes and may be written as text with a unit.
-SIZE_FIELDS = frozenset({"kv_cache_memory", "max_body_bytes"})
+SIZE_FIELDS = frozenset({"kv_cache_memory", "max_body_bytes", "response_store_bytes", "max_state_bytes"})
 
 
 def parse_bytes(value: int | str) -> int:
@@ -164,11 +164,19 @@ class ServeConfig(EngineConfig):
         host, port: where to listen; loopback unless you choose otherwise. Port 0 takes a free one.
         name: model name that clients use; the folder's name when empty.
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
-        api_key_file: file whose first line is the key.
+        api_key_file: file with a key per line, as KEY or TENANT KEY.
         chat_template: file with a jinja2 chat template, in place of the model's own.
         drain_timeout: seconds that running requests get after SIGTERM.
         stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
+        max_request_tokens: most tokens (prompt and max_tokens, for each choice) that one request may ask for; 0 takes a
+            full batch of full contexts.
+        max_queued_tokens: most tokens that all requests which are here may ask for; 0 is no limit but max_waiting.
+        request_timeout: seconds after which any request is ended; 0 is no limit. Requests may ask for less.
+        response_store_bytes: memory for stored responses (/v1/responses); 0 stores none.
+        state_folder: folder for files and batches; without it there are none.
+        max_state_bytes: most bytes that files take in it.
+        metrics_compat: vllm exports vLLM's metric names beside ours; none.
     """
 
     host: str = "127.0.0.1"
@@ -180,10 +188,21 @@ class ServeConfig(EngineConfig):
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_request_tokens: int = 0
+    max_queued_tokens: int = 0
+    request_timeout: float = 0.0
+    response_store_bytes: int = 64 * 1024 * 1024
+    state_folder: str = ""
+    max_state_bytes: int = 1024 * 1024 * 1024
+    metrics_compat: str = "none"
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        object.__setattr__(self, "max_body_bytes", parse_bytes(self.max_body_bytes))
+        for name in ("max_body_bytes", "response_store_bytes", "max_state_bytes"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        for name in ("max_request_tokens", "max_queued_tokens", "request_timeout", "response_store_bytes"):
+            self._at_least(name, 0)
+        self._choice("metrics_compat", ("none", "vllm"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:

@@ -7,6 +7,7 @@ support yet, is refused by name: nothing that would change the answer is ignored
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,9 +18,12 @@ from fastserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 MAX_PROMPTS = 2048
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_ARGUMENTS = 32
+MAX_ENTRIES = 4096
+MAX_TIMEOUT_SECONDS = 7 * 86400
 
 Name = Annotated[str, Field(max_length=1024)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+# Lists stop at their first fault: an error for each of a million items would take all memory.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
 
 # Bookkeeping of OpenAI's own service: taken and not used, because it cannot change the answer.
 _WITHOUT_EFFECT = frozenset(
@@ -53,19 +57,25 @@ class Body(BaseModel):
     """Base of all bodies: strict types; see the module docstring about unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # more fields of one body, with values that ask for nothing
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():
+            if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+                raise RequestError(
+                    f"{_shown(name)} has {len(value)} entries; at most {MAX_ENTRIES} are read", _shown(name)
+                )
         for name in values.keys() - cls.model_fields.keys() - _WITHOUT_EFFECT:
             value = values[name]
-            if value is None or value in _NOT_SUPPORTED.get(name, ()):
+            neutral = cls.NEUTRAL.get(name, _NOT_SUPPORTED.get(name))
+            if value is None or value in (neutral or ()):
                 continue
-            reason = "is not supported yet" if name in _NOT_SUPPORTED else "is not a known field"
-            shown = str(name)[:100].encode("utf-8", "backslashreplace").decode()
-            raise RequestError(f"{shown} {reason}", shown)
+            reason = "is not a known field" if neutral is None else "is not supported yet"
+            raise RequestError(f"{_shown(name)} {reason}", _shown(name))
         return values
 
 
@@ -91,8 +101,8 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -100,6 +110,7 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
 
     # Fields that are passed to SamplingParams as they are.
     _SAMPLING: ClassVar[tuple[str, ...]] = (
@@ -157,11 +168,44 @@ class CompletionBody(GenerationBody):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: int | None = None
     add_special_tokens: bool = True
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if self.max_tokens == 0 and (self.stream or not self.echo):
+            raise RequestError("max_tokens may be 0 only with echo: true and without stream", "max_tokens")
+        if self.num_candidates < self.num_choices:
+            raise RequestError(f"best_of ({self.best_of}) must be at least n ({self.n})", "best_of")
+        if self.stream and self.num_candidates > self.num_choices:
+            raise RequestError("best_of compares whole answers; leave out stream", "best_of")
+        if self.suffix and self.echo:
+            raise RequestError("echo and suffix exclude each other", "suffix")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Answers per prompt in the reply."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers per prompt that are made; the reply has the best of them."""
+        return self.num_choices if self.best_of is None else self.best_of
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        params = super().sampling_params(defaults)
+        if self.num_candidates > self.num_choices:
+            params = replace(params, n=self.num_candidates, logprobs=params.logprobs or 0)
+        if self.echo and self.logprobs is not None:
+            params = replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
+        return params
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or more prompts, all texts or all token ids."""
@@ -172,7 +216,8 @@ class CompletionBody(GenerationBody):
         return self.prompt
 
     def _max_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default for completions
+        # OpenAI's default is 16. The engine always makes a token; with 0 it is not shown.
+        return 16 if self.max_tokens is None else max(1, self.max_tokens) if self.echo else self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -188,7 +233,7 @@ class Message(Body):
     """One turn. Content is a text or a list of text parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)] | None = None
     name: Name | None = None
 
     @model_validator(mode="before")
@@ -221,7 +266,7 @@ class ChatTemplateFields(Body):
 class ChatBody(GenerationBody, ChatTemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -245,7 +290,7 @@ class TokenizeBody(ChatTemplateFields):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -260,7 +305,12 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=1_000_000)]
+
+
+def _shown(name: Any) -> str:
+    """A client's own name for a field, fit to be shown."""
+    return str(name)[:100].encode("utf-8", "backslashreplace").decode()
 
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:

@@ -7,6 +7,7 @@ written straight to bytes; what stays the same in every chunk of a stream is enc
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -81,15 +82,15 @@ class ChatDelta(msgspec.Struct):
 class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | UnsetType = UNSET
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -189,7 +190,7 @@ class ChatReply(_BaseReply):
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         choice = delta.choice
-        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs))
+        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs) or UNSET)
         item.finish_reason = choice.finish_reason
         if choice.stop_reason is not None:
             item.stop_reason = choice.stop_reason
@@ -224,14 +225,29 @@ class ChatReply(_BaseReply):
 
 
 class CompletionReply(_BaseReply):
-    """Replies of /v1/completions."""
+    """Replies of /v1/completions.
 
-    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, num_top: int | None) -> None:
+    Args:
+        echoed: the prompts' texts, to be shown before the answers; their log probabilities too, when asked for.
+    """
+
+    def __init__(
+        self,
+        reply_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        num_top: int | None,
+        echoed: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(reply_id, model, tokenizer, num_top)
         self._offsets: dict[int, int] = {}
+        self._echoed = echoed
 
     def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
-        return b""
+        if self._echoed is None:
+            return b""
+        item = CompletionChoice(choice.index, self._echoed[choice.prompt_index], self._logprobs(choice, []))
+        return self._event(item, usage)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         choice = delta.choice
@@ -243,7 +259,7 @@ class CompletionReply(_BaseReply):
         choices = [
             CompletionChoice(
                 index=answer.choice.index,
-                text=answer.text,
+                text=answer.text if self._echoed is None else self._echoed[answer.choice.prompt_index] + answer.text,
                 logprobs=self._logprobs(answer.choice, answer.logprobs),
                 finish_reason=answer.choice.finish_reason,
                 stop_reason=answer.choice.stop_reason,
@@ -257,17 +273,30 @@ class CompletionReply(_BaseReply):
         if self._num_top is None:
             return None
         reply = CompletionLogprobs([], [], [], [])
+        positions: list[tuple[int, TokenLogprobs | None]] = [(item.token_ids[0], item) for item in items]
+        if choice.index not in self._offsets and self._echoed is not None:
+            prompt = zip(choice.request.prompt_ids, choice.prompt_logprobs or (), strict=True)
+            positions = [*prompt, *positions]
         offset = self._offsets.get(choice.index, 0)
-        for item in items:
-            top = most_probable(item, self._num_top)
-            reply.tokens.append(self._spell(item.token_ids[0]))
-            reply.token_logprobs.append(_finite(item.logprobs[0]))
-            reply.top_logprobs.append({self._spell(token_id): _finite(logprob) for token_id, logprob in top})
+        for token_id, item in positions:
+            reply.tokens.append(self._spell(token_id))
             reply.text_offset.append(offset)
-            # Characters that begin in this token: all bytes but UTF-8's continuation bytes.
-            offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(item.token_ids[0]))
+            if item is None:  # the first token of a prompt follows nothing
+                reply.token_logprobs.append(None)
+                reply.top_logprobs.append(None)
+            else:
+                top = most_probable(item, self._num_top)
+                reply.token_logprobs.append(_finite(item.logprobs[0]))
+                reply.top_logprobs.append({self._spell(other): _finite(logprob) for other, logprob in top})
+            # Characters that begin in this token: all bytes but UTF-8's continuation bytes; none in special tokens.
+            if token_id not in self._tokenizer.special_ids:
+                offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
         self._offsets[choice.index] = offset
         return reply
+
+    def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
+        # With echo they are among the logprobs.
+        return UNSET if self._echoed is not None and self._num_top is not None else super()._prompt_logprobs(choice)
 
     def _spell(self, token_id: int) -> str:
         """A token's text; parts of characters are spelled out in bytes, as OpenAI does, so that they stay distinct."""

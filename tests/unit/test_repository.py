@@ -70,6 +70,13 @@ SERVER_OPTIONS = [
     "drain_timeout",
     "stall_timeout",
     "max_body_bytes",
+    "max_request_tokens",
+    "max_queued_tokens",
+    "request_timeout",
+    "response_store_bytes",
+    "state_folder",
+    "max_state_bytes",
+    "metrics_compat",
 ]
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
-from fastserve.engine.sampler import SamplingState, gather_logprobs, sample
+from fastserve.engine.sampler import SamplingState, gather_logprobs
+from fastserve.engine.speculation import sample_verified
 from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
@@ -31,6 +33,7 @@ class ModelRunner:
         kv_cache: the paged memory.
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
         device: where everything lives.
+        grammars: compiles what structured outputs ask for.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class ModelRunner:
         kv_cache: KVCache,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        grammars: GrammarCompiler,
     ) -> None:
         self._model = model
         self._kernels = kernels
@@ -49,6 +53,7 @@ class ModelRunner:
         self._states: dict[str, SamplingState] = {}
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
         self._tables = BlockTables(device)
+        self._masks = GrammarMasks(grammars)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -61,6 +66,7 @@ class ModelRunner:
             self._kv_cache.copy_blocks(plan.copies, self._kernels)
         if not plan.entries:
             return StepResult({})
+        self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
         batch, row_ranges = make_batch(plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device)
         context = PagedContext(self._kernels, self._kv_cache.keys, self._kv_cache.values, batch)
         hidden = self._model.forward(batch.input_ids, batch.positions, context)
@@ -76,6 +82,7 @@ class ModelRunner:
         for token_id in entry.output_ids:
             state.count(token_id)
         self._states[request.request_id] = state
+        self._masks.admit(request.request_id, sampling.structured_outputs, entry.output_ids)
         if sampling.prompt_logprobs is not None and not entry.output_ids:
             self._prompts[request.request_id] = request.prompt_ids
 
@@ -84,6 +91,7 @@ class ModelRunner:
             self._states.pop(request_id, None)
             self._prompts.pop(request_id, None)
             self._tables.drop(request_id)
+            self._masks.drop(request_id)
         if request_ids:
             self._model.release(request_ids)
 
@@ -95,38 +103,52 @@ class ModelRunner:
                 result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
                 if entry.samples:
                     del self._prompts[entry.request_id]
-        sampling = [
-            (entry.request_id, last - 1)
-            for entry, (_, last) in zip(plan.entries, row_ranges, strict=True)
-            if entry.samples
-        ]
-        if not sampling:
+        entries = [entry for entry in plan.entries if entry.samples]
+        if not entries:
             return result
-        if len(sampling) < hidden.shape[0]:
-            hidden = hidden[[row for _, row in sampling]]
-        logits = self._model.logits(hidden)  # [len(sampling), V]
-        states = [self._states[request_id] for request_id, _ in sampling]
-        tokens = sample(logits, states)
-        self._add_logprobs(result, logits, sampling, states, tokens)
-        for (request_id, _), state, token_id in zip(sampling, states, tokens, strict=True):
-            state.count(token_id)
-            result.tokens[request_id] = token_id
+        rows: list[int] = []  # of `hidden`, one more for each entry than it has drafts
+        first_rows: list[int] = []  # of the logits
+        for entry, (_, last) in zip(plan.entries, row_ranges, strict=True):
+            if entry.samples:
+                first_rows.append(len(rows))
+                rows.extend(range(last - 1 - entry.num_drafts, last))
+        logits = self._model.logits(hidden[rows] if len(rows) < hidden.shape[0] else hidden)  # [len(rows), V]
+        states = [self._states[entry.request_id] for entry in entries]
+        allowed = self._mask(logits, entries, first_rows)
+        made = sample_verified(allowed, [_drafts(entry) for entry in entries], states)
+        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made])
+        for entry, tokens in zip(entries, made, strict=True):
+            error = self._masks.accept(entry.request_id, tokens)
+            if error is not None:
+                result.errors[entry.request_id] = error
+            result.tokens[entry.request_id] = tokens[0]
+            if len(tokens) > 1:
+                result.further[entry.request_id] = tokens[1:]
         return result
 
-    @staticmethod
+    def _mask(self, logits: Tensor, entries: list[PlanEntry], first_rows: list[int]) -> Tensor:
+        """The logits with -inf where a grammar forbids a token; a copy when there is one. Reported are the raw ones."""
+        forbidden = self._masks.forbidden()
+        if not forbidden:
+            return logits
+        logits = logits.clone()
+        for entry, row in zip(entries, first_rows, strict=True):
+            mask = forbidden.get(entry.request_id)
+            if mask is not None:
+                logits[row : row + len(mask)].masked_fill_(torch.from_numpy(mask).to(self._device), float("-inf"))
+        return logits
+
     def _add_logprobs(
-        result: StepResult,
-        logits: Tensor,
-        sampling: list[tuple[str, int]],
-        states: list[SamplingState],
-        tokens: list[int],
+        self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        rows = [row for row, state in enumerate(states) if state.sampling.logprobs is not None]
-        if rows:
-            num_top = [states[row].sampling.logprobs or 0 for row in rows]
-            gathered = gather_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
-            for row, logprobs in zip(rows, gathered, strict=True):
-                result.logprobs[sampling[row][0]] = logprobs
+        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
+        places = [place for place, num_top in enumerate(wanted) if num_top is not None]
+        if places:
+            rows = [first_rows[place] for place in places]
+            num_top = [wanted[place] or 0 for place in places]
+            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top)
+            for place, logprobs in zip(places, gathered, strict=True):
+                result.logprobs[entries[place].request_id] = logprobs
 
     def _score_prompt(self, entry: PlanEntry, hidden: Tensor) -> list[TokenLogprobs]:
         """Log probabilities of the prompt tokens that follow each position of this chunk."""
@@ -139,3 +161,7 @@ class ModelRunner:
             logits = self._model.logits(hidden[start : start + len(part)])
             scored.extend(gather_logprobs(logits, part, [num_top] * len(part)))
         return scored
+
+
+def _drafts(entry: PlanEntry) -> list[int]:
+    return entry.token_ids[len(entry.token_ids) - entry.num_drafts :]

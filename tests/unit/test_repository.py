@@ -56,6 +56,7 @@ ENGINE_OPTIONS = [
     "kv_cache_dtype",
     "block_size",
     "prefix_caching",
+    "speculation",
     "num_threads",
     "seed",
     "trust_remote_code",

@@ -170,6 +170,10 @@ class ServeConfig(EngineConfig):
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
         api_key_file: file whose first line is the key.
         chat_template: file with a jinja2 chat template, in place of the model's own.
+        tool_call_format: how the model writes tool calls: auto (found from the chat template), hermes, llama3, mistral
+            or json.
+        reasoning: whether <think> parts of chat answers become reasoning_content: auto (found from the template), on
+            or off.
         drain_timeout: seconds that running requests get after SIGTERM.
         stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
@@ -181,6 +185,8 @@ class ServeConfig(EngineConfig):
     api_key: str = ""
     api_key_file: str = ""
     chat_template: str = ""
+    tool_call_format: str = "auto"
+    reasoning: str = "auto"
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
@@ -188,6 +194,8 @@ class ServeConfig(EngineConfig):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         object.__setattr__(self, "max_body_bytes", parse_bytes(self.max_body_bytes))
+        self._choice("tool_call_format", ("auto", "hermes", "llama3", "mistral", "json"))
+        self._choice("reasoning", ("auto", "on", "off"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:

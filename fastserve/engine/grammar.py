@@ -249,9 +249,14 @@ class GrammarMasks:
         return LLExecutor(num_threads=2)
 
     def _fill(self, work: list[tuple[Any, int, list[int]]], num_rows: int) -> NDArray[np.bool_]:
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par_with_draft_tokens
+        from llguidance import numpy as masks
 
-        allowed = allocate_token_bitmask(num_rows, self._compiler.vocab_size)
-        fill_next_token_bitmask_par_with_draft_tokens(self._executor, work, allowed)
+        allowed = masks.allocate_token_bitmask(num_rows, self._compiler.vocab_size)
+        single = [(matcher, row) for matcher, row, drafts in work if not drafts]
+        if single:
+            masks.fill_next_token_bitmask_par(self._executor, single, allowed)
+        if len(single) < len(work):
+            drafted = [item for item in work if item[2]]
+            masks.fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, allowed)
         bits = np.bitwise_not(allowed).view(np.uint8)
         return np.unpackbits(bits, axis=1, count=self._compiler.vocab_size, bitorder="little").view(np.bool_)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
 from fastserve.serve.docs import render_docs
@@ -35,6 +37,8 @@ from fastserve.serve.openai import (
 )
 from fastserve.serve.replies import ChatReply, CompletionReply, Reply
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
+from fastserve.serve.structured import GrammarGate
+from fastserve.serve.tools import ChatStyle, ToolUse
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -53,6 +57,7 @@ class Api:
         model_name: str,
         aliases: frozenset[str],
         defaults: dict[str, Any],
+        style: ChatStyle,
     ) -> None:
         self.client = client
         self.model_name = model_name
@@ -61,6 +66,8 @@ class Api:
         self._tokenizer = tokenizer
         self._names = aliases | {model_name}
         self._defaults = defaults
+        self._style = style
+        self._grammars = GrammarGate()
         self._created = int(time.time())
 
     @property
@@ -86,10 +93,17 @@ class Api:
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's extra sampling fields."""
         self._check_model(body.model)
-        prompt_ids = await self._encode_messages(body.messages, body)
+        use = ToolUse.of(body, self._style)
+        prompt, prompt_ids = await self._encode_messages(body.messages, body, use)
+        sampling = body.sampling_params(self._defaults)
+        wanted = use.structure() or sampling.structured_outputs
+        if wanted is not None:
+            sampling = replace(sampling, structured_outputs=replace(wanted, begins_after=use.begins_after(prompt)))
+        if use.needs_special_tokens(self._tokenizer):
+            sampling = replace(sampling, skip_special_tokens=False)
         reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs)
-        return await self._answer(body, [prompt_ids], reply, request)
+        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, lambda: use.reader(prompt))
+        return await self._answer(body, [prompt_ids], sampling, reply, request)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """OpenAI's completions, with vLLM's extra sampling fields."""
@@ -101,10 +115,12 @@ class Api:
         ]
         reply_id = f"cmpl-{uuid.uuid4().hex}"
         reply = CompletionReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs)
-        return await self._answer(body, prompts, reply, request)
+        return await self._answer(body, prompts, body.sampling_params(self._defaults), reply, request)
 
-    async def _answer(self, body: GenerationBody, prompts: list[list[int]], reply: Reply, request: Request) -> Response:
-        sampling = body.sampling_params(self._defaults)
+    async def _answer(
+        self, body: GenerationBody, prompts: list[list[int]], sampling: SamplingParams, reply: Reply, request: Request
+    ) -> Response:
+        await self._grammars.check(sampling.structured_outputs)
         generation = self.generator.start(reply.id, prompts, sampling, body.priority)
         headers = {"X-Request-Id": reply.id}
         if body.stream:
@@ -131,7 +147,7 @@ class Api:
         self._check_model(body.model)
         self.generator.check_open()
         if body.messages is not None:
-            token_ids = await self._encode_messages(body.messages, body)
+            _, token_ids = await self._encode_messages(body.messages, body)
         else:
             token_ids = await self.generator.encode(body.prompt or "", body.add_special_tokens)
         reply: dict[str, Any] = {
@@ -191,15 +207,22 @@ class Api:
             "max_model_len": None if ready is None else ready.max_model_len,
         }
 
-    async def _encode_messages(self, messages: list[Message], body: ChatBody | TokenizeBody) -> list[int]:
+    async def _encode_messages(
+        self, messages: list[Message], body: ChatBody | TokenizeBody, use: ToolUse | None = None
+    ) -> tuple[str, list[int]]:
+        """The prompt, and its token ids."""
         self.generator.check_open()
+        prepared, tools = [message.for_template() for message in messages], None
+        if use is not None:
+            prepared, tools = use.for_template(prepared)
         text = self._tokenizer.render_chat(
-            [message.for_template() for message in messages],
+            prepared,
+            tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        return await self.generator.encode(text, add_special_tokens=False)
+        return text, await self.generator.encode(text, add_special_tokens=False)
 
 
 def create_app(
@@ -211,6 +234,8 @@ def create_app(
     defaults: Mapping[str, Any] | None = None,
     api_key: str = "",
     max_body_bytes: int = 8 * 1024 * 1024,
+    tool_call_format: str = "auto",
+    reasoning: str = "auto",
 ) -> FastAPI:
     """The app for one model. `app.state.api` is its Api.
 
@@ -218,8 +243,10 @@ def create_app(
         aliases: other names that clients may use for the model.
         defaults: SamplingParams fields for requests that leave them out.
         api_key: asked of every request but /health; "" asks for none.
+        tool_call_format, reasoning: see ServeConfig.
     """
-    api = Api(client, tokenizer, model_name, aliases, dict(defaults or {}))
+    style = ChatStyle.find(tokenizer.tool_template, tool_call_format, reasoning)
+    api = Api(client, tokenizer, model_name, aliases, dict(defaults or {}), style)
     app = FastAPI(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
     app.state.api = api
     app.include_router(api.router())
@@ -240,7 +267,9 @@ async def _events(generation: Generation, reply: Reply, body: GenerationBody) ->
     async for delta in generation.deltas():
         usage = generation.usage if running else None
         event = reply.chunk(delta, usage)
-        yield reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        event = reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        if event:
+            yield event
     if body.wants_usage:
         yield reply.usage_chunk(generation.usage)
 

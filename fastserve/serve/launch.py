@@ -163,6 +163,8 @@ class _Server:
             defaults=sampling_defaults(self._folder),
             api_key=self._api_key,
             max_body_bytes=self._config.max_body_bytes,
+            tool_call_format=self._config.tool_call_format,
+            reasoning=self._config.reasoning,
         )
         settings = uvicorn.Config(
             app,

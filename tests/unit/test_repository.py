@@ -68,6 +68,8 @@ SERVER_OPTIONS = [
     "api_key",
     "api_key_file",
     "chat_template",
+    "tool_call_format",
+    "reasoning",
     "drain_timeout",
     "stall_timeout",
     "max_body_bytes",

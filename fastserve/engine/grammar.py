@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _PARAM = "structured_outputs"
 _MAX_KEPT = 64  # compiled grammars kept for requests to come
+_SCHEMA_KEYWORDS = {"items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "allOf", "oneOf"}
+_SCHEMA_TABLES = {"properties", "patternProperties", "definitions", "$defs"}
 # Bytes, and one end token: enough to find out whether a grammar can be compiled, without any model's vocabulary.
 _NUM_BYTES = 256
 
@@ -43,7 +45,7 @@ def to_grammar(wanted: StructuredOutputs) -> str:
     try:
         if wanted.json is not None or wanted.json_object:
             schema = wanted.json or '{"type": "object"}'
-            json.loads(schema)
+            _refuse_by_name(json.loads(schema))
             flexible = not wanted.disable_any_whitespace
             answer = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": flexible})
         elif wanted.regex is not None:
@@ -57,6 +59,24 @@ def to_grammar(wanted: StructuredOutputs) -> str:
     except Exception as error:  # the GBNF reader has an exception of its own, which is a plain Exception
         raise RequestError(f"the grammar cannot be read: {error}", _PARAM) from error
     return _after(wanted.begins_after, answer) if wanted.begins_after else answer
+
+
+def _refuse_by_name(schema: Any) -> None:
+    """Refuse keywords that llguidance passes over although they restrict, or change what a reference means."""
+    todo, is_root = [schema], True
+    while todo:
+        node = todo.pop()
+        if isinstance(node, list):
+            todo.extend(node)
+        elif isinstance(node, dict):
+            nested = [] if is_root or not isinstance(node.get("$id"), str) else ["$id"]
+            for name in (*nested, "contentMediaType", "contentEncoding"):
+                if name in node:
+                    raise RequestError(f"the schema is not supported: keyword {name}", _PARAM)
+            todo.extend(node[name] for name in _SCHEMA_KEYWORDS & node.keys())
+            for name in _SCHEMA_TABLES & node.keys():
+                todo.extend(node[name].values() if isinstance(node[name], dict) else ())
+        is_root = False
 
 
 def check(wanted: StructuredOutputs) -> None:

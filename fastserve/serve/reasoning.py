@@ -72,6 +72,6 @@ class ReasoningSplitter:
             self._state, self._held = "gap", rest
             thought = thought.rstrip()
         else:
-            keep = 0 if finished else max(held_back(thought, CLOSE), len(thought) - len(thought.rstrip()))
-            thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
+            shown = thought if finished else thought[: len(thought) - held_back(thought, CLOSE)].rstrip()
+            thought, self._held = shown, thought[len(shown) :]
         return [Piece("reasoning", thought)] if thought else []

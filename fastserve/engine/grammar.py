@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PARAM = "structured_outputs"
-_MAX_KEPT = 64  # compiled grammars kept for requests to come
+_MAX_KEPT = 16  # compiled grammars kept for requests to come
 _SCHEMA_KEYWORDS = {"items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "allOf", "oneOf"}
 _SCHEMA_TABLES = {"properties", "patternProperties", "definitions", "$defs"}
 # Bytes, and one end token: enough to find out whether a grammar can be compiled, without any model's vocabulary.
@@ -109,7 +109,7 @@ def _limits() -> LLParserLimits:
 
     # A lexer state takes 1-2 kB; fuel of 50,000 is about a millisecond (llguidance's own figures).
     return LLParserLimits(
-        initial_lexer_fuel=10_000_000, step_lexer_fuel=400_000, max_lexer_states=50_000, verbose_errors=False
+        initial_lexer_fuel=10_000_000, step_lexer_fuel=200_000, max_lexer_states=20_000, verbose_errors=False
     )
 
 

@@ -138,8 +138,8 @@ class ToolParser:
                 self._held = self._held[place + 1 :]
                 self._give_up(pieces)
                 return
-            self._report(self._object, pieces)
             if self._object.is_done:
+                self._report(self._object, pieces)
                 self._object = None
                 self._raw.clear()
                 self._function.clear()
@@ -148,6 +148,8 @@ class ToolParser:
                     self._held = self._held[place + 1 :]
                     self._is_reading = False
                     return
+        if self._object is not None:
+            self._report(self._object, pieces)
         self._held = ""
 
     def _between(self, character: str) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import openai
 import pytest
+
+from tests.folders import CHAT_TEMPLATE, write_tokenizer
+from tests.unit.serve.server import run_server
 
 CALL = '{"name": "weather", "arguments": {"city": "Paris"}}'
 TOOL = {
@@ -18,15 +22,21 @@ TOOL = {
 }
 # The engine answers with the prompt, so what the user says is in the answer; max_tokens ends it before the next turn.
 ASK = [{"role": "user", "content": f"<tool_call>\n{CALL}\n</tool_call>"}]
-# The fake server's template takes no tools and says no form; the marks of Hermes are found by option.
+# A template that takes tools (and shows none, for the engine's context is short), calls as Hermes does, and thinks.
+TEMPLATE = "{# tools <tool_call> </think> #}" + CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def hermes(tmp_path_factory):
-    from tests.unit.serve.server import run_server
-
-    with run_server(tmp_path_factory.mktemp("hermes"), tool_call_format="hermes", reasoning="on") as running:
+    folder = write_tokenizer(tmp_path_factory.mktemp("hermes"), TEMPLATE)
+    with run_server(folder) as running:
         yield running
+
+
+@pytest.fixture
+def http(hermes):
+    with httpx.Client(base_url=hermes.url, timeout=20) as client:
+        yield client
 
 
 @pytest.fixture
@@ -37,7 +47,7 @@ def tool_client(hermes):
 
 def test_calls_are_read_from_an_answer_and_streamed(tool_client):
     def ask(**more):
-        return tool_client.chat.completions.create(model="fake", messages=ASK, tools=[TOOL], max_tokens=220, **more)
+        return tool_client.chat.completions.create(model="fake", messages=ASK, tools=[TOOL], max_tokens=100, **more)
 
     message = ask().choices[0].message
     assert message.tool_calls[0].function.name == "weather"
@@ -127,7 +137,7 @@ def test_a_forced_call_can_be_written_and_is_read_back(form):
     """What the grammar of a forced call allows is what the parser reads: schema with references of its own included."""
     from fastserve.engine.grammar import check
     from fastserve.serve.openai import ChatBody
-    from fastserve.serve.tools import ChatStyle, ToolUse
+    from fastserve.serve.tools import ChatStyle, ToolUse, describe_calls
     from tests.unit.engine.test_grammar import accepts, compiled
 
     other = {"type": "function", "function": {"name": "search", "parameters": {"$ref": "#/$defs/q", "$defs": {"q": {
@@ -148,5 +158,16 @@ def test_a_forced_call_can_be_written_and_is_read_back(form):
     assert accepts(matcher, text)
     assert not accepts(matcher, text.replace('"q":"x"', '"q":3'))
     pieces = use.reader("").push(text, True)
-    assert [piece.text for piece in pieces if piece.kind == "call"] == ["weather", "search"]
-    assert [json.loads(piece.text) for piece in pieces if piece.kind == "arguments"] == [{"city": "Rome"}, {"q": "x"}]
+    calls = [(call["name"], json.loads(call["arguments"])) for call in describe_calls(pieces)]
+    assert calls == [("weather", {"city": "Rome"}), ("search", {"q": "x"})]
+
+
+def test_a_template_without_tools_gets_them_in_the_system_message():
+    from fastserve.serve.openai import ChatBody
+    from fastserve.serve.tools import ChatStyle, ToolUse
+
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    use = ToolUse.of(ChatBody.model_validate({"messages": messages, "tools": [TOOL]}), ChatStyle.find("plain"))
+    told, tools = use.for_template(messages)
+    assert tools is None and told[0]["role"] == "system" and told[1:] == messages[1:]
+    assert told[0]["content"].startswith("Be brief.") and '"weather"' in told[0]["content"]

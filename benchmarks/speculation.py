@@ -97,7 +97,7 @@ def main() -> None:
     report.limits["before"] = measure_limits()
     engines = {mode: LLM(str(folder), speculation=mode, **settings) for mode in ("off", "auto")}
     forced = Forced()
-    speculation.sample = forced  # type: ignore[assignment]
+    vars(speculation)["sample"] = forced
     for case in make_cases():
         speeds: dict[str, list[float]] = {mode: [] for mode in engines}
         for repeat in range(-1, options.repeats):  # the first fills the prefix cache, and is not counted

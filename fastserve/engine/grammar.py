@@ -80,12 +80,14 @@ def _refuse_by_name(schema: Any) -> None:
 
 
 def check(wanted: StructuredOutputs) -> None:
-    """Compile for bytes and compute the first mask; takes milliseconds, at most about a second.
+    """Compile for bytes and compute the first masks; takes milliseconds, at most about a second.
 
     Raises:
         RequestError: a keyword that is not supported (it is named), a broken grammar, or one beyond the limits.
     """
     matcher = _compile(_byte_tokenizer(), to_grammar(wanted))
+    matcher.compute_bitmask()
+    matcher.consume_tokens(list(matcher.compute_ff_bytes()))  # some limits show only behind what is certain
     matcher.compute_bitmask()
     if matcher.is_error():
         raise _refusal(matcher)
@@ -99,7 +101,8 @@ def _quoted(text: str) -> str:
 
 def _after(mark: str, answer: str) -> str:
     """Free text up to and with `mark`, some white space, then `answer`."""
-    (inner,) = json.loads(answer)["grammars"]
+    # Lark stays as it is; the other forms are JSON already.
+    (inner,) = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else ({"lark_grammar": answer},)
     lark = f"start: free gap? @answer\nfree[suffix={json.dumps(mark)}]: /(?s:.*)/\ngap: /[ \\n]{{1,4}}/"
     return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, {**inner, "name": "answer"}]})
 

@@ -40,6 +40,7 @@ class ReasoningSplitter:
     def __init__(self, begins_inside: bool) -> None:
         self._state = "inside" if begins_inside else "start"
         self._held = ""
+        self._has_thought = False
 
     def push(self, text: str, finished: bool) -> list[Piece]:
         """New text in, what is decided out; everything when `finished`."""
@@ -62,11 +63,13 @@ class ReasoningSplitter:
     def _open(self, finished: bool) -> None:
         begun = self._held.lstrip()
         if begun.startswith(OPEN):
-            self._state, self._held = "inside", begun[len(OPEN) :].removeprefix("\n")
+            self._state, self._held = "inside", begun[len(OPEN) :]
         elif finished or not OPEN.startswith(begun):
             self._state = "after"
 
     def _think(self, finished: bool) -> list[Piece]:
+        if not self._has_thought:
+            self._held = self._held.lstrip()
         thought, mark, rest = self._held.partition(CLOSE)
         if mark:
             self._state, self._held = "gap", rest
@@ -74,4 +77,5 @@ class ReasoningSplitter:
         else:
             shown = thought if finished else thought[: len(thought) - held_back(thought, CLOSE)].rstrip()
             thought, self._held = shown, thought[len(shown) :]
+        self._has_thought = self._has_thought or bool(thought)
         return [Piece("reasoning", thought)] if thought else []

@@ -6,7 +6,7 @@ Made once per request; `AnswerReader` then turns each choice's text into pieces.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ def _quoted(text: str, before: str = "", after: str = "") -> str:
     return json.dumps(before + text + after) if text else ""
 
 
-def describe_calls(pieces: Sequence[Piece]) -> list[Mapping[str, str]]:
+def describe_calls(pieces: Sequence[Piece]) -> list[dict[str, str]]:
     """The calls of a whole answer: name and arguments of each, in order."""
     calls: list[dict[str, str]] = []
     for piece in pieces:

@@ -66,8 +66,8 @@ class EngineConfig:
         kv_cache_dtype: auto (the compute dtype).
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
-        speculation: guess tokens from what was written before, and verify several in one step: auto (where it is
-            expected to pay), ngram (wherever there is a guess), or off. The tokens are the same.
+        speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
+            expected to pay) or ngram (wherever there is a guess). The tokens are the same.
         num_threads: compute threads; 0 uses every core the process may use.
         seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
@@ -87,7 +87,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     block_size: int = 16
     prefix_caching: bool = True
-    speculation: str = "auto"
+    speculation: str = "off"
     num_threads: int = 0
     seed: int | None = None
     trust_remote_code: bool = False

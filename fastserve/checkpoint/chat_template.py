@@ -53,7 +53,7 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_LENGTH} are read"
             )
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -107,7 +107,7 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        return _environment().from_string(self._source)
+        return _environment().from_string(self.source)
 
 
 def find_template(folder: ModelFolder, has_tools: bool = False) -> str:

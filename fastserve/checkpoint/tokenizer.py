@@ -116,6 +116,11 @@ class Tokenizer:
         return data
 
     @property
+    def tool_template(self) -> str:
+        """Source of the chat template that is used with tools; "" when there is none."""
+        return "" if self._tool_template is None else self._tool_template.source
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 

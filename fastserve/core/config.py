@@ -66,6 +66,8 @@ class EngineConfig:
         kv_cache_dtype: auto (the compute dtype).
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
+            expected to pay) or ngram (wherever there is a guess). The tokens are the same.
         num_threads: compute threads; 0 uses every core the process may use.
         seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
@@ -85,6 +87,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     block_size: int = 16
     prefix_caching: bool = True
+    speculation: str = "off"
     num_threads: int = 0
     seed: int | None = None
     trust_remote_code: bool = False
@@ -97,6 +100,7 @@ class EngineConfig:
         self._choice("kernels", ("auto", "reference", "cpu", "triton"))
         self._choice("backend", ("auto", "native", "transformers"))
         self._choice("kv_cache_dtype", ("auto",))
+        self._choice("speculation", ("auto", "ngram", "off"))
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("max_model_len", 0)
@@ -166,6 +170,10 @@ class ServeConfig(EngineConfig):
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
         api_key_file: file with a key per line, as KEY or TENANT KEY.
         chat_template: file with a jinja2 chat template, in place of the model's own.
+        tool_call_format: how the model writes tool calls: auto (found from the chat template), hermes, llama3, mistral
+            or json.
+        reasoning: whether <think> parts of chat answers become reasoning_content: auto (found from the template), on
+            or off.
         drain_timeout: seconds that running requests get after SIGTERM.
         stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
@@ -185,6 +193,8 @@ class ServeConfig(EngineConfig):
     api_key: str = ""
     api_key_file: str = ""
     chat_template: str = ""
+    tool_call_format: str = "auto"
+    reasoning: str = "auto"
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
@@ -203,6 +213,8 @@ class ServeConfig(EngineConfig):
         for name in ("max_request_tokens", "max_queued_tokens", "request_timeout", "response_store_bytes"):
             self._at_least(name, 0)
         self._choice("metrics_compat", ("none", "vllm"))
+        self._choice("tool_call_format", ("auto", "hermes", "llama3", "mistral", "json"))
+        self._choice("reasoning", ("auto", "on", "off"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:

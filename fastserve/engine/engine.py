@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
+from typing import Any
 
 import torch
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import RequestError
-from fastserve.core.request import Request, TokenOutput
+from fastserve.core.errors import FastServeError, RequestError
+from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.executor import Executor, LocalExecutor
+from fastserve.engine.grammar import GrammarCompiler
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
 from fastserve.engine.messages import EngineStats
@@ -25,8 +29,11 @@ from fastserve.engine.warm_up import measure_steps
 from fastserve.models.loader import LoadedModel, load_model
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.drafts import Drafter, NgramDrafter
 from fastserve.scheduler.policy import PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler
+
+_COMPILE_WAIT_SECONDS = 0.05
 
 
 class Engine:
@@ -53,6 +60,8 @@ class Engine:
         shape = loaded.model.shape
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
+        self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, folder.eos_token_ids)
+        self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
         self._scheduler = Scheduler(
             BlockPool(
                 self.memory.num_blocks,
@@ -65,8 +74,9 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
+            drafter=None if loaded.model.has_own_cache else _make_drafter(config.speculation, cost),
         )
-        runner = _make_runner(loaded, self.memory, folder.eos_token_ids)
+        runner = _make_runner(loaded, self.memory, folder.eos_token_ids, self._grammars)
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor: Executor = LocalExecutor(runner)
         if policy.uses_cost and not loaded.model.has_own_cache:
@@ -93,17 +103,26 @@ class Engine:
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         self._stats.prompt_tokens += len(prompt)
-        self._scheduler.add(request, time.monotonic())
+        if sampling.structured_outputs is not None:
+            self._compiling[request.request_id] = (request, self._grammars.submit(sampling.structured_outputs))
+        else:
+            self._scheduler.add(request, time.monotonic())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
         self._scheduler.abort(request_ids)
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> list[TokenOutput]:
         """Compute one step; returns the new tokens."""
+        refused = self._take_compiled() if self._compiling else []
+        if not self._scheduler.has_work():
+            return refused
         started = time.monotonic()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
@@ -112,7 +131,25 @@ class Engine:
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
         self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
-        return outputs
+        return refused + outputs
+
+    def _take_compiled(self) -> list[TokenOutput]:
+        """Queue the requests whose grammars are compiled by now. Waits a little when there is nothing else to do."""
+        if not self._scheduler.has_work():
+            wait([future for _, future in self._compiling.values()], _COMPILE_WAIT_SECONDS, "FIRST_COMPLETED")
+        refused: list[TokenOutput] = []
+        for request_id, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            error = future.exception()
+            if error is None:
+                self._scheduler.add(request, time.monotonic())
+            elif isinstance(error, FastServeError):
+                refused.append(TokenOutput(request_id, [], FINISH_ERROR, error=str(error)))
+            else:
+                raise error
+        return refused
 
     def stats(self) -> EngineStats:
         """Counters so far and gauges now. The same object each time; copy it to keep it."""
@@ -158,7 +195,15 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
     return folder, loaded, memory
 
 
-def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[int, ...]) -> ModelRunner:
+def _make_drafter(speculation: str, cost: CostModel) -> Drafter | None:
+    if speculation == "off":
+        return None
+    return NgramDrafter(cost if speculation == "auto" else None)
+
+
+def _make_runner(
+    loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[int, ...], grammars: GrammarCompiler
+) -> ModelRunner:
     shape = loaded.model.shape
     kv_cache = KVCache(
         shape.num_layers,
@@ -169,4 +214,5 @@ def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[i
         shape.dtype,
         loaded.model.device,
     )
-    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device, memory.max_model_len)
+    device, max_len = loaded.model.device, memory.max_model_len
+    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, device, max_len, grammars)

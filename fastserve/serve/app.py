@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
 from fastserve.serve.admission import Admission
@@ -44,7 +45,9 @@ from fastserve.serve.openai import (
 from fastserve.serve.replies import ChatReply, CompletionReply, Reply
 from fastserve.serve.responses import ResponsesApi
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
+from fastserve.serve.structured import GrammarGate
 from fastserve.serve.tenants import KeyRing, tenant_of
+from fastserve.serve.tools import ChatStyle, ToolUse
 
 _CLIENT_CLOSED_REQUEST = 499
 _TIMEOUT_HEADER = "X-Request-Timeout"
@@ -75,6 +78,8 @@ class Api:
         self.defaults = defaults
         self._tokenizer = tokenizer
         self._names = aliases | {model_name}
+        self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
+        self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
         self._created = int(time.time())
 
@@ -102,10 +107,12 @@ class Api:
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's extra sampling fields."""
         self.check_model(body.model)
-        prompt_ids = await self.encode_messages(body.messages, body)
+        use = ToolUse.of(body, self._style)
+        prompt, prompt_ids = await self.encode_messages(body.messages, body, use)
+        sampling = self.chat_sampling(body, prompt, use)
         reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs)
-        return await self._answer(body, [prompt_ids], reply, request)
+        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, lambda: use.reader(prompt))
+        return await self._answer(body, [prompt_ids], sampling, reply, request)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """OpenAI's completions, with vLLM's extra sampling fields."""
@@ -124,7 +131,7 @@ class Api:
                 answers = best_of(answers, body.num_choices)
             return without_text(answers) if body.max_tokens == 0 else answers
 
-        return await self._answer(body, prompts, reply, request, choose)
+        return await self._answer(body, prompts, body.sampling_params(self.defaults), reply, request, choose)
 
     async def _encode_prompt(self, prompt: str | list[int], body: CompletionBody) -> list[int]:
         if body.suffix:
@@ -135,12 +142,13 @@ class Api:
         self,
         body: GenerationBody,
         prompts: list[list[int]],
+        sampling: SamplingParams,
         reply: Reply,
         request: Request,
         choose: Callable[[list[Answer]], list[Answer]] | None = None,
     ) -> Response:
         """`choose` makes the answers that are shown of those that were made."""
-        generation = self.start(reply.id, body, prompts, request)
+        generation = await self.start(reply.id, body, prompts, sampling, request)
         headers = {"X-Request-Id": reply.id}
         if body.stream:
             return EventStream(_events(generation, reply, body), generation.close, headers)
@@ -153,17 +161,20 @@ class Api:
         shown = answers if choose is None else choose(answers)
         return Response(reply.whole(shown, generation.usage), headers=headers, media_type="application/json")
 
-    def start(self, name: str, body: GenerationBody, prompts: list[list[int]], request: Request) -> Generation:
+    async def start(
+        self, name: str, body: GenerationBody, prompts: list[list[int]], sampling: SamplingParams, request: Request
+    ) -> Generation:
         """Start what a body asks for, on the account of the one who asks and within the time that they give.
 
         Raises:
-            FastServeError: see `Generator.start`.
+            FastServeError: see `Generator.start` and `GrammarGate.check`.
         """
+        await self._grammars.check(sampling.structured_outputs)
         seconds = [item for item in (body.timeout, _header_timeout(request)) if item is not None]
         return self.generator.start(
             name,
             prompts,
-            body.sampling_params(self.defaults),
+            sampling,
             body.priority,
             tenant=tenant_of(request),
             seconds=min(seconds, default=None),
@@ -183,7 +194,7 @@ class Api:
         self.check_model(body.model)
         self.generator.check_open()
         if body.messages is not None:
-            token_ids = await self.encode_messages(body.messages, body)
+            _, token_ids = await self.encode_messages(body.messages, body)
         else:
             token_ids = await self.generator.encode(body.prompt or "", body.add_special_tokens)
         reply: dict[str, Any] = {
@@ -244,16 +255,37 @@ class Api:
             "max_model_len": None if ready is None else ready.max_model_len,
         }
 
-    async def encode_messages(self, messages: list[Message], body: ChatTemplateFields) -> list[int]:
-        """The prompt of a conversation, as token ids."""
+    def chat_sampling(self, body: GenerationBody, prompt: str, use: ToolUse | None = None) -> SamplingParams:
+        """How the answer to a conversation is sampled: a form of it begins after the model's thoughts.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        use = use or ToolUse.none(self._style)
+        sampling = body.sampling_params(self.defaults)
+        wanted = use.structure() or sampling.structured_outputs
+        if wanted is not None:
+            sampling = replace(sampling, structured_outputs=replace(wanted, begins_after=use.begins_after(prompt)))
+        if use.needs_special_tokens(self._tokenizer):
+            sampling = replace(sampling, skip_special_tokens=False)
+        return sampling
+
+    async def encode_messages(
+        self, messages: list[Message], body: ChatTemplateFields, use: ToolUse | None = None
+    ) -> tuple[str, list[int]]:
+        """The prompt of a conversation, and its token ids."""
         self.generator.check_open()
+        prepared, tools = [message.for_template() for message in messages], None
+        if use is not None:
+            prepared, tools = use.for_template(prepared)
         text = self._tokenizer.render_chat(
-            [message.for_template() for message in messages],
+            prepared,
+            tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        return await self.generator.encode(text, add_special_tokens=False)
+        return text, await self.generator.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +305,8 @@ class AppOptions:
     state_folder: str = ""
     max_state_bytes: int = 1024 * 1024 * 1024
     metrics_compat: str = "none"
+    tool_call_format: str = "auto"
+    reasoning: str = "auto"
 
 
 def create_app(
@@ -345,7 +379,9 @@ async def _events(generation: Generation, reply: Reply, body: GenerationBody) ->
     async for delta in generation.deltas():
         usage = generation.usage if running else None
         event = reply.chunk(delta, usage)
-        yield reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        event = reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        if event:
+            yield event
     if body.wants_usage:
         yield reply.usage_chunk(generation.usage)
 

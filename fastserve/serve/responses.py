@@ -57,10 +57,11 @@ class ResponsesApi:
         tenant = tenant_of(request)
         items = body.items()
         history = self._history(body.previous_response_id, tenant) + [(item.role, item.text) for item in items]
-        prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body)
-        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, body.sampling_params(self._api.defaults))
+        prompt, prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body)
+        sampling = self._api.chat_sampling(body, prompt)
+        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, sampling)
         stored = StoredResponse(tenant, reply.body, _listed(items), history)
-        generation = self._api.start(reply.id, body, [prompt_ids], request)
+        generation = await self._api.start(reply.id, body, [prompt_ids], sampling, request)
         headers = {"X-Request-Id": reply.id}
         if body.background:
             self._run_in_background(generation, reply, stored)

@@ -78,8 +78,6 @@ def test_fields_out_of_range(http, field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("modalities", ["audio"]),

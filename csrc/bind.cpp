@@ -3,15 +3,18 @@
 // the pool works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu_features.h"
 #include "measure.h"
 #include "ops.h"
+#include "plan.h"
 
 namespace nb = nanobind;
 using namespace fastserve;
@@ -23,31 +26,16 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-class Backend {
+using WeightPart = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+// What Python calls for every operation: addresses become arguments. What is done with them differs.
+class Operations {
+    // The arguments of `store`.
+    using StoreCall = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                 uintptr_t, uintptr_t, uintptr_t>;
+
 public:
-    Backend(const std::string& isa, int num_threads, const std::vector<int>& cpus)
-        : table_(op_table(isa)), pool_(num_threads, cpus) {
-        if (!table_) throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine");
-    }
-
-    std::string isa() const { return table_->name; }
-    int num_threads() const { return pool_.size(); }
-
-    std::unique_ptr<PackedWeight> pack(int format, uintptr_t values, int64_t n, int64_t k, int64_t row_stride,
-                                       int64_t group, uintptr_t scales, int scale_type, uintptr_t zeros,
-                                       const std::vector<float>& table, uintptr_t bias, bool gated) {
-        if (!table.empty() && table.size() != 16) throw std::invalid_argument("a codebook has 16 values");
-        nb::gil_scoped_release release;
-        WeightSource source{static_cast<Format>(format), at<void>(values), n, k, row_stride};
-        source.group = group;
-        source.scales = at<void>(scales);
-        source.scale_type = static_cast<ScaleType>(scale_type);
-        source.zeros = at<uint8_t>(zeros);
-        source.table = table.empty() ? nullptr : table.data();
-        source.bias = at<float>(bias);
-        source.gated = gated;
-        return fastserve::pack(source, pool_);
-    }
+    virtual ~Operations() = default;
 
     void linear(const PackedWeight& weight, int64_t rows, uintptr_t x, int x_type, int64_t x_stride, uintptr_t out,
                 int out_type, int64_t out_stride, uintptr_t residual, int64_t residual_stride, int activation,
@@ -64,9 +52,7 @@ public:
                         residual_stride,
                         static_cast<Activation>(activation),
                         quantize_x};
-        nb::gil_scoped_release release;
-        pool_.run(linear_scratch(args, pool_.size()), [&](const Worker& worker) { table_->linear(args, worker); },
-                  rows * weight.n * weight.k / 16);
+        submit(args);
     }
 
     void attention(uintptr_t query, int x_type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
@@ -100,60 +86,108 @@ public:
         args.softcap = softcap;
         args.window = window;
         args.causal = causal;
-        nb::gil_scoped_release release;
-        pool_.run(attention_scratch(args), [&](const Worker& worker) { table_->attention(args, worker); });
+        submit(args);
     }
 
     void norm(uintptr_t x, int type, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-              int64_t size, uintptr_t weight, uintptr_t bias, uintptr_t out, float epsilon, bool subtract_mean) {
+              int64_t size, uintptr_t weight, uintptr_t bias, uintptr_t out, float epsilon, bool subtract_mean,
+              uintptr_t residual) {
         NormArgs args{at<void>(x),      static_cast<DType>(type), outer,         inner,   outer_stride,
                       inner_stride,     size,                     at<void>(weight), at<void>(bias), at<void>(out),
-                      epsilon,          subtract_mean};
-        nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->norm(args, worker); }, outer * inner * size);
+                      epsilon,          subtract_mean,            at<void>(residual)};
+        submit(args);
     }
 
     void rope(uintptr_t x, int type, int64_t tokens, int64_t heads, int64_t size, int64_t token_stride,
               int64_t head_stride, uintptr_t cos, uintptr_t sin, int64_t half, uintptr_t out) {
         RopeArgs args{at<void>(x),   static_cast<DType>(type), tokens,        heads, size,         token_stride,
                       head_stride,   at<void>(cos),            at<void>(sin), half,  at<void>(out)};
-        nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->rope(args, worker); }, tokens * heads * size);
+        submit(args);
     }
 
     void store(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads, int64_t size,
                int64_t key_stride, int64_t key_head_stride, int64_t value_stride, int64_t value_head_stride,
                uintptr_t keys, uintptr_t values, uintptr_t slots) {
-        StoreArgs args{at<void>(key),
-                       at<void>(value),
-                       static_cast<DType>(type),
-                       static_cast<DType>(cache_type),
-                       tokens,
-                       heads,
-                       size,
-                       key_stride,
-                       key_head_stride,
-                       value_stride,
-                       value_head_stride,
-                       at<void>(keys),
-                       at<void>(values),
-                       at<int64_t>(slots)};
-        nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->store(args, worker); }, 2 * tokens * heads * size);
+        submit(store_args(key, value, type, cache_type, tokens, heads, size, key_stride, key_head_stride, value_stride,
+                          value_head_stride, keys, values, slots));
+    }
+
+    void heads(uintptr_t query, int64_t num_heads, int64_t query_stride, int64_t query_head_stride, uintptr_t query_norm,
+               uintptr_t key_norm, float epsilon, uintptr_t cos, uintptr_t sin, int64_t half, uintptr_t positions,
+               uintptr_t out, const StoreCall& store) {
+        HeadsArgs args{at<void>(query),  num_heads,     query_stride,   query_head_stride, at<void>(query_norm),
+                       at<void>(key_norm), epsilon,     at<float>(cos), at<float>(sin),    half,
+                       at<int64_t>(positions), at<void>(out), std::apply(store_args, store)};
+        submit(args);
+    }
+
+    void gather(const PackedWeight* packed, uintptr_t table, int type, int64_t rows, int64_t size, uintptr_t ids, float scale,
+                uintptr_t residual, uintptr_t out) {
+        submit(GatherArgs{packed, at<void>(table), static_cast<DType>(type), rows, size, at<int64_t>(ids), scale,
+                          at<void>(residual), at<void>(out)});
     }
 
     void activation(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out, int activation,
                     bool gated) {
         ActivationArgs args{at<void>(x),   static_cast<DType>(type),           rows, size, stride,
                             at<void>(out), static_cast<Activation>(activation), gated};
-        nb::gil_scoped_release release;
-        pool_.run({}, [&](const Worker& worker) { table_->activation(args, worker); }, 8 * rows * size);
+        submit(args);
     }
 
     void argmax(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out) {
         ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
+        submit(args);
+    }
+
+private:
+    static StoreArgs store_args(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads,
+                                int64_t size, int64_t key_stride, int64_t key_head_stride, int64_t value_stride,
+                                int64_t value_head_stride, uintptr_t keys, uintptr_t values, uintptr_t slots) {
+        return {at<void>(key),
+                at<void>(value),
+                static_cast<DType>(type),
+                static_cast<DType>(cache_type),
+                tokens,
+                heads,
+                size,
+                key_stride,
+                key_head_stride,
+                value_stride,
+                value_head_stride,
+                at<void>(keys),
+                at<void>(values),
+                at<int64_t>(slots)};
+    }
+
+    virtual void submit(const Op& op) = 0;
+};
+
+// Computes at once.
+class Backend : public Operations {
+public:
+    Backend(const std::string& isa, int num_threads, const std::vector<int>& cpus)
+        : table_(op_table(isa)), pool_(num_threads, cpus) {
+        if (!table_) throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine");
+    }
+
+    std::string isa() const { return table_->name; }
+    int num_threads() const { return pool_.size(); }
+
+    // Parts: rows, and the addresses of values, scales and zero points.
+    std::unique_ptr<PackedWeight> pack(int format, int64_t k, const std::vector<WeightPart>& parts, int64_t group,
+                                       int scale_type, const std::vector<float>& table, uintptr_t bias, bool gated) {
+        if (!table.empty() && table.size() != 16) throw std::invalid_argument("a codebook has 16 values");
         nb::gil_scoped_release release;
-        pool_.run(argmax_scratch(args, pool_.size()), [&](const Worker& worker) { table_->argmax(args, worker); }, rows * size);
+        WeightSource source{static_cast<Format>(format), k, {}};
+        for (const auto& [n, values, scales, zeros] : parts) {
+            source.parts.push_back({n, at<void>(values), at<void>(scales), at<uint8_t>(zeros)});
+        }
+        source.group = group;
+        source.scale_type = static_cast<ScaleType>(scale_type);
+        source.table = table.empty() ? nullptr : table.data();
+        source.bias = at<float>(bias);
+        source.gated = gated;
+        return fastserve::pack(source, pool_);
     }
 
     double peak(int kind, double seconds) {
@@ -165,8 +199,53 @@ public:
     const OpTable& table() const { return *table_; }
 
 private:
+    void submit(const Op& op) override {
+        nb::gil_scoped_release release;
+        pool_.run(op_scratch(op, pool_.size()), [&](const Worker& worker) { run_op(op, *table_, worker); }, op_work(op));
+    }
+
     const OpTable* table_;
     ThreadPool pool_;
+};
+
+// Adds to a plan instead of computing; then runs the plan.
+class Recording : public Operations {
+public:
+    Recording(Backend& backend, int64_t tokens, int64_t rows) : plan_(backend.table(), backend.pool(), tokens, rows) {}
+
+    void tensor(uintptr_t address, int64_t bytes, int64_t rows) { plan_.tensor(at<void>(address), bytes, rows); }
+    void input(int number, uintptr_t address, int64_t bytes, int64_t rows) {
+        plan_.tensor(at<void>(address), bytes, rows, number);
+    }
+    void finish(uintptr_t logits, uintptr_t chosen) { plan_.finish(at<void>(logits), at<void>(chosen)); }
+
+    void run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs, const std::vector<int64_t>& query_starts,
+             const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, bool choose) {
+        std::vector<const int64_t*> tables;
+        for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
+        StepInputs step{tokens,
+                        rows,
+                        at<const int64_t>(inputs.at(0)),
+                        at<const int64_t>(inputs.at(1)),
+                        at<const int64_t>(inputs.at(2)),
+                        at<const int64_t>(inputs.at(3)),
+                        static_cast<int64_t>(context_lens.size()),
+                        query_starts.data(),
+                        context_lens.data(),
+                        tables.data()};
+        nb::gil_scoped_release release;
+        plan_.run(step, choose);
+    }
+
+    uintptr_t logits() const { return reinterpret_cast<uintptr_t>(plan_.logits()); }
+    uintptr_t chosen() const { return reinterpret_cast<uintptr_t>(plan_.chosen()); }
+    int64_t num_ops() const { return plan_.num_ops(); }
+    int64_t bytes() const { return plan_.bytes(); }
+
+private:
+    void submit(const Op& op) override { plan_.add(op); }
+
+    Plan plan_;
 };
 
 }  // namespace
@@ -182,23 +261,38 @@ NB_MODULE(_native, m) {
         .def_prop_ro("bytes", &PackedWeight::bytes)
         .def(
             "unpack", [](const PackedWeight& weight, uintptr_t out) { unpack(weight, at<float>(out)); }, nb::arg("out"));
-    nb::class_<Backend>(m, "Backend")
+    nb::exception<NotRecordable>(m, "NotRecordable");
+    nb::class_<Operations>(m, "Operations")
+        .def("linear", &Operations::linear)
+        .def("attention", &Operations::attention)
+        .def("norm", &Operations::norm)
+        .def("rope", &Operations::rope)
+        .def("store", &Operations::store)
+        .def("heads", &Operations::heads)
+        .def("gather", &Operations::gather, nb::arg("packed").none(), nb::arg("table"), nb::arg("type"), nb::arg("rows"),
+             nb::arg("size"), nb::arg("ids"), nb::arg("scale"), nb::arg("residual"), nb::arg("out"))
+        .def("activation", &Operations::activation)
+        .def("argmax", &Operations::argmax);
+    nb::class_<Backend, Operations>(m, "Backend")
         .def(nb::init<const std::string&, int, const std::vector<int>&>(), nb::arg("isa"), nb::arg("num_threads"),
              nb::arg("cpus") = std::vector<int>())
         .def_prop_ro("isa", &Backend::isa)
         .def_prop_ro("num_threads", &Backend::num_threads)
-        .def("pack", &Backend::pack, nb::arg("format"), nb::arg("values"), nb::arg("n"), nb::arg("k"),
-             nb::arg("row_stride"), nb::arg("group") = 0, nb::arg("scales") = 0, nb::arg("scale_type") = 0,
-             nb::arg("zeros") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
+        .def("pack", &Backend::pack, nb::arg("format"), nb::arg("k"), nb::arg("parts"), nb::arg("group") = 0,
+             nb::arg("scale_type") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
              nb::arg("gated") = false)
-        .def("linear", &Backend::linear)
-        .def("attention", &Backend::attention)
-        .def("norm", &Backend::norm)
-        .def("rope", &Backend::rope)
-        .def("store", &Backend::store)
-        .def("activation", &Backend::activation)
-        .def("argmax", &Backend::argmax)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
+    nb::class_<Recording, Operations>(m, "Recording")
+        .def(nb::init<Backend&, int64_t, int64_t>(), nb::arg("backend"), nb::arg("tokens"), nb::arg("rows"),
+             nb::keep_alive<1, 2>())
+        .def("tensor", &Recording::tensor, nb::arg("address"), nb::arg("bytes"), nb::arg("rows"))
+        .def("input", &Recording::input, nb::arg("number"), nb::arg("address"), nb::arg("bytes"), nb::arg("rows"))
+        .def("finish", &Recording::finish, nb::arg("logits"), nb::arg("chosen"))
+        .def("run", &Recording::run)
+        .def_prop_ro("logits", &Recording::logits)
+        .def_prop_ro("chosen", &Recording::chosen)
+        .def_prop_ro("num_ops", &Recording::num_ops)
+        .def_prop_ro("bytes", &Recording::bytes);
     nb::class_<ReadMeter>(m, "ReadMeter")
         .def(
             "__init__",

@@ -58,6 +58,10 @@ ScratchSize attention_scratch(const AttentionArgs& args) {
     return size;
 }
 
+ScratchSize heads_scratch(const HeadsArgs& args) {
+    return {0, static_cast<size_t>(round_up(args.store.size * 4, 64) * 2)};
+}
+
 ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads) {
     return {static_cast<size_t>(args.rows * threads * 16), 0};
 }

@@ -73,6 +73,7 @@ struct NormArgs {
     void* out;             // contiguous
     float epsilon;
     bool subtract_mean;
+    const void* residual;  // [outer, size] contiguous, or null: added to the result; only for inner == 1
 };
 
 // out[t, h] = x[t, h] rotated by (cos, sin)[t]: halves convention, the first 2 * half entries; the rest is copied.
@@ -92,6 +93,34 @@ struct StoreArgs {
     int64_t tokens, heads, size, key_stride, key_head_stride, value_stride, value_head_stride;
     void *keys, *values;
     const int64_t* slots;
+};
+
+// Heads of a step made ready for attention: query and key heads normed (root mean square) and rotated, keys and values
+// written to the cache. `store.key` and `store.value` are the heads as they come.
+struct HeadsArgs {
+    const void* query;  // [T, H, D] of store.type
+    int64_t num_heads, query_stride, query_head_stride;
+    const void *query_norm, *key_norm;  // [D] of store.type, or null
+    float epsilon;
+    const float *cos, *sin;  // [positions, half], or null: not rotated
+    int64_t half;
+    const int64_t* positions;  // [T]
+    void* out;                 // the queries, contiguous
+    StoreArgs store;
+};
+
+ScratchSize heads_scratch(const HeadsArgs& args);
+
+// out[i] = table[ids[i]], plus residual[i] where there is one.
+struct GatherArgs {
+    const PackedWeight* packed;  // read rows of this one instead of `table`, if not null; then there is no residual
+    const void* table;           // rows of `size`, contiguous
+    DType type;                  // of the result, and of the table
+    int64_t rows, size;
+    const int64_t* ids;
+    float scale;                 // of type's precision; 1: none
+    const void* residual;        // [rows, size] contiguous, or null
+    void* out;                   // contiguous
 };
 
 // out = activation(x), or activation(gate) * up for x = [gate, up].
@@ -121,6 +150,8 @@ struct OpTable {
     void (*norm)(const NormArgs&, const Worker&);
     void (*rope)(const RopeArgs&, const Worker&);
     void (*store)(const StoreArgs&, const Worker&);
+    void (*heads)(const HeadsArgs&, const Worker&);
+    void (*gather)(const GatherArgs&, const Worker&);
     void (*activation)(const ActivationArgs&, const Worker&);
     void (*argmax)(const ArgmaxArgs&, const Worker&);
     // Operations per second with every operand in registers, for one thread: what `linear` is measured against.

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "buffer.h"
 #include "common.h"
@@ -23,22 +24,28 @@
 namespace fastserve {
 
 class ThreadPool;
+struct Worker;
 
 enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, c4 = 4 };
 enum class ScaleType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// A weight as a model folder holds it. Arrays are row-major and stay the caller's.
+// Rows of a weight that lie together, such as the queries' part of q/k/v. Row-major; the arrays stay the caller's.
+struct WeightRows {
+    int64_t n;
+    const void* values;              // [n, k]: float, bfloat16, or one uint8 per weight for u8, u4, c4
+    const void* scales = nullptr;    // [n, groups], quantised formats
+    const uint8_t* zeros = nullptr;  // [n, groups]; null, in all parts alike: symmetric
+};
+
+// A weight as a model folder holds it.
 struct WeightSource {
     Format format;
-    const void* values;       // [n, k]: float, bfloat16, or one uint8 per weight for u8, u4, c4
-    int64_t n, k;
-    int64_t row_stride;       // in elements
-    int64_t group = 0;        // u4: 32, 64 or 128; 0: one group, all of K
-    const void* scales = nullptr;  // [n, groups], quantised formats
+    int64_t k;
+    std::vector<WeightRows> parts;
+    int64_t group = 0;  // u4: 32, 64 or 128; 0: one group, all of K
     ScaleType scale_type = ScaleType::f32;
-    const uint8_t* zeros = nullptr;  // [n, groups], or null: symmetric
-    const float* table = nullptr;    // [16], c4
-    const float* bias = nullptr;     // [n]
+    const float* table = nullptr;  // [16], c4
+    const float* bias = nullptr;   // [rows of all parts]
     bool gated = false;
 };
 
@@ -87,5 +94,8 @@ std::unique_ptr<PackedWeight> pack(const WeightSource& source, ThreadPool& pool)
 
 // The weight back as float [n, k], for tests.
 void unpack(const PackedWeight& weight, float* out);
+
+// out [count, k] of `type` = rows `ids` of a weight that is not gated: an embedding's look-up. Called by every thread.
+void look_up(const PackedWeight& weight, const int64_t* ids, int64_t count, float scale, void* out, DType type, const Worker& worker);
 
 }  // namespace fastserve

@@ -13,45 +13,54 @@ static FASTSERVE_INLINE F f_rounded(F v, DType type) {
     return f_bits(i_and(i_add(bits, i_add(odd, i_set(0x7fff))), i_set(static_cast<int>(0xffff0000u))));
 }
 
+// One row of `size`: x at `at` -> out at `to`; `residual` (at `to`) is added to the rounded norm.
+template <DType Type>
+static void norm_row(const void* x, int64_t at, int64_t size, const void* weights, const void* bias, const void* residual,
+                     float epsilon, bool subtract_mean, void* out, int64_t to) {
+    F total = f_zero();
+    float mean = 0.0f;
+    if (subtract_mean) {
+        for (int64_t i = 0; i < size; i += W) total = f_add(total, load_lanes(x, Type, at + i, size - i));
+        mean = f_sum(total) / static_cast<float>(size);
+        total = f_zero();
+    }
+    for (int64_t i = 0; i < size; i += W) {
+        F value = load_lanes(x, Type, at + i, size - i);
+        // Lanes past the end are 0 and must stay so.
+        if (subtract_mean) {
+            value = f_sub(value, f_set(mean));
+            if (size - i < W) {
+                alignas(64) float lanes[W];
+                f_store(lanes, value);
+                for (int64_t lane = size - i; lane < W; ++lane) lanes[lane] = 0.0f;
+                value = f_load(lanes);
+            }
+        }
+        total = f_fma(value, value, total);
+    }
+    const float scale = 1.0f / __builtin_sqrtf(f_sum(total) / static_cast<float>(size) + epsilon);
+    for (int64_t i = 0; i < size; i += W) {
+        const int64_t left = size - i;
+        F value = load_lanes(x, Type, at + i, left);
+        F weight = load_lanes(weights, Type, i, left);
+        if (subtract_mean) {
+            value = f_mul(f_mul(f_sub(value, f_set(mean)), f_set(scale)), weight);
+            if (bias) value = f_add(value, load_lanes(bias, Type, i, left));
+        } else {
+            value = f_mul(f_rounded(f_mul(value, f_set(scale)), Type), weight);
+        }
+        if (residual) value = f_add(f_rounded(value, Type), load_lanes(residual, Type, to + i, left));
+        store_lanes(out, Type, to + i, left, value);
+    }
+}
+
 template <DType Type>
 static void norm_of(const NormArgs& args, const Worker& worker) {
     const Range rows = share_of(args.outer * args.inner, worker.index, worker.count);
-    const int64_t size = args.size;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t at = row / args.inner * args.outer_stride + row % args.inner * args.inner_stride;
-        F total = f_zero();
-        float mean = 0.0f;
-        if (args.subtract_mean) {
-            for (int64_t i = 0; i < size; i += W) total = f_add(total, load_lanes(args.x, Type, at + i, size - i));
-            mean = f_sum(total) / static_cast<float>(size);
-            total = f_zero();
-        }
-        for (int64_t i = 0; i < size; i += W) {
-            F value = load_lanes(args.x, Type, at + i, size - i);
-            // Lanes past the end are 0 and must stay so.
-            if (args.subtract_mean) {
-                value = f_sub(value, f_set(mean));
-                if (size - i < W) {
-                    alignas(64) float lanes[W];
-                    f_store(lanes, value);
-                    for (int64_t lane = size - i; lane < W; ++lane) lanes[lane] = 0.0f;
-                    value = f_load(lanes);
-                }
-            }
-            total = f_fma(value, value, total);
-        }
-        const float scale = 1.0f / __builtin_sqrtf(f_sum(total) / static_cast<float>(size) + args.epsilon);
-        for (int64_t i = 0; i < size; i += W) {
-            F value = load_lanes(args.x, Type, at + i, size - i);
-            F weight = load_lanes(args.weight, Type, i, size - i);
-            if (args.subtract_mean) {
-                value = f_mul(f_mul(f_sub(value, f_set(mean)), f_set(scale)), weight);
-                if (args.bias) value = f_add(value, load_lanes(args.bias, Type, i, size - i));
-            } else {
-                value = f_mul(f_rounded(f_mul(value, f_set(scale)), Type), weight);
-            }
-            store_lanes(args.out, Type, row * size + i, size - i, value);
-        }
+        norm_row<Type>(args.x, at, args.size, args.weight, args.bias, args.residual, args.epsilon, args.subtract_mean,
+                       args.out, row * args.size);
     }
 }
 
@@ -59,27 +68,33 @@ static void norm(const NormArgs& args, const Worker& worker) {
     args.type == DType::f32 ? norm_of<DType::f32>(args, worker) : norm_of<DType::bf16>(args, worker);
 }
 
+// One head: x at `at` -> out at `to`. cos and sin of TableType are rounded to Type, as the reference's are.
+template <DType Type, DType TableType>
+static void rope_row(const void* x, int64_t at, int64_t size, const void* cos, const void* sin, int64_t table_at,
+                     int64_t half, void* out, int64_t to) {
+    for (int64_t i = 0; i < half; i += W) {
+        const int64_t left = half - i;
+        F first = load_lanes(x, Type, at + i, left), second = load_lanes(x, Type, at + half + i, left);
+        F c = load_lanes(cos, TableType, table_at + i, left), s = load_lanes(sin, TableType, table_at + i, left);
+        if (TableType != Type) c = f_rounded(c, Type), s = f_rounded(s, Type);
+        // Each product is rounded before the sum, as the reference's tensors are.
+        F a = f_sub(f_rounded(f_mul(first, c), Type), f_rounded(f_mul(second, s), Type));
+        F b = f_add(f_rounded(f_mul(second, c), Type), f_rounded(f_mul(first, s), Type));
+        store_lanes(out, Type, to + i, left, a);
+        store_lanes(out, Type, to + half + i, left, b);
+    }
+    const int64_t bytes = element_bytes(Type), rotated = 2 * half;
+    std::memcpy(static_cast<char*>(out) + (to + rotated) * bytes, static_cast<const char*>(x) + (at + rotated) * bytes,
+                (size - rotated) * bytes);
+}
+
 template <DType Type>
 static void rope_of(const RopeArgs& args, const Worker& worker) {
     const Range rows = share_of(args.tokens * args.heads, worker.index, worker.count);
-    const int64_t half = args.half, rotated = 2 * half;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t token = row / args.heads;
-        const int64_t at = token * args.token_stride + row % args.heads * args.head_stride, to = row * args.size;
-        for (int64_t i = 0; i < half; i += W) {
-            const int64_t left = half - i;
-            F first = load_lanes(args.x, Type, at + i, left), second = load_lanes(args.x, Type, at + half + i, left);
-            F c = load_lanes(args.cos, Type, token * half + i, left);
-            F s = load_lanes(args.sin, Type, token * half + i, left);
-            // Each product is rounded before the sum, as the reference's tensors are.
-            F a = f_sub(f_rounded(f_mul(first, c), Type), f_rounded(f_mul(second, s), Type));
-            F b = f_add(f_rounded(f_mul(second, c), Type), f_rounded(f_mul(first, s), Type));
-            store_lanes(args.out, Type, to + i, left, a);
-            store_lanes(args.out, Type, to + half + i, left, b);
-        }
-        const int64_t bytes = element_bytes(Type);
-        std::memcpy(static_cast<char*>(args.out) + (to + rotated) * bytes,
-                    static_cast<const char*>(args.x) + (at + rotated) * bytes, (args.size - rotated) * bytes);
+        rope_row<Type, Type>(args.x, token * args.token_stride + row % args.heads * args.head_stride, args.size, args.cos,
+                             args.sin, token * args.half, args.half, args.out, row * args.size);
     }
 }
 
@@ -98,15 +113,77 @@ static void copy_row(const void* from, DType from_type, int64_t at, void* to, DT
     }
 }
 
+// One key head, from `key` at `at`, and the value head that goes with it.
+static void store_row(const StoreArgs& args, int64_t token, int64_t head, const void* key, int64_t at) {
+    const int64_t to = (args.slots[token] * args.heads + head) * args.size;
+    copy_row(key, args.type, at, args.keys, args.cache_type, to, args.size);
+    copy_row(args.value, args.type, token * args.value_stride + head * args.value_head_stride, args.values, args.cache_type, to,
+             args.size);
+}
+
 static void store(const StoreArgs& args, const Worker& worker) {
     const Range rows = share_of(args.tokens * args.heads, worker.index, worker.count);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t token = row / args.heads, head = row % args.heads;
-        const int64_t to = (args.slots[token] * args.heads + head) * args.size;
-        copy_row(args.key, args.type, token * args.key_stride + head * args.key_head_stride, args.keys, args.cache_type, to,
-                 args.size);
-        copy_row(args.value, args.type, token * args.value_stride + head * args.value_head_stride, args.values,
-                 args.cache_type, to, args.size);
+        store_row(args, token, head, args.key, token * args.key_stride + head * args.key_head_stride);
+    }
+}
+
+// One query or key head through norm and rotation into out at `to`; `normed` holds one head in between.
+template <DType Type>
+static void prepare_head(const HeadsArgs& args, int64_t token, const void* x, int64_t at, const void* norm, void* normed,
+                         void* out, int64_t to) {
+    const int64_t size = args.store.size;
+    if (norm) {
+        norm_row<Type>(x, at, size, norm, nullptr, nullptr, args.epsilon, false, args.cos ? normed : out, args.cos ? 0 : to);
+        if (!args.cos) return;
+        x = normed, at = 0;
+    }
+    if (args.cos) {
+        rope_row<Type, DType::f32>(x, at, size, args.cos, args.sin, args.positions[token] * args.half, args.half, out, to);
+    } else {
+        copy_row(x, Type, at, out, Type, to, size);
+    }
+}
+
+template <DType Type>
+static void heads_of(const HeadsArgs& args, const Worker& worker) {
+    const StoreArgs& store = args.store;
+    void *normed = worker.scratch, *key = worker.scratch + round_up(store.size * 4, 64);
+    const int64_t heads = args.num_heads + store.heads;
+    const Range rows = share_of(store.tokens * heads, worker.index, worker.count);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t token = row / heads, head = row % heads;
+        if (head < args.num_heads) {
+            prepare_head<Type>(args, token, args.query, token * args.query_stride + head * args.query_head_stride,
+                               args.query_norm, normed, args.out, (token * args.num_heads + head) * store.size);
+            continue;
+        }
+        const int64_t kv_head = head - args.num_heads;
+        prepare_head<Type>(args, token, store.key, token * store.key_stride + kv_head * store.key_head_stride, args.key_norm,
+                           normed, key, 0);
+        store_row(store, token, kv_head, key, 0);
+    }
+}
+
+static void heads(const HeadsArgs& args, const Worker& worker) {
+    args.store.type == DType::f32 ? heads_of<DType::f32>(args, worker) : heads_of<DType::bf16>(args, worker);
+}
+
+static void gather(const GatherArgs& args, const Worker& worker) {
+    const Range rows = share_of(args.rows, worker.index, worker.count);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t from = args.ids[row] * args.size, to = row * args.size;
+        if (!args.residual && args.scale == 1.0f) {
+            copy_row(args.table, args.type, from, args.out, args.type, to, args.size);
+            continue;
+        }
+        for (int64_t i = 0; i < args.size; i += W) {
+            const int64_t left = args.size - i;
+            F value = f_mul(load_lanes(args.table, args.type, from + i, left), f_set(args.scale));
+            if (args.residual) value = f_add(value, load_lanes(args.residual, args.type, to + i, left));
+            store_lanes(args.out, args.type, to + i, left, value);
+        }
     }
 }
 

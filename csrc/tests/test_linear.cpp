@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../ops.h"
@@ -65,10 +66,15 @@ Layer make_layer(const Case& c, int64_t n, int64_t k, bool gated, std::mt19937& 
     const void* values = layer.bytes.data();
     if (c.format == Format::f32) values = layer.wide.data();
     if (c.format == Format::bf16) values = layer.narrow.data();
-    layer.source = {c.format, values, n, k, k};
+    layer.source = {c.format, k, {}};
+    const int64_t first = n > 1 ? n / 3 : 0, value_bytes = c.format == Format::f32 ? 4 : c.format == Format::bf16 ? 2 : 1;
+    for (auto [begin, end] : {std::pair{int64_t{0}, first}, std::pair{first, n}}) {  // two parts
+        if (begin == end) continue;
+        const uint8_t* zeros = c.zeros ? layer.zeros.data() + begin * layer.groups : nullptr;
+        layer.source.parts.push_back({end - begin, static_cast<const uint8_t*>(values) + begin * k * value_bytes,
+                                      layer.scales.data() + begin * layer.groups, zeros});
+    }
     layer.source.group = c.group;
-    layer.source.scales = layer.scales.data();
-    layer.source.zeros = c.zeros ? layer.zeros.data() : nullptr;
     layer.source.table = c.format == Format::c4 ? layer.table.data() : nullptr;
     layer.source.gated = gated;
     return layer;

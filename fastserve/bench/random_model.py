@@ -18,7 +18,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastserve.bench.quantized_model import quantize_folder
 from fastserve.bench.shapes import Shape, TensorSpec, shape
+from fastserve.checkpoint.folder import ModelFolder
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,16 @@ def make(name: str, folder: Path | None = None, seed: int = 0) -> Path:
     recipe = json.dumps([RECIPE, seed, wanted.config], sort_keys=True)
     folder = cache_folder() / "models" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
     return folder if folder.is_dir() else write(wanted, folder, seed)
+
+
+def make_quantized(name: str, weights: str, head: str = "", folder: Path | None = None, seed: int = 0) -> Path:
+    """As `make`, with the linears quantised (see `quantized_model.quantize_folder`)."""
+    source = make(name, None, seed)
+    if folder is None:
+        folder = source.with_name("-".join(filter(None, (source.name, weights, head and f"head-{head}"))))
+        if (folder / "config.json").is_file():  # written last
+            return folder
+    return quantize_folder(ModelFolder.open(str(source)), folder, weights, head)
 
 
 def write(wanted: Shape, folder: Path, seed: int = 0) -> Path:

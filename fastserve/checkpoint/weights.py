@@ -73,6 +73,9 @@ class WeightReader:
         for name, file_name in weight_map.items():
             if name not in self._tensors:
                 raise CheckpointError(f"the index says that {file_name} has tensor {name}, but it has not")
+        self._modules: dict[str, list[str]] = {}
+        for name in self._tensors:
+            self._modules.setdefault(name.rpartition(".")[0], []).append(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -80,6 +83,10 @@ class WeightReader:
     def names(self) -> list[str]:
         """All tensor names, in the order of the files."""
         return list(self._tensors)
+
+    def names_of(self, module: str) -> list[str]:
+        """Names of the tensors of one module: "module.suffix"."""
+        return self._modules.get(module, [])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.info(name).shape
@@ -98,18 +105,39 @@ class WeightReader:
         """Bytes of all tensors."""
         return sum(info.end - info.start for info in self._tensors.values())
 
+    def view(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor as it lies in the file, of its own type, nothing copied: to be read only, and until `release`.
+
+        Raises:
+            CheckpointError: no such tensor, or another shape.
+        """
+        info = self._info_of_shape(name, shape)
+        return (
+            self._view(info, info.start, info.end).view(shape)
+            if info.start < info.end
+            else torch.empty(shape, dtype=info.dtype)
+        )
+
+    def release(self, name: str) -> None:
+        """Give back the memory in which the tensor's file was read; a view of it would read it again."""
+        info = self.info(name)
+        if info.file in self._maps and info.start < info.end:
+            self._give_back(info.file, info.start, info.end)
+
+    def prefetch(self, name: str) -> None:
+        """Let the system start to read a tensor that is needed soon; does not wait."""
+        info = self._tensors.get(name)
+        if info is not None and info.start < info.end and hasattr(mmap, "MADV_WILLNEED"):
+            start = info.start - info.start % mmap.PAGESIZE
+            self._map(info.file).madvise(mmap.MADV_WILLNEED, start, info.end - start)
+
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy a tensor into `target`, a view of its final place: any strides, device and dtype, the same shape.
 
         Raises:
             CheckpointError: no such tensor, or another shape.
         """
-        info = self.info(name)
-        if tuple(target.shape) != info.shape:
-            raise CheckpointError(
-                f"tensor {name} in {info.file} has shape {list(info.shape)}, but the config asks for "
-                f"{list(target.shape)}; the config.json and the weights do not belong together"
-            )
+        info = self._info_of_shape(name, tuple(target.shape))
         if info.start == info.end:
             return
         if not info.shape:
@@ -126,10 +154,17 @@ class WeightReader:
             self._give_back(info.file, start, end)
 
     def close(self) -> None:
-        """Unmap the files. Reading again maps them anew."""
-        for mapped in self._maps.values():
-            mapped.close()
+        """Unmap the files, each when its last view is gone. Reading again maps them anew."""
         self._maps.clear()
+
+    def _info_of_shape(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self.info(name)
+        if shape != info.shape:
+            raise CheckpointError(
+                f"tensor {name} in {info.file} has shape {list(info.shape)}, but the config asks for "
+                f"{list(shape)}; the config.json and the weights do not belong together"
+            )
+        return info
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:

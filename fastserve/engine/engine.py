@@ -53,7 +53,6 @@ class Engine:
         shape = loaded.model.shape
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
-        self.report = _report(loaded, self.memory)
         self._scheduler = Scheduler(
             BlockPool(
                 self.memory.num_blocks,
@@ -67,8 +66,10 @@ class Engine:
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
         )
-        self._executor: Executor = LocalExecutor(_make_runner(loaded, self.memory, folder.eos_token_ids))
-        if not loaded.model.has_own_cache:
+        runner = _make_runner(loaded, self.memory, folder.eos_token_ids)
+        self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
+        self._executor: Executor = LocalExecutor(runner)
+        if policy.uses_cost and not loaded.model.has_own_cache:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
@@ -168,8 +169,4 @@ def _make_runner(loaded: LoadedModel, memory: MemoryPlan, eos_token_ids: tuple[i
         shape.dtype,
         loaded.model.device,
     )
-    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device)
-
-
-def _report(loaded: LoadedModel, memory: MemoryPlan) -> str:
-    return "\n".join([*loaded.report, memory.table()])
+    return ModelRunner(loaded.model, loaded.kernels, kv_cache, eos_token_ids, loaded.model.device, memory.max_model_len)

@@ -17,7 +17,7 @@ from fastserve.engine.kv_cache import KVCache
 from fastserve.models.model import ModelShape
 
 _CPU_SHARE = 0.5  # of the free memory, at most, without being asked: other programs run on the same machine
-_CPU_LIMIT = 2 << 30
+_CPU_LIMIT = 2 << 30  # it is touched at start, which takes time; a longer max_model_len asks for more
 _GPU_SHARE = 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -107,8 +107,8 @@ def plan_memory(
     elif device.type == "cuda":
         budget = int(available * _GPU_SHARE)
     else:
-        one = -(-longest // block_size) * block
-        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, one))
+        wanted = -(-max_model_len // block_size) * block
+        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted))
     num_blocks = min(budget // block, max_batch_sequences * -(-longest // block_size))
     capacity = num_blocks * block_size
     if capacity < longest:

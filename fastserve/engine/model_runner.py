@@ -13,7 +13,7 @@ from fastserve.core.request import TokenLogprobs
 from fastserve.engine.batch import BlockTables, make_batch
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs, sample
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.interface import Batch, Kernels, RecordedStep
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan
@@ -31,6 +31,10 @@ class ModelRunner:
         kv_cache: the paged memory.
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
         device: where everything lives.
+        max_model_len: tokens of the longest sequence.
+
+    Attributes:
+        report: how a step runs, for people.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class ModelRunner:
         kv_cache: KVCache,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        max_model_len: int,
     ) -> None:
         self._model = model
         self._kernels = kernels
@@ -49,6 +54,13 @@ class ModelRunner:
         self._states: dict[str, SamplingState] = {}
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
         self._tables = BlockTables(device)
+        recorded: RecordedStep | str = "the model keeps its own cache"
+        if not model.has_own_cache:
+            recorded = kernels.record(self._network, max_model_len)
+        self._recorded = None if isinstance(recorded, str) else recorded
+        self.report = f"step: operation by operation ({recorded})"
+        if self._recorded:
+            self.report = f"step: one native call of {self._recorded.num_operations} operations"
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -62,9 +74,40 @@ class ModelRunner:
         if not plan.entries:
             return StepResult({})
         batch, row_ranges = make_batch(plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device)
-        context = PagedContext(self._kernels, self._kv_cache.keys, self._kv_cache.values, batch)
-        hidden = self._model.forward(batch.input_ids, batch.positions, context)
-        return self._sample(plan, hidden[batch.logit_rows], row_ranges)
+        result = StepResult({})
+        sampling = [entry.request_id for entry in plan.entries if entry.samples]
+        states = [self._states[request_id] for request_id in sampling]
+        if self._recorded is not None and not self._prompts:
+            logits, greedy = self._recorded.run(batch, any(state.is_plain_greedy for state in states))
+        else:
+            logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
+        if sampling:
+            self._sample(result, logits, sampling, states, greedy)
+        return result
+
+    def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
+        """A whole step: logits [R, V] of the batch's logit rows."""
+        hidden = self._hidden(kernels, batch)
+        return self._model.logits(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+
+    def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
+        context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
+        return self._model.forward(batch.input_ids, batch.positions, context)
+
+    def _run_scoring(
+        self, plan: StepPlan, batch: Batch, row_ranges: list[tuple[int, int]], result: StepResult
+    ) -> Tensor:
+        """A step operation by operation, which scores prompts where asked; logits of the entries that sample."""
+        hidden = self._hidden(self._kernels, batch)[batch.logit_rows]
+        for entry, (first, last) in zip(plan.entries, row_ranges, strict=True):
+            if entry.request_id in self._prompts:
+                result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
+                if entry.samples:
+                    del self._prompts[entry.request_id]
+        rows = [last - 1 for entry, (_, last) in zip(plan.entries, row_ranges, strict=True) if entry.samples]
+        if not rows:
+            return hidden.new_empty(0)
+        return self._model.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
 
     def _admit(self, entry: PlanEntry) -> None:
         request = entry.request
@@ -87,37 +130,26 @@ class ModelRunner:
         if request_ids:
             self._model.release(request_ids)
 
-    def _sample(self, plan: StepPlan, hidden: Tensor, row_ranges: list[tuple[int, int]]) -> StepResult:
-        """hidden [R, hidden] are the rows that need logits."""
-        result = StepResult({})
-        for entry, (first, last) in zip(plan.entries, row_ranges, strict=True):
-            if entry.request_id in self._prompts:
-                result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
-                if entry.samples:
-                    del self._prompts[entry.request_id]
-        sampling = [
-            (entry.request_id, last - 1)
-            for entry, (_, last) in zip(plan.entries, row_ranges, strict=True)
-            if entry.samples
-        ]
-        if not sampling:
-            return result
-        if len(sampling) < hidden.shape[0]:
-            hidden = hidden[[row for _, row in sampling]]
-        logits = self._model.logits(hidden)  # [len(sampling), V]
-        states = [self._states[request_id] for request_id, _ in sampling]
-        tokens = sample(logits, states)
+    def _sample(
+        self,
+        result: StepResult,
+        logits: Tensor,
+        sampling: list[str],
+        states: list[SamplingState],
+        greedy: list[int] | None,
+    ) -> None:
+        """One token per row of logits [R, V]; greedy: the largest of each row where that is known already."""
+        tokens = sample(logits, states, greedy)
         self._add_logprobs(result, logits, sampling, states, tokens)
-        for (request_id, _), state, token_id in zip(sampling, states, tokens, strict=True):
+        for request_id, state, token_id in zip(sampling, states, tokens, strict=True):
             state.count(token_id)
             result.tokens[request_id] = token_id
-        return result
 
     @staticmethod
     def _add_logprobs(
         result: StepResult,
         logits: Tensor,
-        sampling: list[tuple[str, int]],
+        sampling: list[str],
         states: list[SamplingState],
         tokens: list[int],
     ) -> None:
@@ -126,7 +158,7 @@ class ModelRunner:
             num_top = [states[row].sampling.logprobs or 0 for row in rows]
             gathered = gather_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
             for row, logprobs in zip(rows, gathered, strict=True):
-                result.logprobs[sampling[row][0]] = logprobs
+                result.logprobs[sampling[row]] = logprobs
 
     def _score_prompt(self, entry: PlanEntry, hidden: Tensor) -> list[TokenLogprobs]:
         """Log probabilities of the prompt tokens that follow each position of this chunk."""

@@ -69,9 +69,14 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits: Tensor, states: list[SamplingState]) -> list[int]:
-    """Choose one token per row. logits [R, V] float32 is not changed; `states` has R entries."""
-    tokens = logits.argmax(dim=-1).tolist() if any(state.is_plain_greedy for state in states) else [0] * len(states)
+def sample(logits: Tensor, states: list[SamplingState], greedy: list[int] | None = None) -> list[int]:
+    """Choose one token per row. logits [R, V] float32 is not changed; `states` has R entries.
+
+    greedy: the largest of each row where the step found it already.
+    """
+    tokens = list(greedy) if greedy else [0] * len(states)
+    if not greedy and any(state.is_plain_greedy for state in states):
+        tokens = logits.argmax(dim=-1).tolist()
     for row, state in enumerate(states):
         if state.is_plain_greedy:
             continue

@@ -1,7 +1,7 @@
 """Time a few steps before the first request, so that the cost model starts from this machine and this model.
 
-Also touches every layer once, so that the first request does not pay for it. What the steps write lands in free KV
-blocks, which nobody reads before writing them again.
+Done for policies that order by it (`SchedulingPolicy.uses_cost`); for others it learns from real steps alone. What the
+steps write lands in free KV blocks, which nobody reads before writing them again.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ speed up. A backend is chosen once, at load, by `select.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.quant import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,33 @@ class Batch:
     request_ids: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What happens to query and key heads before they meet: a norm of each head, then a rotation; either may be absent.
+
+    Attributes:
+        query_norm, key_norm: weights [D] of root-mean-square norms.
+        cos, sin: [positions, R/2] float32, a row per position.
+        positions: [T] int64.
+    """
+
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    epsilon: float
+    cos: Tensor | None
+    sin: Tensor | None
+    positions: Tensor
+
+
+class RecordedStep(Protocol):
+    """A network that was recorded once and runs as a whole (see `Kernels.record`)."""
+
+    num_operations: int
+
+    def run(self, batch: Batch, choose: bool) -> tuple[Tensor, list[int]]:
+        """Logits [R, V] float32, valid until the next run, and if `choose` the index of the largest of each row."""
+
+
 @dataclass(slots=True)
 class PackedLinear:
     """A linear layer in the backend's own layout.
@@ -62,6 +92,7 @@ class PackedLinear:
         native: a backend's own object.
         is_gated: the rows of the weight are gate and up, and `linear` gives activation(gate) * up.
         activation_bits: 8: inputs are quantised per token as they come.
+        num_bytes: what it takes in memory.
     """
 
     weight: Tensor
@@ -70,6 +101,10 @@ class PackedLinear:
     native: Any = None
     is_gated: bool = False
     activation_bits: int = 16
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.native is None else int(self.native.bytes))
 
 
 class Kernels(Protocol):
@@ -81,24 +116,51 @@ class Kernels(Protocol):
         """Reasons why this backend cannot serve `spec`; an empty list means it can."""
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
         """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load.
 
+        weight: a matrix, which may be kept; or its parts from top to bottom, of one type or scheme and codebook, which
+            may lie in a file and are not kept.
         is_gated: the first N / 2 rows are the gate, the others are up.
         """
 
-    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        packed: PackedLinear,
+        x: Tensor,
+        activation: str = "",
+        residual: Tensor | None = None,
+        is_wide: bool = False,
+    ) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
 
-        A row's result does not depend on the other rows (see the contract's precision rule).
+        A row's result does not depend on the other rows (see the contract's precision rule). is_wide: float32 out.
         """
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """x [..., K] scaled to unit root mean square in float32, times weight [K] (Zhang and Sennrich, 2019)."""
+    def embed(
+        self,
+        table: Tensor | PackedLinear,
+        ids: Tensor,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Rows `ids` [T] int64 of a table [P, K], times scale, plus residual [T, K] -> [T, K] of `dtype`.
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-        """x [..., K] to zero mean and unit variance, times weight, plus bias (Ba et al., 2016)."""
+        The table may be a packed matrix that is not gated (a tied head is held once so); no residual then.
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
+        """x [..., K] scaled to unit root mean square in float32, times weight [K] (Zhang and Sennrich, 2019).
+
+        residual [T, K], for x [T, K], is added to the result.
+        """
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [..., K] to zero mean and unit variance, times weight, plus bias (Ba et al., 2016); plus residual."""
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the first R of D entries of x [T, H, D] by cos, sin [T, R/2], halves convention (Su et al., 2021)."""
@@ -111,6 +173,21 @@ class Kernels(Protocol):
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping."""
+
+    def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
+        """Heads [T, H, D] of one kind, `norm` being that kind's weight -> [T, H, D]."""
+
+    def transform_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        transform: HeadTransform,
+        keys: Tensor,
+        values: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """`transform_heads` on query [T, H, D] and key [T, G, D], then `store_kv`; returns the query."""
 
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
@@ -126,3 +203,10 @@ class Kernels(Protocol):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
+
+    def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
+        """Record `network` (a step's batch -> logits [R, V]), to be run as a whole; or say why that cannot be.
+
+        The network is called once, with kernels that only take notes. It must compute nothing but by them, and do the
+        same whatever the step. longest: tokens of the longest sequence that a step may have.
+        """

@@ -8,6 +8,7 @@ codebook's entry times scale. Model folders have several layouts on disk; what r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +92,15 @@ class QuantizedWeight:
         return (self.values.float() - zeros) * scales
 
 
-def quantize(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float32) -> QuantizedWeight:
-    """Round weight [N, K] to the nearest value that `scheme` can hold."""
+def quantize(
+    weight: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
+) -> QuantizedWeight:
+    """Round weight [N, K] to the nearest value that `scheme` can hold; a codebook is made unless one is given."""
     if scheme.has_codebook:
-        return _quantize_codebook(weight.float(), scheme)
+        return _quantize_codebook(weight.float(), scheme, scale_dtype, codebook)
     num_rows, num_inputs = weight.shape
     group = scheme.group_size or num_inputs
     padded = torch.nn.functional.pad(weight.float(), (0, -num_inputs % group)).view(num_rows, -1, group)
@@ -111,20 +117,27 @@ def quantize(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = tor
     return QuantizedWeight(scheme, values, scales, None if scheme.is_symmetric else zeros.to(torch.uint8))
 
 
-def _quantize_codebook(weight: Tensor, scheme: QuantScheme, num_rounds: int = 8) -> QuantizedWeight:
-    """Lloyd's algorithm on weights scaled row by row to a largest magnitude of 1, started at quantiles."""
+def _quantize_codebook(
+    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, levels: Tensor | None
+) -> QuantizedWeight:
     scales = weight.abs().amax(-1, keepdim=True)
-    scales = torch.where(scales > 0, scales, 1.0)
-    flat = (weight / scales).flatten()
-    sample = flat[:: max(1, len(flat) // 65536)].contiguous()  # enough to place 16 levels
+    scales = torch.where(scales > 0, scales, 1.0).to(scale_dtype)
+    flat = (weight / scales.float()).flatten()
+    if levels is None:
+        levels = _find_levels(flat[:: max(1, len(flat) // 65536)].contiguous())  # enough to place 16
+    values = torch.bucketize(flat, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return QuantizedWeight(scheme, values.view(weight.shape), scales, codebook=levels)
+
+
+def _find_levels(sample: Tensor, num_rounds: int = 8) -> Tensor:
+    """Lloyd's algorithm on weights scaled row by row to a largest magnitude of 1, started at quantiles."""
     levels = torch.quantile(sample, (torch.arange(_CODEBOOK_SIZE) + 0.5) / _CODEBOOK_SIZE)
     for _ in range(num_rounds):
         nearest = torch.bucketize(sample, (levels[1:] + levels[:-1]) / 2)
         counts = torch.bincount(nearest, minlength=_CODEBOOK_SIZE)
         sums = torch.bincount(nearest, weights=sample, minlength=_CODEBOOK_SIZE).float()
         levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
-    values = torch.bucketize(flat, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    return QuantizedWeight(scheme, values.view(weight.shape), scales, codebook=levels)
+    return levels
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,14 +148,34 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * (1.0 / scales)).round(), scales
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """Values [N, K] uint8 below 16 -> int32 [N, ceil(K / 8)], the first in the lowest bits, as compressed-tensors."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).view(values.shape[0], -1, 8).long()
-    words = (padded << torch.arange(0, 32, 4)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+def pack_words(values: Tensor, scheme: QuantScheme) -> Tensor:
+    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors."""
+    per_word = 32 // scheme.weight_bits
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
+    if scheme.weight_bits == 4:
+        values = values[:, ::2] | values[:, 1::2] << 4
+    return values.reshape(-1).view(torch.int32).view(len(values), -1)
 
 
-def unpack_nibbles(words: Tensor, num_inputs: int) -> Tensor:
-    """The inverse of `pack_nibbles`: [N, num_inputs] uint8."""
-    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
-    return nibbles.view(words.shape[0], -1)[:, :num_inputs].to(torch.uint8).contiguous()
+def unpack_words(words: Tensor, scheme: QuantScheme, num_inputs: int) -> Tensor:
+    """The inverse of `pack_words`: [N, num_inputs] uint8."""
+    values = words.reshape(-1).view(torch.uint8).view(len(words), -1)
+    if scheme.weight_bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=-1).view(words.shape[0], -1)
+    return values[:, :num_inputs].contiguous()
+
+
+def concatenate(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+    """Parts of one matrix, all of one scheme and codebook, below each other. Always a copy."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    zeros = [part.zeros for part in quantized if part.zeros is not None]
+    return QuantizedWeight(
+        first.scheme,
+        torch.cat([part.values for part in quantized]),
+        torch.cat([part.scales for part in quantized]),
+        torch.cat(zeros) if zeros else None,
+        first.codebook,
+    )

@@ -7,15 +7,23 @@ and in bfloat16 oneDNN keeps memory for every row count that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
-from fastserve.kernels.quant import QuantizedWeight, quantize_activations
+from fastserve.kernels.interface import (
+    Batch,
+    HeadTransform,
+    Kernels,
+    KernelSpec,
+    PackedLinear,
+    RecordedStep,
+    Weight,
+)
+from fastserve.kernels.quant import QuantizedWeight, concatenate, quantize_activations
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -34,15 +42,26 @@ class ReferenceKernels:
         return []
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
+        if isinstance(weight, Sequence):
+            weight = concatenate(weight)
         if isinstance(weight, QuantizedWeight):
             activation_bits = weight.scheme.activation_bits
             return PackedLinear(weight.dequantize(), bias, is_gated=is_gated, activation_bits=activation_bits)
         return PackedLinear(weight, bias, is_gated=is_gated)
 
-    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        packed: PackedLinear,
+        x: Tensor,
+        activation: str = "",
+        residual: Tensor | None = None,
+        is_wide: bool = False,
+    ) -> Tensor:
         result = self._product(packed, x)
+        if is_wide:
+            result = result.float()
         if packed.is_gated:
             result = self.gated_activation(result, activation)
         elif activation:
@@ -65,13 +84,26 @@ class ReferenceKernels:
         result = functional.linear(x, weight)[:num_rows] * scales
         return (result if bias is None else result + bias).to(dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def embed(
+        self,
+        table: Tensor | PackedLinear,
+        ids: Tensor,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        rows = (table if isinstance(table, Tensor) else table.weight).index_select(0, ids).to(dtype)
+        return _plus(rows if scale == 1.0 else rows * scale, residual)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        return weight * wide.to(x.dtype)
+        return _plus(weight * wide.to(x.dtype), residual)
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-        return functional.layer_norm(x, weight.shape, weight, bias, epsilon)
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
+    ) -> Tensor:
+        return _plus(functional.layer_norm(x, weight.shape, weight, bias, epsilon), residual)
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = cos.shape[-1]
@@ -92,6 +124,28 @@ class ReferenceKernels:
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         keys.view(-1, *keys.shape[2:])[slot_mapping] = key.to(keys.dtype)
         values.view(-1, *values.shape[2:])[slot_mapping] = value.to(values.dtype)
+
+    def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
+        if norm is not None:
+            x = self.rms_norm(x, norm, transform.epsilon)
+        if transform.cos is None or transform.sin is None:
+            return x
+        cos, sin = (table.index_select(0, transform.positions) for table in (transform.cos, transform.sin))
+        return self.apply_rope(x, cos, sin)
+
+    def transform_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        transform: HeadTransform,
+        keys: Tensor,
+        values: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        key = self.transform_heads(key, transform.key_norm, transform)
+        self.store_kv(key, value, keys, values, slot_mapping)
+        return self.transform_heads(query, transform.query_norm, transform)
 
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
@@ -118,6 +172,13 @@ class ReferenceKernels:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+    def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
+        return f"the {self.name} kernels run one operation at a time"
+
+
+def _plus(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype) -> int:

@@ -11,16 +11,35 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Batch, Kernels
+from fastserve.kernels.interface import Batch, HeadTransform, Kernels
 
 
 class AttentionContext(Protocol):
-    """Attention of one step. T tokens, H query heads, G key/value heads, D head size."""
+    """Attention of one step. T tokens, H query heads, G key/value heads, D head size.
+
+    Attributes:
+        kernels: what the network computes with.
+        longest: tokens of the longest sequence, those of this step included.
+    """
+
+    kernels: Kernels
+    longest: int
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        transform: HeadTransform | None = None,
     ) -> Tensor:
-        """query [T, H, D], key and value [T, G, D] (position applied) -> [T, H, D]. Causal; window in tokens."""
+        """query [T, H, D], key and value [T, G, D] -> [T, H, D]. Causal; window in tokens.
+
+        transform: what is still to be done to query and key; None: their positions are applied.
+        """
 
 
 class PagedContext:
@@ -33,29 +52,53 @@ class PagedContext:
     """
 
     def __init__(self, kernels: Kernels, keys: list[Tensor], values: list[Tensor], batch: Batch) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
+        self.longest = max(batch.context_lens, default=0)
         self._keys = keys
         self._values = values
         self.batch = batch
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        transform: HeadTransform | None = None,
     ) -> Tensor:
-        keys, values = self._keys[layer], self._values[layer]
-        self._kernels.store_kv(key, value, keys, values, self.batch.slot_mapping)
-        return self._kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap)
+        keys, values, slots = self._keys[layer], self._values[layer], self.batch.slot_mapping
+        if transform is None:
+            self.kernels.store_kv(key, value, keys, values, slots)
+        else:
+            query = self.kernels.transform_and_store(query, key, value, transform, keys, values, slots)
+        return self.kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap)
 
 
 class DenseContext:
     """Whole sequences, no cache: `lengths` are the tokens of each, one after the other."""
 
     def __init__(self, kernels: Kernels, lengths: list[int]) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
+        self.longest = max(lengths, default=0)
         self._lengths = lengths
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        transform: HeadTransform | None = None,
     ) -> Tensor:
+        if transform is not None:
+            query = self.kernels.transform_heads(query, transform.query_norm, transform)
+            key = self.kernels.transform_heads(key, transform.key_norm, transform)
         starts = [0]
         for length in self._lengths:
             starts.append(starts[-1] + length)
@@ -71,7 +114,7 @@ class DenseContext:
                 block_tables=[torch.zeros(1, dtype=torch.int64, device=query.device)],
                 logit_rows=query.new_empty(0, dtype=torch.int64),
             )
-            output[start:end] = self._kernels.paged_attention(
+            output[start:end] = self.kernels.paged_attention(
                 query[start:end], key[None, start:end], value[None, start:end], batch, scale, window, softcap
             )
         return output

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, Rotation
 from fastserve.models.model import ModelShape
@@ -80,9 +80,10 @@ class DecoderLayer:
         self._mlp_norm = norm(parameters, "mlp_norm", size, epsilon, layer)
         self._mlp = mlp(parameters, size, config.inner_size, config.activation, config.mlp_bias, layer)
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, context: AttentionContext) -> Tensor:
-        x = x + self._attention(self._attention_norm(x), rotation, context)
-        return x + self._mlp(self._mlp_norm(x))
+    def __call__(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
+        kernels = context.kernels
+        x = self._attention(self._attention_norm(x, kernels), x, rotation, positions, context)
+        return self._mlp(self._mlp_norm(x, kernels), x, kernels)
 
 
 class Decoder:
@@ -94,16 +95,14 @@ class Decoder:
         size = config.hidden_size
         self.device = parameters.device
         self._kernels = parameters.kernels
-        self._embedding = parameters.tensor("embedding", (config.vocab_size, size))
+        self._dtype = parameters.dtype
+        # The largest matrices first, so that their place in the file and in memory overlap while little else is loaded.
+        self._embedding, self._head = parameters.embedding_and_head(config.vocab_size, size, config.tied_embeddings)
         self._positions = None
         if config.num_learned_positions:
             self._positions = parameters.tensor("position_embedding", (config.num_learned_positions, size))
         self._layers = [DecoderLayer(parameters, config, layer) for layer in range(config.num_layers)]
         self._norm = NORMS[config.norm](parameters, "final_norm", size, config.norm_epsilon)
-        if config.tied_embeddings:
-            self._head = parameters.kernels.pack_linear(self._embedding, None)
-        else:
-            self._head = parameters.linear({"head": config.vocab_size}, size, bias=False)
         ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
@@ -113,18 +112,19 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
-        x = functional.embedding(input_ids, self._embedding)
+        kernels = context.kernels
+        x = kernels.embed(self._embedding, input_ids, self._dtype)
         if self._positions is not None:
-            x = x + functional.embedding(positions, self._positions)
-        rotations = [*(table.rotation(positions, x.dtype) for table in self._tables), None]
+            x = kernels.embed(self._positions, positions, self._dtype, residual=x)
+        rotations = [*(table.rotation(context.longest) for table in self._tables), None]
         for layer, rotation in zip(self._layers, self._rotation_of_layer, strict=True):
-            x = layer(x, rotations[rotation], context)
-        return self._norm(x)
+            x = layer(x, rotations[rotation], positions, context)
+        return self._norm(x, kernels)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._kernels.linear(self._head, hidden).float()
+        return (kernels or self._kernels).linear(self._head, hidden, is_wide=True)
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""
@@ -142,5 +142,5 @@ def _shape(config: DecoderConfig, parameters: ParameterLoader) -> ModelShape:
         dtype=parameters.dtype,
         windows=config.windows,
         num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_parameters * parameters.dtype.itemsize,
+        weight_bytes=parameters.num_bytes,
     )

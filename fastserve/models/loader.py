@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.quantization import read_quantization
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.kernels import select
 from fastserve.kernels.interface import Kernels, KernelSpec
@@ -44,15 +45,19 @@ def load_model(
     """Load a folder. Arguments are those of `EngineConfig`.
 
     Raises:
-        CheckpointError: unknown architecture, quantised folder, missing, unexpected or misshapen tensors.
+        CheckpointError: unknown architecture or quantisation, missing, unexpected or misshapen tensors.
         ConfigError: a backend, device or kernels were named that cannot be used here.
     """
-    _refuse_quantised(folder)
     torch_dtype = resolve_dtype(folder, dtype)
     torch_device = resolve_device(device)
     family, config, reason = choose_native(folder, backend)
     report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}"]
     if family is None or config is None:
+        if folder.config.get("quantization_config"):
+            raise CheckpointError(
+                f"{folder.path} is quantised, and only native architectures are served quantised ({reason}); give the "
+                "folder of the unquantised model"
+            )
         from fastserve.models import transformers_backend
 
         report.append(f"backend: transformers ({reason})")
@@ -125,9 +130,10 @@ def _load_native(
     device: torch.device,
 ) -> Decoder:
     reader = folder.weights
-    prefix = next((item for item in family.prefixes if f"{item}{family.names['embedding']}.weight" in reader), "")
+    prefix = next((item for item in family.prefixes if reader.names_of(item + family.names["embedding"])), "")
     names = {role: name if role == "head" else prefix + name for role, name in family.names.items()}
-    parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device)
+    quantization = read_quantization(folder.config)
+    parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device, quantization)
     ignored = family.ignored
     if config.tied_embeddings:
         ignored = (*ignored, rf"{names['head']}\.weight")
@@ -137,13 +143,3 @@ def _load_native(
     finally:
         reader.close()
     return model
-
-
-def _refuse_quantised(folder: ModelFolder) -> None:
-    quantization = folder.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise CheckpointError(
-            f"{folder.path} is quantised (quant_method {method}); quantised folders are not supported yet: "
-            "give the folder of the unquantised model"
-        )

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext
 
 
@@ -58,8 +59,11 @@ class ServingModel(Protocol):
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32.
+
+        kernels: to compute with; the model's own when not given.
+        """
 
     def release(self, request_ids: list[str]) -> None:
         """Forget what is kept for these requests. Does nothing without `has_own_cache`."""

@@ -1,8 +1,8 @@
 """Fills a network's parameters from a model folder, by role instead of by name.
 
 A family's table says what the tensors are called (`families.py`); a network asks for "query" or "mlp_norm" of a layer
-(`layers.py`). Parameters are allocated in their final type and place, several tensors are read into slices of one
-merged matrix, and each matrix is packed for the kernels as soon as it is complete.
+(`layers.py`). A matrix is packed for the kernels straight from the mapped file, from several tensors where it is a
+merged one, quantised or not; then its pages are given back. What the next layer needs is fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
-from fastserve.kernels.interface import Kernels, PackedLinear
+from fastserve.kernels.interface import Kernels, PackedLinear, Weight
+from fastserve.kernels.quant import QuantizedWeight
+from fastserve.models.quantized import read_quantized
 
 
 class ParameterLoader:
@@ -26,6 +29,10 @@ class ParameterLoader:
         names: role -> module name on disk, with {layer} where it belongs.
         transposed: roles whose weight lies on disk as [in, out].
         kernels, dtype, device: how and where the parameters live.
+        quantization: which modules are quantised, and how; None: none.
+
+    Attributes:
+        num_parameters, num_bytes: of what was loaded so far.
     """
 
     def __init__(
@@ -36,14 +43,17 @@ class ParameterLoader:
         kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization | None = None,
     ) -> None:
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
         self.num_parameters = 0
+        self.num_bytes = 0
         self._reader = reader
         self._names = names
         self._transposed = transposed
+        self._quantization = quantization
         self._used: set[str] = set()
         self._missing: list[str] = []
 
@@ -52,10 +62,27 @@ class ParameterLoader:
         return role in self._names
 
     def tensor(self, role: str, shape: tuple[int, ...], layer: int = 0, suffix: str = "weight") -> Tensor:
-        """One tensor as it is on disk, such as an embedding or a norm's weight."""
-        target = self._allocate(shape)
-        self._fill(target, role, layer, suffix)
+        """One tensor in the compute precision, such as a norm's weight."""
+        target = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self._find(f"{self._module(role, layer)}.{suffix}"):
+            self._reader.read_into(f"{self._module(role, layer)}.{suffix}", target)
+        self._count(target.numel(), target.nbytes)
         return target
+
+    def embedding_and_head(self, num_rows: int, size: int, is_tied: bool) -> tuple[PackedLinear, PackedLinear]:
+        """The table of the tokens' vectors, for `Kernels.embedding`, and the output projection; one object when tied.
+
+        A folder may tie them and have the head once more, quantised: they are two then.
+        """
+        head_format = self._format("head", 0, "Linear")
+        if is_tied and (head_format is None or f"{self._module('head', 0)}.{head_format.marker}" not in self._reader):
+            table = self.linear({"embedding": num_rows}, size, bias=False)
+            return table, table
+        if self._format("embedding", 0, "Embedding"):
+            table = self.linear({"embedding": num_rows}, size, bias=False)
+        else:
+            table = PackedLinear(self.tensor("embedding", (num_rows, size)))
+        return table, self.linear({"head": num_rows}, size, bias=False)
 
     def linear(
         self, parts: Mapping[str, int], num_inputs: int, bias: bool, layer: int = 0, is_gated: bool = False
@@ -64,17 +91,23 @@ class ParameterLoader:
 
         is_gated: the parts are gate and up, in this order.
         """
-        num_outputs = sum(parts.values())
-        weight = self._allocate((num_outputs, num_inputs))
-        merged_bias = self._allocate((num_outputs,)) if bias else None
-        first = 0
-        for role, num_rows in parts.items():
-            rows = weight[first : first + num_rows]
-            self._fill(rows.t() if role in self._transposed else rows, role, layer, "weight")
-            if merged_bias is not None:
-                self._fill(merged_bias[first : first + num_rows], role, layer, "bias")
-            first += num_rows
-        return self.kernels.pack_linear(weight, merged_bias, is_gated)
+        for role in parts:
+            self._prefetch(role, layer + 1)
+        weights: Tensor | list[Weight]
+        if all(self._must_convert(role, layer) for role in parts):
+            weights = self._converted(parts, num_inputs, layer)
+        else:
+            weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
+            _check_alike([self._module(role, layer) for role in parts], weights)
+        merged_bias = None
+        if bias:
+            merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])
+        packed = self.kernels.pack_linear(weights, merged_bias, is_gated)
+        self._count(sum(parts.values()) * num_inputs, packed.num_bytes)
+        del weights
+        for role in parts:
+            self._release(role, layer)
+        return packed
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.
@@ -92,18 +125,76 @@ class ParameterLoader:
                 "transformers run it with backend=transformers"
             )
 
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.num_parameters += tensor.numel()
-        return tensor
+    def _must_convert(self, role: str, layer: int) -> bool:
+        """Whether a matrix that is not quantised lies on disk in another form than it is packed from."""
+        name = f"{self._module(role, layer)}.weight"
+        if self._format(role, layer, "Embedding" if role == "embedding" else "Linear") is not None:
+            return False
+        is_ready = name in self._reader and self._reader.dtype(name) is self.dtype and self.device.type == "cpu"
+        return role in self._transposed or not is_ready
 
-    def _fill(self, target: Tensor, role: str, layer: int, suffix: str) -> None:
-        name = f"{self._names[role].format(layer=layer)}.{suffix}"
-        if name not in self._reader:
-            self._missing.append(name)
-            return
-        self._reader.read_into(name, target)
-        self._used.add(name)
+    def _converted(self, parts: Mapping[str, int], num_inputs: int, layer: int) -> Tensor:
+        """Matrices in the compute precision below each other; pages of the file are given back meanwhile."""
+        merged = torch.empty((sum(parts.values()), num_inputs), dtype=self.dtype, device=self.device)
+        for role, rows in zip(parts, merged.split(list(parts.values())), strict=True):
+            name = f"{self._module(role, layer)}.weight"
+            if self._find(name):
+                self._reader.read_into(name, rows.t() if role in self._transposed else rows)
+        return merged
+
+    def _weight(self, role: str, shape: tuple[int, int], layer: int) -> Weight:
+        """A quantised matrix, or one as a view of the file."""
+        module = self._module(role, layer)
+        layout = self._format(role, layer, "Embedding" if role == "embedding" else "Linear")
+        if layout is None:
+            return (
+                self._reader.view(f"{module}.weight", shape) if self._find(f"{module}.weight") else torch.empty(shape)
+            )
+        if role in self._transposed:
+            raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
+        self._used.update(name for name in self._reader.names_of(module) if not name.endswith(".bias"))
+        return read_quantized(self._reader, module, shape, layout)
+
+    def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
+        """How the module is quantised; None when it was left as it was, whatever the config says of others."""
+        if self._quantization is None or role not in self._names:
+            return None
+        module = self._module(role, layer)
+        layout = self._quantization.format_of(module, class_name)
+        return layout if layout is not None and f"{module}.{layout.marker}" in self._reader else None
+
+    def _module(self, role: str, layer: int) -> str:
+        return self._names[role].format(layer=layer)
+
+    def _find(self, name: str) -> bool:
+        (self._used.add if name in self._reader else self._missing.append)(name)
+        return name in self._reader
+
+    def _prefetch(self, role: str, layer: int) -> None:
+        for name in self._reader.names_of(self._module(role, layer)):
+            self._reader.prefetch(name)
+
+    def _release(self, role: str, layer: int) -> None:
+        for name in self._reader.names_of(self._module(role, layer)):
+            self._reader.release(name)
+
+    def _count(self, num_parameters: int, num_bytes: int) -> None:
+        self.num_parameters += num_parameters
+        self.num_bytes += num_bytes
+
+
+def _check_alike(modules: list[str], weights: list[Weight]) -> None:
+    kinds = set()
+    for weight in weights:
+        kind: tuple[object, ...] = ()
+        if isinstance(weight, QuantizedWeight):
+            levels = None if weight.codebook is None else tuple(weight.codebook.tolist())
+            kind = (weight.scheme, weight.scales.dtype, levels)
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{', '.join(modules)} are served as one matrix, but are quantised in different ways; quantise them alike"
+        )
 
 
 def _listed(names: list[str]) -> str:

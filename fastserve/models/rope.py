@@ -53,13 +53,11 @@ class RopeTable:
         self._device = device
         self._extend(min(max_positions, _FIRST_ROWS))
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, R/2] at positions [T]."""
-        if self._num_rows < self._max_positions:
-            last = int(positions.max())
-            if last >= self._num_rows:
-                self._extend(min(self._max_positions, max(last + 1, 2 * self._num_rows)))
-        return self._cos.index_select(0, positions).to(dtype), self._sin.index_select(0, positions).to(dtype)
+    def rotation(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, R/2] float32, with at least `num_positions` rows (as far as there are positions)."""
+        if num_positions > self._num_rows and self._num_rows < self._max_positions:
+            self._extend(min(self._max_positions, max(num_positions, 2 * self._num_rows)))
+        return self._cos, self._sin
 
     def _extend(self, num_rows: int) -> None:
         angles = torch.outer(torch.arange(num_rows).float(), self._frequencies)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, FastServeError
 from fastserve.kernels import select
-from fastserve.kernels.interface import Batch, Kernels, KernelSpec
+from fastserve.kernels.interface import Batch, HeadTransform, Kernels, KernelSpec
 from fastserve.kernels.reference import ReferenceKernels
 from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
 from fastserve.models.model import ModelShape, ServingModel
@@ -51,7 +51,7 @@ class TransformersModel:
         return run_body(self._network, input_ids, positions, context)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
         return self._network.logits(hidden)
 
@@ -195,16 +195,25 @@ class _Recorder:
     """Notes what each layer asks for: layer -> (H, G, D, window)."""
 
     def __init__(self, context: AttentionContext) -> None:
+        self.kernels, self.longest = context.kernels, context.longest
         self._context = context
         self.calls: dict[int, tuple[int, int, int, int]] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0, softcap: float = 0.0
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        transform: HeadTransform | None = None,
     ) -> Tensor:
         if layer in self.calls:
             raise NotPagedError(f"layer {layer} attends twice")
         self.calls[layer] = (query.shape[1], key.shape[1], key.shape[2], window)
-        return self._context.attend(layer, query, key, value, scale, window, softcap)
+        return self._context.attend(layer, query, key, value, scale, window, softcap, transform)
 
 
 def _check_windows(config: Any, windows: tuple[int, ...]) -> None:

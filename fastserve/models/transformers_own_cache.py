@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import CheckpointError
+from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.model import ModelShape
 from fastserve.models.transformers_network import Network, Probe
@@ -71,7 +72,7 @@ class OwnCacheModel:
         return torch.cat(rows)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
         return self._network.logits(hidden)
 

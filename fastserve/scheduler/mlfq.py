@@ -25,6 +25,7 @@ class SkipJoinMLFQ(FCFS):
     """Args: `alpha`, seconds of waiting after which a sequence is promoted; `num_levels`."""
 
     preemptive = True
+    uses_cost = True
 
     def __init__(self, context: PolicyContext, alpha: float = 0.3, num_levels: int = 24) -> None:
         super().__init__(context)

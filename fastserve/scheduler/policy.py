@@ -39,10 +39,12 @@ class SchedulingPolicy(Protocol):
         preemptive: a better-ranked waiting sequence may pause a running one when the batch is full.
         evicts: a better-ranked sequence that is to start may take the memory of paused ones. Without it, it waits for
             free memory: what was computed is not thrown away for order's sake.
+        uses_cost: it orders by the cost model, which is then fitted to measured steps before the first request.
     """
 
     preemptive: bool = False
     evicts: bool = False
+    uses_cost: bool = False
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         """A new sequence joins; `rank` follows."""

@@ -22,6 +22,8 @@ class HRRN(FCFS):
     to come has the highest: so only the heads of the lanes are compared.
     """
 
+    uses_cost = True
+
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         self._service: dict[str, float] = {}
@@ -43,6 +45,7 @@ class SRPTOracle(FCFS):
     """Shortest remaining time first, knowing that every request runs to its `max_tokens`. For benchmarks only."""
 
     preemptive = True
+    uses_cost = True
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         tokens_left = (sequence.request.sampling.max_tokens or 1) - sequence.num_output

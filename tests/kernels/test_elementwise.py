@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import ConfigError
+from fastserve.kernels.interface import HeadTransform
 from fastserve.kernels.reference import ReferenceKernels
 from tests.kernels.conftest import native_kernels
 
@@ -80,6 +81,50 @@ def test_cache_writes(isa: str, cache_dtype: torch.dtype) -> None:
     REFERENCE.store_kv(key, value, *caches[1], slots)
     for ours, theirs in zip(*caches, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=["cache32", "cache16"])
+@pytest.mark.parametrize(
+    ("size", "rotated", "is_normed"), [(64, 64, True), (80, 32, True), (20, 20, False), (36, 0, True)]
+)
+def test_heads_in_one_operation_are_the_operations_one_by_one(
+    isa: str, dtype: torch.dtype, cache_dtype: torch.dtype, size: int, rotated: int, is_normed: bool
+) -> None:
+    kernels = native_kernels(isa)
+    merged = random(6, 9, size, dtype=dtype)
+    query, key, value = merged.split((5, 2, 2), dim=1)
+    angles = random(40, rotated // 2, seed=3)
+    norms = [random(size, dtype=dtype, seed=seed) if is_normed else None for seed in (1, 2)]
+    tables = (angles.cos(), angles.sin()) if rotated else (None, None)
+    transform = HeadTransform(*norms, 1e-6, *tables, torch.tensor([0, 39, 7, 7, 1, 20]))
+    slots = torch.tensor([7, 0, 30, 31, 2, 19])
+
+    def run(operations: ReferenceKernels, *, fused: bool) -> tuple[Tensor, ...]:
+        caches = [torch.zeros(4, 8, 2, size, dtype=cache_dtype) for _ in range(2)]
+        owner = type(operations) if fused else ReferenceKernels
+        return owner.transform_and_store(operations, query, key, value, transform, *caches, slots), *caches
+
+    fused = run(kernels, fused=True)
+    for ours, theirs in zip(fused, run(kernels, fused=False), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(fused, run(REFERENCE, fused=True), strict=True):
+        assert_near(ours, theirs, floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+def test_embedding_and_norms_with_a_residual(isa: str, dtype: torch.dtype) -> None:
+    kernels = native_kernels(isa)
+    for size in (16, 33, 128):
+        table, residual = random(11, size, dtype=dtype), random(5, size, dtype=dtype, seed=1)
+        ids = torch.tensor([10, 0, 3, 3, 9])
+        assert torch.equal(kernels.embed(table, ids, table.dtype), table[ids])
+        assert torch.equal(kernels.embed(table, ids, table.dtype, residual), table[ids] + residual)
+        assert torch.equal(kernels.embed(table, ids, table.dtype, scale=8.0), table[ids] * 8.0)
+        x, weight, bias = table[:5], table[5], table[6]
+        assert torch.equal(kernels.rms_norm(x, weight, 1e-6, residual), kernels.rms_norm(x, weight, 1e-6) + residual)
+        plain = kernels.layer_norm(x, weight, bias, 1e-5)
+        assert torch.equal(kernels.layer_norm(x, weight, bias, 1e-5, residual), plain + residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])

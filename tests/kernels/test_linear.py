@@ -7,6 +7,8 @@ rounding alone (2e-6); 8-bit activations are compared with the reference's own q
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +81,27 @@ def test_packing_keeps_every_weight(isa: str) -> None:
             kernels.pack_linear(weight, None).native.unpack(back.data_ptr())
             expected = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.float()
             assert torch.equal(back, expected), (name, num_outputs, num_inputs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_are_one_matrix_and_its_rows_can_be_looked_up(isa: str, name: str) -> None:
+    native, reference = native_kernels(isa), ReferenceKernels()
+    first, second, third = parts = [make_weight(name, rows, 200) for rows in (70, 33, 1)]
+    if isinstance(first, QuantizedWeight) and first.codebook is not None:
+        parts = [first, *(dataclasses.replace(item, codebook=first.codebook) for item in (second, third))]
+    packed, expected = (kernels.pack_linear(parts, None) for kernels in (native, reference))
+    back = torch.empty(104, 200)
+    packed.native.unpack(back.data_ptr())
+    assert torch.equal(back, expected.weight.float())
+    for ids in (
+        torch.tensor([103, 0, 69, 70, 70, 102]),
+        torch.arange(104).repeat(3),
+        torch.tensor([], dtype=torch.int64),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            rows = native.embed(packed, ids, dtype)
+            assert rows.dtype is dtype
+            assert torch.equal(rows, reference.embed(expected, ids, dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)

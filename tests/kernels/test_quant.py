@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.quant import QuantScheme, pack_nibbles, quantize, quantize_activations, unpack_nibbles
+from fastserve.kernels.quant import QuantScheme, pack_words, quantize, quantize_activations, unpack_words
 
 WEIGHT = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
 
@@ -39,12 +39,15 @@ def test_zero_rows_stay_zero() -> None:
     assert not values.any() and torch.equal(scales, torch.ones(2, 1))
 
 
-def test_nibbles_round_trip_in_compressed_tensors_order() -> None:
-    values = torch.randint(0, 16, (5, 21), dtype=torch.uint8)
-    words = pack_nibbles(values)
-    assert words.shape == (5, 3) and words.dtype is torch.int32
-    assert int(words[0, 0]) & 15 == int(values[0, 0])
-    assert torch.equal(unpack_nibbles(words, 21), values)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_round_trip_in_compressed_tensors_order(bits: int) -> None:
+    scheme = QuantScheme(bits)
+    values = torch.randint(0, 1 << bits, (5, 21), dtype=torch.uint8)
+    words = pack_words(values, scheme)
+    assert words.shape == (5, -(-21 * bits // 32)) and words.dtype is torch.int32
+    number = int(words[1, 0]) % (1 << 32)
+    assert [number >> shift & scheme.max_value for shift in range(0, 32, bits)] == values[1, : 32 // bits].tolist()
+    assert torch.equal(unpack_words(words, scheme, 21), values)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.cpu.threads import usable_cpus
-from fastserve.kernels.interface import Batch, KernelSpec, PackedLinear
+from fastserve.kernels.interface import Batch, HeadTransform, Kernels, KernelSpec, PackedLinear, RecordedStep, Weight
 from fastserve.kernels.quant import QuantizedWeight
 from fastserve.kernels.reference import ReferenceKernels
 
@@ -58,45 +59,51 @@ class CPUKernels(ReferenceKernels):
         return reasons
 
     def pack_linear(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, is_gated: bool = False
+        self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
         bias = None if bias is None else bias.float().contiguous()
+        parts: Sequence[Any] = weight if isinstance(weight, Sequence) else [weight]
         options: dict[str, Any] = {"bias": 0 if bias is None else bias.data_ptr(), "gated": is_gated}
-        activation_bits = 16
-        if isinstance(weight, QuantizedWeight):
-            values, scheme = weight.values.contiguous(), weight.scheme
-            scales = weight.scales.contiguous()
-            zeros = None if weight.zeros is None else weight.zeros.contiguous()
+        activation_bits, first = 16, parts[0]
+        if isinstance(first, QuantizedWeight):
+            scheme, activation_bits = first.scheme, first.scheme.activation_bits
             code = _CODEBOOK if scheme.has_codebook else _NIBBLES if scheme.weight_bits == 4 else _BYTES
-            activation_bits = scheme.activation_bits
-            options |= {"group": scheme.group_size, "scales": scales.data_ptr()}
-            options |= {"scale_type": _SCALE_DTYPES[scales.dtype], "zeros": 0 if zeros is None else zeros.data_ptr()}
-            if weight.codebook is not None:
-                options["table"] = weight.codebook.tolist()
+            options |= {"group": scheme.group_size, "scale_type": _SCALE_DTYPES[first.scales.dtype]}
+            if first.codebook is not None:
+                options["table"] = first.codebook.tolist()
+            tensors: list[tuple[Any, ...]] = [(part.values, part.scales, part.zeros) for part in parts]
         else:
-            values, code = weight.contiguous(), _DTYPES[weight.dtype]
-        num_outputs, num_inputs = values.shape
-        native = self._backend.pack(code, values.data_ptr(), num_outputs, num_inputs, num_inputs, **options)
-        return PackedLinear(values.new_empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
+            code = _DTYPES[first.dtype]
+            tensors = [(part, None, None) for part in parts]
+        tensors = [tuple(None if item is None else item.contiguous() for item in part) for part in tensors]
+        rows = [(len(part[0]), *(0 if item is None else item.data_ptr() for item in part)) for part in tensors]
+        native = self._backend.pack(code, tensors[0][0].shape[1], rows, **options)
+        return PackedLinear(torch.empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
 
-    def linear(self, packed: PackedLinear, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        packed: PackedLinear,
+        x: Tensor,
+        activation: str = "",
+        residual: Tensor | None = None,
+        is_wide: bool = False,
+    ) -> Tensor:
         weight = packed.native
         if x.stride(-1) != 1:
             x = x.contiguous()
-        out = torch.empty(x.shape[0], weight.out_columns, dtype=x.dtype)
+        out = torch.empty(x.shape[0], weight.out_columns, dtype=torch.float32 if is_wide else x.dtype)
         if not x.shape[0]:
             return out
-        dtype = _DTYPES[x.dtype]
-        if residual is not None and (residual.stride(-1) != 1 or residual.dtype != x.dtype):
-            residual = residual.to(x.dtype).contiguous()
+        if residual is not None and (residual.stride(-1) != 1 or residual.dtype != out.dtype):
+            residual = residual.to(out.dtype).contiguous()
         self._backend.linear(
             weight,
             x.shape[0],
             x.data_ptr(),
-            dtype,
+            _DTYPES[x.dtype],
             x.stride(0),
             out.data_ptr(),
-            dtype,
+            _DTYPES[out.dtype],
             out.stride(0),
             0 if residual is None else residual.data_ptr(),
             0 if residual is None else residual.stride(0),
@@ -105,17 +112,49 @@ class CPUKernels(ReferenceKernels):
         )
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return self._norm(x, weight, None, epsilon, subtract_mean=False)
+    def embed(
+        self,
+        table: Tensor | PackedLinear,
+        ids: Tensor,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        packed, dense = (None, table) if isinstance(table, Tensor) else (table.native, None)
+        if packed is None and dense is None:
+            dense = table.weight
+        out = torch.empty(ids.shape[0], packed.k if dense is None else dense.shape[1], dtype=dtype)
+        if out.numel():
+            assert ids.is_contiguous() and (residual is None or (residual.is_contiguous() and packed is None))
+            assert dense is None or (dense.is_contiguous() and dense.dtype is dtype)
+            self._backend.gather(
+                packed, _address(dense), _DTYPES[dtype], *out.shape, ids.data_ptr(), scale, _address(residual),
+                out.data_ptr(),
+            )  # fmt: skip
+        return out
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-        return self._norm(x, weight, bias, epsilon, subtract_mean=True)
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
+        return self._norm(x, weight, None, epsilon, residual, subtract_mean=False)
 
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, subtract_mean: bool) -> Tensor:
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
+    ) -> Tensor:
+        return self._norm(x, weight, bias, epsilon, residual, subtract_mean=True)
+
+    def _norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        epsilon: float,
+        residual: Tensor | None,
+        subtract_mean: bool,
+    ) -> Tensor:
+        assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
         if x.dim() > 3 or x.stride(-1) != 1:
             x = x.contiguous()
         if x.dim() > 3 or x.dim() < 2:
-            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, subtract_mean).view(x.shape)
+            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, subtract_mean).view(x.shape)
         out = torch.empty(x.shape, dtype=x.dtype)
         if not x.numel():
             return out
@@ -123,7 +162,7 @@ class CPUKernels(ReferenceKernels):
         inner_stride = 0 if x.dim() == 2 else x.stride(1)
         self._backend.norm(
             x.data_ptr(), _DTYPES[x.dtype], outer, inner, x.stride(0), inner_stride, x.shape[-1],
-            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), epsilon, subtract_mean,
+            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, subtract_mean, _address(residual),
         )  # fmt: skip
         return out
 
@@ -160,18 +199,32 @@ class CPUKernels(ReferenceKernels):
         return out
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-        if not key.numel():
-            return
-        assert keys.is_contiguous() and values.is_contiguous() and slot_mapping.is_contiguous()
-        if key.stride(-1) != 1:
-            key = key.contiguous()
-        if value.stride(-1) != 1:
-            value = value.contiguous()
-        self._backend.store(
-            key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _DTYPES[keys.dtype], *key.shape,
-            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            keys.data_ptr(), values.data_ptr(), slot_mapping.data_ptr(),
+        if key.numel():
+            self._backend.store(*_store_arguments(_dense_heads(key), _dense_heads(value), keys, values, slot_mapping))
+
+    def transform_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        transform: HeadTransform,
+        keys: Tensor,
+        values: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        if not query.numel():
+            return out
+        cos, sin = transform.cos, transform.sin
+        assert cos is None or (cos.is_contiguous() and cos.dtype is torch.float32)
+        self._backend.heads(
+            query.data_ptr(), query.shape[1], query.stride(0), query.stride(1),
+            _address(transform.query_norm), _address(transform.key_norm), transform.epsilon,
+            _address(cos), _address(sin), 0 if cos is None else cos.shape[-1], transform.positions.data_ptr(),
+            out.data_ptr(), _store_arguments(key, value, keys, values, slot_mapping),
         )  # fmt: skip
+        return out
 
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
@@ -199,6 +252,28 @@ class CPUKernels(ReferenceKernels):
                 logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, logits.stride(0), out.data_ptr()
             )
         return out
+
+    def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
+        from fastserve.kernels.cpu.recording import record
+
+        return record(self._backend, network, longest)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:
+    assert keys.is_contiguous() and values.is_contiguous() and slot_mapping.is_contiguous()
+    return (
+        key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _DTYPES[keys.dtype], *key.shape,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        keys.data_ptr(), values.data_ptr(), slot_mapping.data_ptr(),
+    )  # fmt: skip
 
 
 def _activation_code(activation: str) -> int:

@@ -138,12 +138,6 @@ def test_unknown_architecture(llama: Path) -> None:
     assert "transformers" in str(caught.value)
 
 
-def test_quantised_folder(llama: Path) -> None:
-    change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"quantised.*gptq.*not supported yet"):
-        load(llama)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_no_cuda(llama: Path) -> None:
     with pytest.raises(ConfigError, match="use device=cpu"):

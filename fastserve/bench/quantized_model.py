@@ -1,0 +1,167 @@
+"""Write a model folder again with its linears quantised, rounded to the nearest value: for benchmarks and tests.
+
+One scheme for all linears of the layers, named as in `parse_scheme`; the output projection stays as it is, or becomes
+8-bit: with tied embeddings it is the embedding that does, and serves both. The folder is in compressed-tensors form,
+but for codebooks, which have a form of our own. Memory stays at one tensor and one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
+from fastserve.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.kernels.quant import QuantizedWeight, QuantScheme
+
+SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
+_NAME = re.compile(r"int(?P<bits>[48])(-g(?P<group>32|64|128))?(?P<asym>-asym)?(?P<a8>-a8)?")
+_LINEAR = re.compile(r".*\.layers\.\d+\..*_proj")
+_MAX_SHARD_BYTES = 1 << 30
+_Tensors = dict[str, "torch.Tensor"]
+
+
+def parse_scheme(name: str) -> QuantScheme:
+    """The scheme of a name such as int8, int8-a8, int4-g32-asym or codebook.
+
+    Raises:
+        ConfigError: no such scheme.
+    """
+    from fastserve.kernels.quant import QuantScheme
+
+    if name == "codebook":
+        return QuantScheme(4, has_codebook=True)
+    found = _NAME.fullmatch(name)
+    if found is None or (found["bits"] == "8" and found["group"]):
+        raise ConfigError(f"there is no weight scheme {name!r}; there are {SCHEMES}")
+    group = int(found["group"] or 128) if found["bits"] == "4" else 0
+    return QuantScheme(int(found["bits"]), group, not found["asym"], 8 if found["a8"] else 16)
+
+
+def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str = "") -> Path:
+    """Write `source` to the new folder `target` with `weights` (see `parse_scheme`) and the head as it is or "int8".
+
+    Raises:
+        ConfigError: no such scheme, or a head that cannot be had with it.
+        FileExistsError: `target` exists and is not empty.
+    """
+    from safetensors.torch import save_file
+
+    scheme = parse_scheme(weights)
+    if head not in ("", "int8") or (head and scheme.has_codebook):
+        raise ConfigError("the head stays as it is, or becomes int8 beside int4 or int8 weights")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; name a new folder or remove it")
+    target.mkdir(parents=True, exist_ok=True)
+    is_tied = bool(source.config.get("tie_word_embeddings"))
+    head_module = ("model.embed_tokens" if is_tied else "lm_head") if head else ""
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(_shards(_converted(source, scheme, head_module)), 1):
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    for other in source.path.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and not (target / other.name).exists():
+            shutil.copyfile(other, target / other.name)
+    config = {**source.config, "quantization_config": _describe(scheme, head_module)}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from fastserve.kernels.quant import QuantScheme, quantize
+
+    reader = source.weights
+    levels: dict[str, torch.Tensor] = {}  # modules of one parent share a codebook, so that they can be merged
+    for name in reader.names():
+        module = name.removesuffix(".weight")
+        tensor = reader.view(name, reader.shape(name))
+        if module == head_module:
+            yield from _tensors(module, quantize(tensor, QuantScheme(8), tensor.dtype)).items()
+        elif name.endswith(".weight") and _LINEAR.fullmatch(module):
+            parent = module.rpartition(".")[0]
+            quantized = quantize(tensor, scheme, tensor.dtype, levels.get(parent))
+            if quantized.codebook is not None:
+                levels[parent] = quantized.codebook
+            yield from _tensors(module, quantized).items()
+        else:
+            yield name, tensor.clone()
+        reader.release(name)
+
+
+def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
+    """A quantised weight as compressed-tensors lays it out."""
+    import torch
+
+    from fastserve.kernels.quant import pack_words
+
+    scheme = weight.scheme
+    found = {"weight_scale": weight.scales}
+    if _layout(scheme) == "int-quantized":
+        found["weight"] = (weight.values ^ 128).view(torch.int8)
+        if weight.zeros is not None:
+            found["weight_zero_point"] = (weight.zeros ^ 128).view(torch.int8)
+    else:
+        found["weight_packed"] = pack_words(weight.values, scheme)
+        found["weight_shape"] = torch.tensor(weight.values.shape)
+        if weight.zeros is not None:
+            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme).t().contiguous()
+    if weight.codebook is not None:
+        found["weight_codebook"] = weight.codebook.clone()
+    return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+
+
+def _layout(scheme: QuantScheme) -> str:
+    if scheme.has_codebook:
+        return CODEBOOK_FORMAT
+    return "int-quantized" if scheme.weight_bits == 8 and scheme.activation_bits == 8 else "pack-quantized"
+
+
+def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
+    from fastserve.kernels.quant import QuantScheme
+
+    groups = {"group_0": _group(scheme, ["Linear"])}
+    if head_module:
+        groups["group_1"] = _group(QuantScheme(8), [head_module])
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [] if head_module == "lm_head" else ["lm_head"],
+    }
+
+
+def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+    kind = "codebook" if scheme.has_codebook else "int"
+    weights: dict[str, Any] = {"num_bits": scheme.weight_bits, "type": kind, "symmetric": scheme.is_symmetric}
+    weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": activations if scheme.activation_bits == 8 else None,
+        "format": _layout(scheme),
+    }
+
+
+def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[_Tensors]:
+    shard: _Tensors = {}
+    for name, tensor in tensors:
+        shard[name] = tensor
+        if sum(item.nbytes for item in shard.values()) > _MAX_SHARD_BYTES:
+            yield shard
+            shard = {}
+    yield shard

@@ -1,0 +1,153 @@
+"""What config.json says about quantised weights: which scheme a module has, and how it lies on disk.
+
+Reads the `quantization_config` of compressed-tensors (pack-quantized, int-quantized, and codebooks of our own), GPTQ
+and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
+weights is `models/quantized.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastserve.core.errors import CheckpointError
+
+CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
+SUPPORTED = (
+    "compressed-tensors with integer weights (pack-quantized or int-quantized; 4 bits per channel or in groups of 32, "
+    "64 or 128, 8 bits per channel or tensor; activations as they are, or 8 bits per token, dynamic, symmetric), GPTQ "
+    f"(4 bits, no reordered columns), AWQ (4 bits, gemm) and format {CODEBOOK_FORMAT} (4-bit k-means)"
+)
+# The tensor by which a quantised module is told from one that was left as it was.
+_MARKERS = {
+    "pack-quantized": "weight_packed",
+    "int-quantized": "weight_scale",
+    "gptq": "qweight",
+    "gptq_v2": "qweight",
+    "awq": "qweight",
+    "codebook": "weight_codebook",
+}
+_CLASSES = ("Linear", "Embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedFormat:
+    """A scheme, its layout on disk, and the modules that have it.
+
+    Attributes:
+        layout: a key of the table above.
+        bits, is_symmetric: of the weights.
+        group_size: weights of a row that share a scale; 0: all.
+        activation_bits: 16, or 8: quantised per token as they come.
+        targets: names of modules, "re:" and a pattern, or classes ("Linear", "Embedding").
+    """
+
+    layout: str
+    bits: int
+    group_size: int = 0
+    is_symmetric: bool = True
+    activation_bits: int = 16
+    targets: tuple[str, ...] = ("Linear",)
+
+    @property
+    def marker(self) -> str:
+        """Suffix of the tensor that every module of this format has."""
+        return _MARKERS[self.layout]
+
+    def names(self, module: str) -> bool:
+        """Whether the targets name this module itself, and not just its class."""
+        return any(re.match(item[3:], module) if item.startswith("re:") else item == module for item in self.targets)
+
+
+class Quantization:
+    """The formats of a folder; a module's own name counts before its class."""
+
+    def __init__(self, formats: list[QuantizedFormat]) -> None:
+        self.formats = formats
+
+    def format_of(self, module: str, class_name: str = "Linear") -> QuantizedFormat | None:
+        """The format that the config gives to a module, or None."""
+        for item in self.formats:
+            if item.names(module):
+                return item
+        return next((item for item in self.formats if class_name in item.targets), None)
+
+
+def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """The `quantization_config` of a config.json; None when the weights are not quantised.
+
+    Raises:
+        CheckpointError: a scheme that is not supported; the message says which are.
+    """
+    entry = config.get("quantization_config")
+    if not entry:
+        return None
+    try:
+        method = str(entry["quant_method"])
+        reader = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+        if method not in reader:
+            raise _unsupported(f"quant_method {method!r}")
+        return Quantization(reader[method](entry))
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise _unsupported(f"a quantization_config that cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
+    if entry.get("kv_cache_scheme"):
+        raise _unsupported("kv_cache_scheme")
+    if (entry.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise _unsupported("sparse weights")
+    formats = []
+    for group in entry["config_groups"].values():
+        weights, activations = group["weights"], group.get("input_activations")
+        layout = str(group.get("format") or entry.get("format"))
+        if layout == CODEBOOK_FORMAT and weights.get("num_bits") == 4 and not activations:
+            formats.append(QuantizedFormat("codebook", 4, targets=tuple(str(item) for item in group["targets"])))
+            continue
+        if layout not in ("pack-quantized", "int-quantized"):
+            raise _unsupported(f"compressed-tensors format {layout!r}")
+        strategy, targets = str(weights["strategy"]), tuple(str(item) for item in group["targets"])
+        if weights.get("type", "int") != "int" or strategy not in ("group", "channel", "tensor"):
+            raise _unsupported(f"weights of type {weights.get('type')!r} and strategy {strategy!r}")
+        if weights.get("actorder") == "group":
+            raise _unsupported("reordered columns (actorder: group)")
+        for name in targets:
+            if name.startswith("re:"):
+                re.compile(name[3:])
+        group_size = int(weights["group_size"]) if strategy == "group" else 0
+        bits, is_symmetric = int(weights["num_bits"]), bool(weights.get("symmetric", True))
+        formats.append(QuantizedFormat(layout, bits, group_size, is_symmetric, _activation_bits(activations), targets))
+    return formats
+
+
+def _activation_bits(entry: Mapping[str, Any] | None) -> int:
+    if not entry:
+        return 16
+    found = {name: entry.get(name) for name in ("num_bits", "type", "strategy", "dynamic", "symmetric")}
+    if found != {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}:
+        raise _unsupported(f"activations quantised as {found}")
+    return 8
+
+
+def _gptq(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
+    layout = str(entry.get("checkpoint_format") or "gptq")
+    if layout not in ("gptq", "gptq_v2") or entry.get("dynamic"):
+        raise _unsupported(f"GPTQ with checkpoint_format {layout!r} or settings per module")
+    group_size = max(0, int(entry["group_size"]))  # -1: a whole row
+    return [QuantizedFormat(layout, int(entry["bits"]), group_size, bool(entry.get("sym", True)))]
+
+
+def _awq(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
+    version = str(entry.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise _unsupported(f"AWQ version {version!r}")
+    group_size = max(0, int(entry["group_size"]))
+    return [QuantizedFormat("awq", int(entry["bits"]), group_size, not entry.get("zero_point", True))]
+
+
+def _unsupported(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the folder's weights are quantised in a way that is not supported: {what}. Supported are {SUPPORTED}"
+    )

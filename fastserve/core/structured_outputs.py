@@ -11,7 +11,7 @@ from typing import Any
 
 from fastserve.core.errors import RequestError
 
-MAX_GRAMMAR_LENGTH = 512 * 1024
+MAX_GRAMMAR_LENGTH = 128 * 1024
 MAX_CHOICES = 1024
 _PARAM = "structured_outputs"
 

@@ -21,7 +21,7 @@ SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/
 SERVING_PATH_LIMIT := 7500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast lint format bench size clean
+.PHONY: help setup serve test test-fast test-native lint format bench size clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,22 @@ test: $(STAMP) ## all tests that this machine can run
 
 test-fast: $(STAMP) ## the everyday subset, under three minutes
 	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+# The C++ tests in one build folder per kind; `plain` is what users get, the others watch memory and threads.
+SANITIZE_plain :=
+SANITIZE_address := address,undefined
+SANITIZE_thread := thread
+SANITIZERS ?= plain address thread
+
+test-native: $(STAMP) ## the C++ tests: plain, with ASan and UBSan, with TSan (SANITIZERS=plain for the first alone)
+	@for kind in $(SANITIZERS); do $(MAKE) --no-print-directory test-native-$$kind || exit 1; done
+
+test-native-%: $(STAMP)
+	@cmake -S csrc -B build/native-$* -DFASTSERVE_PYTHON=OFF -DFASTSERVE_TESTS=ON \
+		-DFASTSERVE_SANITIZE=$(SANITIZE_$*) > /dev/null
+	@cmake --build build/native-$* --parallel 2 > build/native-$*/build.log || { cat build/native-$*/build.log; exit 1; }
+	@echo "test-native: $*"
+	@ctest --test-dir build/native-$* --output-on-failure --timeout 600 | grep -E 'Test +#|tests passed|rror'
 
 lint: $(STAMP) ## ruff, mypy, import-linter, and the size limit
 	@$(BIN)/ruff check .

@@ -32,7 +32,7 @@ using WeightPart = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 class Operations {
     // The arguments of `store`.
     using StoreCall = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                 uintptr_t, uintptr_t, uintptr_t>;
+                                 uintptr_t, uintptr_t, uintptr_t, int64_t>;
 
 public:
     virtual ~Operations() = default;
@@ -60,7 +60,8 @@ public:
                    int cache_type, const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
                    int64_t block_size, const std::vector<int64_t>& query_starts,
                    const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, float scale,
-                   float softcap, int64_t window, bool causal) {
+                   float softcap, int64_t window, bool causal, uintptr_t bias, int64_t bias_stride,
+                   int64_t bias_origin) {
         std::vector<const int64_t*> tables;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
         AttentionArgs args{};
@@ -86,6 +87,9 @@ public:
         args.softcap = softcap;
         args.window = window;
         args.causal = causal;
+        args.bias = at<float>(bias);
+        args.bias_stride = bias_stride;
+        args.bias_origin = bias_origin;
         submit(args);
     }
 
@@ -107,9 +111,9 @@ public:
 
     void store(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads, int64_t size,
                int64_t key_stride, int64_t key_head_stride, int64_t value_stride, int64_t value_head_stride,
-               uintptr_t keys, uintptr_t values, uintptr_t slots) {
+               uintptr_t keys, uintptr_t values, uintptr_t slots, int64_t block_size) {
         submit(store_args(key, value, type, cache_type, tokens, heads, size, key_stride, key_head_stride, value_stride,
-                          value_head_stride, keys, values, slots));
+                          value_head_stride, keys, values, slots, block_size));
     }
 
     void heads(uintptr_t query, int64_t num_heads, int64_t query_stride, int64_t query_head_stride, uintptr_t query_norm,
@@ -142,7 +146,8 @@ public:
 private:
     static StoreArgs store_args(uintptr_t key, uintptr_t value, int type, int cache_type, int64_t tokens, int64_t heads,
                                 int64_t size, int64_t key_stride, int64_t key_head_stride, int64_t value_stride,
-                                int64_t value_head_stride, uintptr_t keys, uintptr_t values, uintptr_t slots) {
+                                int64_t value_head_stride, uintptr_t keys, uintptr_t values, uintptr_t slots,
+                                int64_t block_size) {
         return {at<void>(key),
                 at<void>(value),
                 static_cast<DType>(type),
@@ -156,7 +161,8 @@ private:
                 value_head_stride,
                 at<void>(keys),
                 at<void>(values),
-                at<int64_t>(slots)};
+                at<int64_t>(slots),
+                block_size};
     }
 
     virtual void submit(const Op& op) = 0;
@@ -188,6 +194,18 @@ public:
         source.bias = at<float>(bias);
         source.gated = gated;
         return fastserve::pack(source, pool_);
+    }
+
+    void sample(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out,
+                const std::vector<float>& inverse_temperature, const std::vector<int64_t>& top_k,
+                const std::vector<double>& top_p, const std::vector<double>& min_p, const std::vector<uint64_t>& random) {
+        std::vector<SampleRow> how;
+        for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+            how.push_back({inverse_temperature.at(row), top_k.at(row), top_p.at(row), min_p.at(row), random.at(row)});
+        }
+        SampleArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, how.data(), at<int64_t>(out)};
+        nb::gil_scoped_release release;
+        pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
     }
 
     double peak(int kind, double seconds) {
@@ -281,6 +299,7 @@ NB_MODULE(_native, m) {
         .def("pack", &Backend::pack, nb::arg("format"), nb::arg("k"), nb::arg("parts"), nb::arg("group") = 0,
              nb::arg("scale_type") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
              nb::arg("gated") = false)
+        .def("sample", &Backend::sample)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")
         .def(nb::init<Backend&, int64_t, int64_t>(), nb::arg("backend"), nb::arg("tokens"), nb::arg("rows"),

@@ -10,14 +10,14 @@
 
 namespace fastserve {
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, s8 = 2 };  // s8: caches only, with scales
 enum class Activation : int { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, relu = 4 };
 
 constexpr int kPanelColumns = 64;   // columns of one packed panel
 constexpr int kColumnMultiple = 16; // a last, narrower panel has a multiple of this many columns
 constexpr int kDepthMultiple = 64;  // K is padded to this: one tile row of int8, two of bfloat16
 
-static inline int64_t element_bytes(DType type) { return type == DType::f32 ? 4 : 2; }
+static inline int64_t element_bytes(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -48,7 +48,7 @@ ScratchSize attention_scratch(const AttentionArgs& args) {
     const int64_t depth = round_up(args.head_size, 32), padded = round_up(args.head_size, kPanelColumns);
     constexpr int64_t kKeys = 64, kSplit = 512, kSplitQueries = 4;  // as in isa/attention.h
     ScratchSize size;
-    size.per_thread = static_cast<size_t>(4 * (rows * (depth + 2 * kKeys + 2 * padded + 4) + kKeys * (depth + padded)) + 1024);
+    size.per_thread = static_cast<size_t>(4 * (rows * (depth + 2 * kKeys + 2 * padded + 4) + kKeys * (depth + padded + 2)) + 1024);
     for (int64_t i = 0; i < args.num_sequences; ++i) {
         const int64_t queries = args.query_starts[i + 1] - args.query_starts[i];
         if (queries > kSplitQueries) continue;
@@ -64,6 +64,12 @@ ScratchSize heads_scratch(const HeadsArgs& args) {
 
 ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads) {
     return {static_cast<size_t>(args.rows * threads * 16), 0};
+}
+
+ScratchSize sample_scratch(const SampleArgs& args) {
+    const int64_t chunks = ceil_div(args.size, 64);  // kSampleChunk of isa/sample.h
+    // Weights, a list of candidates, and three numbers per chunk.
+    return {0, static_cast<size_t>((2 * chunks * 64 + 3 * chunks) * 4 + 256)};
 }
 
 }  // namespace fastserve

@@ -36,6 +36,9 @@ struct CacheStrides {
 };
 
 // out = attention of query over each sequence's cached keys and values, which hold this step's already.
+//
+// A cache of s8 has its own layout inside a block: [G, block_size, D] bytes, then [G, block_size] float scales; a block
+// is block_size * G * (D + 4) bytes.
 struct AttentionArgs {
     const void* query;  // [T, H, D] of x_type; D contiguous
     DType x_type;
@@ -51,8 +54,10 @@ struct AttentionArgs {
     const int64_t* context_lens;         // [num_sequences]: tokens in the cache, this step's included
     const int64_t* const* block_tables;  // [num_sequences] block ids in order
     float scale, softcap;                // softcap 0: none
-    int64_t window;                      // 0: none
+    int64_t window;  // 0: none; else keys less than this far away are seen, causal or not
     bool causal;
+    const float* bias;  // null, or [H, bias_stride]: bias[h, bias_origin + key - query position] is added to a score
+    int64_t bias_stride, bias_origin;
 };
 
 // Query rows (positions x query heads per key head) that a tile of attention has at most.
@@ -86,13 +91,15 @@ struct RopeArgs {
     void* out;  // contiguous
 };
 
-// Write key and value [T, G, D] into the caches at slots; contiguous caches [blocks * block_size, G, D].
+// Write key and value [T, G, D] into the caches at slots; contiguous caches [blocks * block_size, G, D], or blocks of s8
+// as in AttentionArgs: symmetric, one scale per token and head.
 struct StoreArgs {
     const void *key, *value;
     DType type, cache_type;
     int64_t tokens, heads, size, key_stride, key_head_stride, value_stride, value_head_stride;
     void *keys, *values;
     const int64_t* slots;
+    int64_t block_size;  // s8 only
 };
 
 // Heads of a step made ready for attention: query and key heads normed (root mean square) and rotated, keys and values
@@ -143,6 +150,25 @@ struct ArgmaxArgs {
 
 ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads);
 
+// How one row of SampleArgs is drawn from; see `RowSampling` in kernels/interface.py.
+struct SampleRow {
+    float inverse_temperature;  // 0: the largest logit, the first among equals
+    int64_t top_k;              // 0: all
+    double top_p, min_p;        // 1 and 0: all
+    uint64_t random;            // below 2^53
+};
+
+// One token per row of logits; exact integer sums, so that every instruction set draws the same.
+struct SampleArgs {
+    const void* x;
+    DType type;
+    int64_t rows, size, stride;
+    const SampleRow* how;  // [rows]
+    int64_t* out;
+};
+
+ScratchSize sample_scratch(const SampleArgs& args);
+
 struct OpTable {
     const char* name;
     void (*linear)(const LinearArgs&, const Worker&);
@@ -154,6 +180,7 @@ struct OpTable {
     void (*gather)(const GatherArgs&, const Worker&);
     void (*activation)(const ActivationArgs&, const Worker&);
     void (*argmax)(const ArgmaxArgs&, const Worker&);
+    void (*sample)(const SampleArgs&, const Worker&);
     // Operations per second with every operand in registers, for one thread: what `linear` is measured against.
     // kind: 0 float multiply-add, 1 bfloat16 dot, 2 int8 dot. Two operations per multiply-add.
     double (*peak_rate)(int kind, double seconds);

@@ -69,6 +69,7 @@ def write_model(
     dtype: str = "float32",
     shard_size: str = "5GB",
     chat_template: str | None = CHAT_TEMPLATE,
+    embedding_deviation: float = 0.5,
 ) -> Path:
     """Random weights for a transformers configuration, saved by transformers itself, plus the tokenizer."""
     import torch
@@ -80,26 +81,29 @@ def write_model(
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                _randomise(name, parameter)
+                _randomise(name, parameter, embedding_deviation)
     model.generation_config.eos_token_id = IM_END
     model.generation_config.pad_token_id = END_OF_TEXT
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
     return write_tokenizer(folder, chat_template)
 
 
-def _randomise(name: str, parameter: Any) -> None:
+def _randomise(name: str, parameter: Any, embedding_deviation: float) -> None:
     if parameter.ndim < 2:
         is_norm_weight = "weight" in name and bool((parameter == 1).all())
         parameter.normal_(1.0 if is_norm_weight else 0.0, 0.1)
     elif "embed" in name or "wte" in name or "wpe" in name:
-        parameter.normal_(0.0, 0.5)
+        parameter.normal_(0.0, embedding_deviation)
     else:
         parameter.normal_(0.0, 0.2)
 
 
+_WRITING = ("seed", "dtype", "shard_size", "chat_template", "embedding_deviation")
+
+
 def _options(options: dict[str, Any], **defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into those of the configuration (over the defaults) and those of `write_model`."""
-    writing = {name: options.pop(name) for name in ("seed", "dtype", "shard_size", "chat_template") if name in options}
+    writing = {name: options.pop(name) for name in _WRITING if name in options}
     return {**defaults, **options}, writing
 
 
@@ -180,6 +184,18 @@ def gpt2(folder: Path, **options: Any) -> Path:
     return write_model(folder, GPT2Config(**config), **writing)
 
 
+def other(folder: Path, config_class: str, **options: Any) -> Path:
+    """Any architecture of transformers, by the name of its configuration class."""
+    import transformers
+
+    config, writing = _options(options, **_DECODER)
+    return write_model(folder, getattr(transformers, config_class)(**config), **writing)
+
+
+def _as_other(config_class: str, **defaults: Any) -> Callable[..., Path]:
+    return lambda folder, **options: other(folder, config_class, **{**defaults, **options})
+
+
 FAMILIES: dict[str, Callable[..., Path]] = {
     "llama": llama,
     "llama3": llama3,
@@ -187,12 +203,42 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "qwen3": qwen3,
     "mistral": mistral,
     "gpt2": gpt2,
+    # Gemma multiplies embeddings by 8 at this size.
+    "gemma2": _as_other(
+        "Gemma2Config",
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        embedding_deviation=0.1,
+    ),
+    "gemma3": _as_other(
+        "Gemma3TextConfig",
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        embedding_deviation=0.1,
+    ),
+    "phi3": _as_other("Phi3Config", sliding_window=24),
+    "phi": _as_other("PhiConfig"),
+    "gpt-neox": _as_other("GPTNeoXConfig"),
+    "opt": _as_other("OPTConfig", ffn_dim=96, word_embed_proj_dim=64),
+    "falcon": _as_other("FalconConfig"),
+    "starcoder2": _as_other("Starcoder2Config", sliding_window=24),
+    "olmo2": _as_other("Olmo2Config"),
+    "granite": _as_other(
+        "GraniteConfig",
+        embedding_multiplier=2.0,
+        logits_scaling=0.5,
+        residual_multiplier=0.7,
+        attention_multiplier=0.2,
+    ),
+    "smollm3": _as_other("SmolLM3Config", num_hidden_layers=4, no_rope_layer_interval=2),
+    "mixtral": _as_other("MixtralConfig", num_local_experts=4),
+    "qwen3-moe": _as_other(
+        "Qwen3MoeConfig", head_dim=32, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48
+    ),
+    "stablelm": _as_other("StableLmConfig"),
+    "gpt-bigcode": _as_other("GPTBigCodeConfig", tie_word_embeddings=True),
 }
-
-
-def other(folder: Path, config_class: str, **options: Any) -> Path:
-    """Any architecture of transformers, by the name of its configuration class."""
-    import transformers
-
-    config, writing = _options(options, **_DECODER)
-    return write_model(folder, getattr(transformers, config_class)(**config), **writing)

@@ -29,6 +29,8 @@ struct AttentionScratch {
     float* sum;        // [rows]
     float* total_top;
     float* total_sum;
+    float* key_scales;    // [64] of the block's keys; s8 caches only
+    float* value_scales;  // [64]
 };
 
 struct AttentionSizes {
@@ -37,15 +39,17 @@ struct AttentionSizes {
     int64_t depth;           // D padded for the scores' product
     int64_t columns;         // D padded to 16
     int64_t element;         // bytes of a query or a probability
+    int64_t ahead;           // positions after its own that a query sees
 };
 
 static AttentionSizes attention_sizes(const AttentionArgs& args) {
     AttentionSizes sizes{};
-    sizes.pairs = kHasBf16Dot && args.x_type == DType::bf16 && args.cache_type == DType::bf16;
+    sizes.pairs = kHasBf16Dot && args.x_type == DType::bf16 && args.cache_type != DType::f32;
     sizes.element = sizes.pairs ? 2 : 4;
     sizes.group = args.num_heads / args.num_kv_heads;
     sizes.depth = round_up(args.head_size, 32);
     sizes.columns = round_up(args.head_size, kColumnMultiple);
+    sizes.ahead = args.causal ? 0 : args.window ? args.window - 1 : int64_t{1} << 40;
     return sizes;
 }
 
@@ -69,6 +73,8 @@ static AttentionScratch place_scratch(uint8_t* base, const AttentionArgs& args) 
     s.sum = reinterpret_cast<float*>(take(rows * 4));
     s.total_top = reinterpret_cast<float*>(take(rows * 4));
     s.total_sum = reinterpret_cast<float*>(take(rows * 4));
+    s.key_scales = reinterpret_cast<float*>(take(kKeyBlock * 4));
+    s.value_scales = reinterpret_cast<float*>(take(kKeyBlock * 4));
     return s;
 }
 
@@ -156,7 +162,7 @@ public:
 
     // Keys this tile sees at all: [first, last).
     Range visible() const {
-        const int64_t last = args_.causal ? tile_.first_position + tile_.num_queries : context();
+        const int64_t last = tile_.first_position + tile_.num_queries + sizes_.ahead;
         return {args_.window ? max_of(0, tile_.first_position - args_.window + 1) : 0, min_of(last, context())};
     }
 
@@ -227,29 +233,71 @@ private:
         return x < -87.0f ? 0.0f : lanes[0];
     }
 
-    int64_t slot(const CacheStrides& strides, int64_t position) const {
-        const int64_t block = args_.block_tables[tile_.sequence][position / args_.block_size];
-        return block * strides.block + position % args_.block_size * strides.slot + tile_.kv_head * strides.head;
+    // Where up to 64 keys and their values start, in elements, and where the scales of s8 are, in bytes.
+    struct Places {
+        int64_t first_key = -1, kv_head = -1, sequence = -1, count = 0;
+        int64_t keys[kKeyBlock], values[kKeyBlock], key_scales[kKeyBlock], value_scales[kKeyBlock];
+    };
+
+    void find(int64_t first_key, int64_t keys, Places& places) const {
+        const CacheStrides &k = args_.key_strides, &v = args_.value_strides;
+        const int64_t scales = args_.block_size * args_.num_kv_heads * args_.head_size;
+        int64_t index = first_key / args_.block_size, offset = first_key % args_.block_size;
+        for (int64_t i = 0; i < keys; ++i) {
+            const int64_t block = args_.block_tables[tile_.sequence][index];
+            places.keys[i] = block * k.block + offset * k.slot + tile_.kv_head * k.head;
+            places.values[i] = block * v.block + offset * v.slot + tile_.kv_head * v.head;
+            const int64_t scale = scales + 4 * (tile_.kv_head * args_.block_size + offset);
+            places.key_scales[i] = block * k.block + scale;
+            places.value_scales[i] = block * v.block + scale;
+            if (++offset == args_.block_size) ++index, offset = 0;
+        }
+        places.first_key = first_key, places.kv_head = tile_.kv_head, places.sequence = tile_.sequence, places.count = keys;
+    }
+
+    // The places of this block and of the next one, which is fetched while this one is worked on: a head's keys are
+    // short rows far apart, which the processor does not foresee.
+    void find_block(int64_t first_key, int64_t keys) {
+        now_ ^= 1;
+        Places& now = places_[now_];
+        if (now.first_key != first_key || now.kv_head != tile_.kv_head || now.sequence != tile_.sequence || now.count < keys) {
+            find(first_key, keys, now);
+            for (int64_t i = 0; i < keys; ++i) fetch(args_.keys, now.keys[i]), fetch(args_.values, now.values[i]);
+        }
+        num_next_ = min_of(kKeyBlock, visible().end - first_key - kKeyBlock);
+        if (num_next_ > 0) find(first_key + kKeyBlock, num_next_, places_[now_ ^ 1]);
+    }
+
+    void fetch(const void* cache, int64_t at) const {
+        const char* from = static_cast<const char*>(cache) + at * element_bytes(args_.cache_type);
+        const int64_t bytes = args_.head_size * element_bytes(args_.cache_type);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    }
+
+    void fetch_next_keys(int64_t begin, int64_t end) const {
+        for (int64_t i = begin; i < min_of(end, num_next_); ++i) fetch(args_.keys, places_[now_ ^ 1].keys[i]);
     }
 
     void attend_block(int64_t first_key) {
         const int64_t keys = min_of(kKeyBlock, context() - first_key);
         Range rows{0, tile_.rows};
-        if (args_.causal) rows.begin = max_of(0, first_key - tile_.first_position) * sizes_.group;
+        rows.begin = max_of(0, first_key - sizes_.ahead - tile_.first_position) * sizes_.group;
         if (args_.window) {
             // The last position that still sees this block's last key.
             const int64_t last = first_key + kKeyBlock - 1 + args_.window - 1;
             rows.end = min_of(rows.end, (last - tile_.first_position + 1) * sizes_.group);
         }
         if (rows.begin >= rows.end) return;
-        load_keys(first_key, keys);
+        find_block(first_key, keys);
+        if (is_s8()) load_scales(keys);
+        load_keys(keys);
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
         const int64_t count = rows.end - rows.begin;
         product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
                      s_.scores + rows.begin * kPanelColumns, count, false);
         for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
-        load_values(first_key, keys);
+        load_values(keys);
         const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock;
         for (int64_t panel = 0; panel < panels(); ++panel) {
             product_.run(s_.values + panel * value_words * kPanelColumns * 4, panel_width(panel), value_words,
@@ -261,13 +309,20 @@ private:
     // Scores of one row -> probabilities relative to the running maximum; the row's sums are brought to it.
     void soften(int64_t row, int64_t first_key, int64_t keys) {
         const int64_t position = tile_.first_position + row / sizes_.group;
-        int64_t end = args_.causal ? min_of(keys, position + 1 - first_key) : keys;
+        int64_t end = min_of(keys, position + sizes_.ahead + 1 - first_key);
         int64_t begin = args_.window ? max_of(0, position - args_.window + 1 - first_key) : 0;
         float* scores = s_.scores + row * kPanelColumns;
+        const float* bias = args_.bias;
+        if (bias) {
+            const int64_t head = tile_.kv_head * sizes_.group + row % sizes_.group;
+            bias += head * args_.bias_stride + args_.bias_origin + first_key - position;
+        }
         const F scale = f_set(args_.scale), cap = f_set(args_.softcap), inverse_cap = f_set(1.0f / args_.softcap);
         F highest = f_set(kNever);
         for (int column = 0; column < kKeyBlock; column += W) {
             F value = f_mul(f_load(scores + column), scale);
+            if (is_s8()) value = f_mul(value, f_load(s_.key_scales + column));
+            if (bias && column < end) value = f_add(value, load_lanes(bias, DType::f32, column, end - column));
             if (args_.softcap > 0.0f) value = f_mul(cap, f_tanh(f_mul(value, inverse_cap)));
             f_store(scores + column, value);
         }
@@ -284,6 +339,7 @@ private:
             // exp is clamped, so that a masked score would leave a trace: it is zeroed instead.
             F p = f_zero_below(value, f_set(kNever * 0.5f), f_exp(f_sub(value, top_v)));
             sum = f_add(sum, p);
+            if (is_s8()) p = f_mul(p, f_load(s_.value_scales + column));
             store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, column, p);
         }
         if (top > s_.top[row]) {
@@ -302,16 +358,22 @@ private:
     }
 
     // Keys [64, D] -> panel [D words, 64]; keys that do not exist are 0.
-    void load_keys(int64_t first_key, int64_t keys) {
+    void load_keys(int64_t keys) {
+        const int64_t* places = places_[now_].keys;
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
         int64_t whole = 0;
-        if (kHasTranspose && (sizes_.pairs || args_.cache_type == DType::f32) && args_.head_size % 32 == 0) {
+        if (kHasTranspose && is_s8() && args_.head_size % 64 == 0) {
             for (; whole + 16 <= keys; whole += 16) {
+                fetch_next_keys(whole, whole + 16);
+                load_16_s8_keys(places + whole, panel + whole);
+            }
+        } else if (kHasTranspose && args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32) && args_.head_size % 32 == 0) {
+            for (; whole + 16 <= keys; whole += 16) {
+                fetch_next_keys(whole, whole + 16);
                 const char* rows[16];
                 for (int i = 0; i < 16; ++i) {
-                    const int64_t at = slot(args_.key_strides, first_key + whole + i);
-                    rows[i] = static_cast<const char*>(args_.keys) + at * element_bytes(args_.cache_type);
+                    rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
                 }
                 for (int64_t word = 0; word < words; word += 16) {
                     transpose_words(rows, word, panel + word * kKeyBlock + whole, kKeyBlock);
@@ -323,12 +385,70 @@ private:
                 for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = 0;
                 continue;
             }
-            const int64_t at = slot(args_.key_strides, first_key + key);
+            fetch_next_keys(key, key + 1);
+            const int64_t at = places[key];
             for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = key_word(at, word);
         }
     }
 
+    // Sixteen keys of bytes -> their columns of the panel.
+    void load_16_s8_keys(const int64_t* places, uint32_t* panel) {
+        const char* rows[16];
+        for (int i = 0; i < 16; ++i) {
+            rows[i] = static_cast<const char*>(args_.keys) + places[i];
+        }
+        alignas(64) uint32_t bytes[16 * 16];
+        for (int64_t word = 0; word < args_.head_size / 4; word += 16) {
+            transpose_words(rows, word, bytes, 16);
+            for (int64_t i = 0; i < 16; ++i) {
+                for (int64_t column = 0; column < 16; column += W) {
+                    const I four = i_load(bytes + i * 16 + column);
+                    const F a = f_convert(i_sra<24>(i_shl<24>(four))), b = f_convert(i_sra<24>(i_shl<16>(four)));
+                    const F c = f_convert(i_sra<24>(i_shl<8>(four))), d = f_convert(i_sra<24>(four));
+                    uint32_t* to = panel + (word + i) * (sizes_.pairs ? 2 : 4) * kKeyBlock + column;
+                    if (sizes_.pairs) {  // eight bits are exact in bfloat16
+                        i_store(to, i_or(i_shr<16>(i_bits(a)), i_bits(b)));
+                        i_store(to + kKeyBlock, i_or(i_shr<16>(i_bits(c)), i_bits(d)));
+                        continue;
+                    }
+                    i_store(to, i_bits(a));
+                    i_store(to + kKeyBlock, i_bits(b));
+                    i_store(to + 2 * kKeyBlock, i_bits(c));
+                    i_store(to + 3 * kKeyBlock, i_bits(d));
+                }
+            }
+        }
+    }
+
+    // Of the block's keys and values; 0 where there are none.
+    void load_scales(int64_t keys) {
+        const Places& now = places_[now_];
+        for (int64_t i = 0; i < kKeyBlock; ++i) {
+            s_.key_scales[i] = s_.value_scales[i] = 0.0f;
+            if (i >= keys) continue;
+            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + now.key_scales[i], 4);
+            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + now.value_scales[i], 4);
+        }
+    }
+
+    bool is_s8() const { return args_.cache_type == DType::s8; }
+
+    uint32_t s8_key_word(int64_t at, int64_t word) const {
+        const int8_t* from = static_cast<const int8_t*>(args_.keys) + at;
+        const float first = from[sizes_.pairs ? min_of(2 * word, args_.head_size - 1) : word];
+        uint32_t bits = 0;
+        if (!sizes_.pairs) {
+            std::memcpy(&bits, &first, 4);
+            return bits;
+        }
+        const int64_t d = 2 * word;
+        if (d < args_.head_size) bits = f32_to_bf16(first);
+        if (d + 1 < args_.head_size) bits |= static_cast<uint32_t>(f32_to_bf16(from[d + 1])) << 16;
+        return bits;
+    }
+
     uint32_t key_word(int64_t at, int64_t word) const {
+        if (is_s8()) return s8_key_word(at, word);
         uint32_t bits = 0;
         if (args_.cache_type == DType::f32) {
             std::memcpy(&bits, static_cast<const float*>(args_.keys) + at + word, 4);
@@ -344,37 +464,37 @@ private:
     }
 
     // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.
-    void load_values(int64_t first_key, int64_t keys) {
+    void load_values(int64_t keys) {
+        const int64_t *places = places_[now_].values, *next = places_[now_ ^ 1].values;
         const int64_t step = sizes_.pairs ? 2 : 1, words = kKeyBlock / step;
-        alignas(64) uint16_t nothing[W] = {};
         for (int64_t word = 0; word < words; ++word) {
             const int64_t key = word * step;
-            const int64_t first = key < keys ? slot(args_.value_strides, first_key + key) : -1;
-            const int64_t second = step == 2 && key + 1 < keys ? slot(args_.value_strides, first_key + key + 1) : -1;
+            const int64_t first = key < keys ? places[key] : -1;
+            const int64_t second = step == 2 && key + 1 < keys ? places[key + 1] : -1;
+            for (int64_t i = key; i < min_of(key + step, num_next_); ++i) fetch(args_.values, next[i]);
             for (int64_t column = 0; column < sizes_.columns; column += W) {
                 const int64_t panel = column / kPanelColumns, width = panel_width(panel);
                 uint8_t* to = s_.values + panel * words * kPanelColumns * 4 +
                               (word * width + column % kPanelColumns) * 4;
-                const int64_t left = args_.head_size - column;
-                if (!sizes_.pairs) {
-                    F value = first < 0 || left <= 0 ? f_zero() : load_lanes(args_.values, args_.cache_type, first + column, left);
-                    f_store(reinterpret_cast<float*>(to), value);
-                    continue;
-                }
-                alignas(64) uint16_t tails[2][W] = {};
-                const uint16_t* from[2] = {nothing, nothing};
-                for (int i = 0; i < 2; ++i) {
-                    const int64_t at = i ? second : first;
-                    if (at < 0 || left <= 0) continue;
-                    from[i] = static_cast<const uint16_t*>(args_.values) + at + column;
-                    if (left < W) {
-                        std::memcpy(tails[i], from[i], left * 2);
-                        from[i] = tails[i];
-                    }
-                }
-                i_store(to, i_or(i_shr<16>(i_bits(f_load_bf16(from[0]))), i_bits(f_load_bf16(from[1]))));
+                I bits = i_bits(value_lanes(first, column));
+                if (step == 2) bits = i_or(i_shr<16>(bits), i_bits(value_lanes(second, column)));
+                i_store(to, bits);
             }
         }
+    }
+
+    // W columns of the value at `at`, widened; 0 where there is none.
+    FASTSERVE_INLINE F value_lanes(int64_t at, int64_t column) const {
+        const int64_t left = args_.head_size - column;
+        if (at < 0 || left <= 0) return f_zero();
+        if (!is_s8()) return load_lanes(args_.values, args_.cache_type, at + column, left);
+        const uint8_t* from = static_cast<const uint8_t*>(args_.values) + at + column;
+        alignas(64) uint8_t some[W] = {};
+        if (left < W) {
+            std::memcpy(some, from, left);
+            from = some;
+        }
+        return f_convert(i_sra<24>(i_shl<24>(i_from_u8(from))));
     }
 
     const AttentionArgs& args_;
@@ -382,6 +502,9 @@ private:
     const AttentionScratch s_;
     PanelProduct product_;
     QueryTile tile_{};
+    Places places_[2];
+    int now_ = 0;
+    int64_t num_next_ = 0;
 };
 
 // Calls visit(tile, splits, is_split, index) for every tile in a fixed order; `splits` are those it sees.
@@ -396,7 +519,8 @@ static void for_each_tile(const AttentionArgs& args, const Visit& visit) {
             for (int64_t first = 0; first < queries; first += queries_per_tile) {
                 QueryTile tile{sequence, kv_head, first, min_of(queries_per_tile, queries - first), before + first, 0};
                 tile.rows = tile.num_queries * group;
-                const int64_t last = args.causal ? tile.first_position + tile.num_queries : args.context_lens[sequence];
+                const int64_t last =
+                    min_of(tile.first_position + tile.num_queries + attention_sizes(args).ahead, args.context_lens[sequence]);
                 const int64_t begin = args.window ? max_of(0, tile.first_position - args.window + 1) : 0;
                 visit(tile, Range{begin / kSplitKeys, ceil_div(last, kSplitKeys)}, queries <= kSplitQueries,
                       (last - begin + 64) * (tile.rows + 8));

@@ -113,12 +113,36 @@ static void copy_row(const void* from, DType from_type, int64_t at, void* to, DT
     }
 }
 
+// One head of one token as bytes with a scale: x = scale * byte, the largest magnitude at 127.
+static void store_s8(const StoreArgs& args, const void* x, int64_t at, void* cache, int64_t slot, int64_t head) {
+    const int64_t rows = args.block_size * args.heads, row = head * args.block_size + slot % args.block_size;
+    char* block = static_cast<char*>(cache) + slot / args.block_size * rows * (args.size + 4);
+    F largest = f_zero();
+    for (int64_t i = 0; i < args.size; i += W) {
+        largest = f_max(largest, f_abs(load_lanes(x, args.type, at + i, args.size - i)));
+    }
+    const float scale = f_largest(largest) / 127.0f;
+    const F divisor = f_set(scale > 0.0f ? scale : 1.0f);
+    for (int64_t i = 0; i < args.size; i += W) {
+        const I bytes = i_round(f_div(load_lanes(x, args.type, at + i, args.size - i), divisor));
+        int8_t narrow[W];
+        i_store_s8(narrow, bytes);
+        std::memcpy(block + row * args.size + i, narrow, min_of(W, args.size - i));
+    }
+    std::memcpy(block + rows * args.size + 4 * row, &scale, 4);
+}
+
 // One key head, from `key` at `at`, and the value head that goes with it.
 static void store_row(const StoreArgs& args, int64_t token, int64_t head, const void* key, int64_t at) {
-    const int64_t to = (args.slots[token] * args.heads + head) * args.size;
+    const int64_t from = token * args.value_stride + head * args.value_head_stride, slot = args.slots[token];
+    if (args.cache_type == DType::s8) {
+        store_s8(args, key, at, args.keys, slot, head);
+        store_s8(args, args.value, from, args.values, slot, head);
+        return;
+    }
+    const int64_t to = (slot * args.heads + head) * args.size;
     copy_row(key, args.type, at, args.keys, args.cache_type, to, args.size);
-    copy_row(args.value, args.type, token * args.value_stride + head * args.value_head_stride, args.values, args.cache_type, to,
-             args.size);
+    copy_row(args.value, args.type, from, args.values, args.cache_type, to, args.size);
 }
 
 static void store(const StoreArgs& args, const Worker& worker) {

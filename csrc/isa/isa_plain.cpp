@@ -21,10 +21,12 @@
 
 #include "elementwise.h"
 
+#include "sample.h"
+
 #include "peak.h"
 
 namespace fastserve {
 extern const OpTable kTable_plain;
 const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::attention, isa_plain::norm, isa_plain::rope, isa_plain::store, isa_plain::heads, isa_plain::gather, isa_plain::activation,
-                             isa_plain::argmax, isa_plain::peak_rate, isa_plain::read_memory};
+                             isa_plain::argmax, isa_plain::sample, isa_plain::peak_rate, isa_plain::read_memory};
 }

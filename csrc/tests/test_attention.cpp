@@ -18,14 +18,53 @@ struct Problem {
     int64_t length, heads, kv_heads, size, window;
     float softcap;
     DType type;
+    bool bytes = false, causal = true, biased = false;
     std::vector<float> query, keys, values;         // [length, heads, size]; caches [slots, kv_heads, size]
     std::vector<uint16_t> narrow_query, narrow_keys, narrow_values;
     std::vector<int64_t> table;
+    std::vector<int8_t> byte_keys, byte_values;  // blocks as in AttentionArgs
+    std::vector<float> bias;                     // [heads, 2 * length - 1]
+
+    int64_t visible_end(int64_t token) const {
+        if (causal) return token + 1;
+        return window ? min_of(length, token + window) : length;
+    }
 };
 
+// What the store operation makes of a cache; the floats become what the bytes stand for.
+void store_bytes(const Problem& p, std::vector<float>& wide, std::vector<int8_t>& bytes) {
+    const int64_t slots = static_cast<int64_t>(wide.size()) / (p.kv_heads * p.size), rows = kBlockSize * p.kv_heads;
+    bytes.assign(static_cast<size_t>(slots * p.kv_heads * (p.size + 4)), 99);
+    std::vector<int64_t> order;
+    for (int64_t i = 0; i < slots; ++i) order.push_back(i);
+    std::vector<int8_t> other = bytes;
+    const int64_t token = p.kv_heads * p.size;
+    StoreArgs args{wide.data(), wide.data(), DType::f32, DType::s8, slots, p.kv_heads, p.size, token, p.size, token,
+                   p.size, bytes.data(), other.data(), order.data(), kBlockSize};
+    ThreadPool pool(2, {});
+    pool.run({}, [&](const Worker& worker) { op_table("plain")->store(args, worker); });
+    CHECK(bytes == other, "keys and values are stored differently");
+    for (int64_t slot = 0; slot < slots; ++slot) {
+        const int8_t* block = bytes.data() + slot / kBlockSize * rows * (p.size + 4);
+        for (int64_t head = 0; head < p.kv_heads; ++head) {
+            const int64_t row = head * kBlockSize + slot % kBlockSize;
+            float scale;
+            std::memcpy(&scale, block + rows * p.size + 4 * row, 4);
+            for (int64_t d = 0; d < p.size; ++d) {
+                float& value = wide[(slot * p.kv_heads + head) * p.size + d];
+                const float rounded = scale * block[row * p.size + d];
+                CHECK(std::fabs(value - rounded) <= 0.501f * scale, "a byte is far from its value");
+                value = rounded;
+            }
+        }
+    }
+}
+
 Problem make_problem(int64_t length, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float softcap,
-                     DType type) {
-    Problem p{length, heads, kv_heads, size, window, softcap, type, {}, {}, {}, {}, {}, {}, {}};
+                     DType type, bool bytes = false, bool causal = true, bool biased = false) {
+    Problem p{};
+    p.length = length, p.heads = heads, p.kv_heads = kv_heads, p.size = size, p.window = window, p.softcap = softcap;
+    p.type = type, p.bytes = bytes, p.causal = causal, p.biased = biased;
     std::mt19937 random(static_cast<unsigned>(length * 7 + size));
     std::normal_distribution<float> normal;
     auto fill = [&](std::vector<float>& wide, std::vector<uint16_t>& narrow, int64_t count) {
@@ -39,6 +78,11 @@ Problem make_problem(int64_t length, int64_t heads, int64_t kv_heads, int64_t si
     fill(p.query, p.narrow_query, length * heads * size);
     fill(p.keys, p.narrow_keys, (blocks + 1) * kBlockSize * kv_heads * size);
     fill(p.values, p.narrow_values, (blocks + 1) * kBlockSize * kv_heads * size);
+    for (int64_t i = 0; i < heads * (2 * length - 1); ++i) p.bias.push_back(normal(random));
+    if (bytes) {
+        store_bytes(p, p.keys, p.byte_keys);
+        store_bytes(p, p.values, p.byte_values);
+    }
     return p;
 }
 
@@ -48,7 +92,8 @@ std::vector<float> attend(const OpTable& table, ThreadPool& pool, const Problem&
     std::vector<float> out(static_cast<size_t>((end - start) * row), -99.0f);
     std::vector<uint16_t> narrow(out.size());
     const bool wide = p.type == DType::f32;
-    const int64_t starts[2] = {0, end - start}, lens[1] = {end};
+    const int64_t starts[2] = {0, end - start}, lens[1] = {p.causal ? end : p.length};
+    if (!p.causal) CHECK(end == p.length, "without causality a sequence is seen whole");
     const int64_t* tables[1] = {p.table.data()};
     AttentionArgs args{};
     args.query = wide ? static_cast<const void*>(p.query.data() + start * row) : p.narrow_query.data() + start * row;
@@ -59,11 +104,18 @@ std::vector<float> attend(const OpTable& table, ThreadPool& pool, const Problem&
     args.keys = wide ? static_cast<const void*>(p.keys.data()) : p.narrow_keys.data();
     args.values = wide ? static_cast<const void*>(p.values.data()) : p.narrow_values.data();
     args.key_strides = args.value_strides = {kBlockSize * p.kv_heads * p.size, p.kv_heads * p.size, p.size};
+    if (p.bytes) {
+        args.cache_type = DType::s8;
+        args.keys = p.byte_keys.data(), args.values = p.byte_values.data();
+        args.key_strides = args.value_strides = {kBlockSize * p.kv_heads * (p.size + 4), p.size, kBlockSize * p.size};
+    }
+    args.bias = p.biased ? p.bias.data() : nullptr;
+    args.bias_stride = 2 * p.length - 1, args.bias_origin = p.length - 1;
     args.block_size = kBlockSize;
     args.num_sequences = 1;
     args.query_starts = starts, args.context_lens = lens, args.block_tables = tables;
     args.scale = 1.0f / std::sqrt(static_cast<float>(p.size));
-    args.softcap = p.softcap, args.window = p.window, args.causal = true;
+    args.softcap = p.softcap, args.window = p.window, args.causal = p.causal;
     pool.run(attention_scratch(args), [&](const Worker& worker) { table.attention(args, worker); });
     for (size_t i = 0; !wide && i < out.size(); ++i) out[i] = bf16_to_f32(narrow[i]);
     return out;
@@ -76,19 +128,20 @@ double exact(const Problem& p, int64_t token, int64_t head, std::vector<double>&
         return ((p.table[position / kBlockSize] * kBlockSize + position % kBlockSize) * p.kv_heads + kv_head) * p.size;
     };
     double top = -1e300, sum = 0;
-    for (int64_t position = first; position <= token; ++position) {
+    for (int64_t position = first; position < p.visible_end(token); ++position) {
         double dot = 0;
         for (int64_t d = 0; d < p.size; ++d) {
             dot += double(p.query[(token * p.heads + head) * p.size + d]) * p.keys[at(position) + d];
         }
         dot /= std::sqrt(static_cast<double>(p.size));
+        if (p.biased) dot += p.bias[head * (2 * p.length - 1) + p.length - 1 + position - token];
         if (p.softcap > 0) dot = p.softcap * std::tanh(dot / p.softcap);
         scores.push_back(dot);
         top = std::fmax(top, dot);
     }
     out.assign(static_cast<size_t>(p.size), 0.0);
     for (double& score : scores) sum += score = std::exp(score - top);
-    for (int64_t position = first; position <= token; ++position) {
+    for (int64_t position = first; position < p.visible_end(token); ++position) {
         for (int64_t d = 0; d < p.size; ++d) out[d] += scores[position - first] / sum * p.values[at(position) + d];
     }
     return sum;
@@ -113,7 +166,7 @@ void check_problem(const OpTable& table, const Problem& p, ThreadPool& one, Thre
         for (ThreadPool* pool : {&one, &three}) {
             // Single tokens are slow to go through all of: the last ones cross a split and blocks.
             for (int64_t start = chunk < 33 ? max_of(0, p.length - 9) : 0; start < p.length; start += chunk) {
-                const int64_t end = min_of(p.length, start + chunk);
+                const int64_t end = p.causal ? min_of(p.length, start + chunk) : p.length;
                 const auto part = attend(table, *pool, p, start, end);
                 CHECK(std::memcmp(part.data(), whole.data() + start * row, part.size() * 4) == 0,
                       "%s: tokens %d..%d of %d differ from the whole", table.name, int(start), int(end), int(p.length));
@@ -139,6 +192,10 @@ int main() {
             check_problem(*table, make_problem(130, 4, 2, 64, 0, 0.0f, type), one, three);
             check_problem(*table, make_problem(97, 3, 3, 36, 40, 10.0f, type), one, three);
             check_problem(*table, make_problem(550, 2, 1, 32, 0, 0.0f, type), one, three);
+            check_problem(*table, make_problem(130, 4, 2, 64, 50, 0.0f, type, true), one, three);
+            check_problem(*table, make_problem(70, 3, 1, 36, 0, 8.0f, type, true, true, true), one, three);
+            check_problem(*table, make_problem(90, 4, 2, 64, 0, 0.0f, type, false, false, true), one, three);
+            check_problem(*table, make_problem(90, 2, 2, 32, 20, 0.0f, type, false, false, false), one, three);
         }
         std::printf("attention: %s ok\n", isa);
     }

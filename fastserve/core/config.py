@@ -63,7 +63,7 @@ class EngineConfig:
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
         max_waiting: most requests that may wait; further ones get 429.
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
-        kv_cache_dtype: auto (the compute dtype).
+        kv_cache_dtype: auto (the compute dtype) or int8 (a scale per token and head: half of bfloat16's memory).
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
         speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
@@ -99,7 +99,9 @@ class EngineConfig:
             raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}")
         self._choice("kernels", ("auto", "reference", "cpu", "triton"))
         self._choice("backend", ("auto", "native", "transformers"))
-        self._choice("kv_cache_dtype", ("auto",))
+        self._choice("kv_cache_dtype", ("auto", "int8"))
+        if self.kv_cache_dtype == "int8" and self.block_size % 4:
+            raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")
         self._choice("speculation", ("auto", "ngram", "off"))
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)

@@ -17,7 +17,7 @@ import torch
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import FastServeError, RequestError
+from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.executor import Executor, LocalExecutor
 from fastserve.engine.grammar import GrammarCompiler
@@ -182,6 +182,8 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         block_size=config.block_size,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.kv_cache_dtype == "int8" and loaded.model.has_own_cache:
+        raise ConfigError("this model keeps its own cache, which has no int8 form; use kv_cache_dtype=auto")
     memory = plan_memory(
         loaded.model.shape,
         loaded.model.device,
@@ -191,6 +193,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         max_model_len=config.max_model_len,
         max_batch_sequences=config.max_batch_sequences,
         max_batch_tokens=config.max_batch_tokens,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     return folder, loaded, memory
 
@@ -211,7 +214,7 @@ def _make_runner(
         memory.block_size,
         shape.num_kv_heads,
         shape.head_size,
-        shape.dtype,
+        memory.kv_dtype,
         loaded.model.device,
     )
     device, max_len = loaded.model.device, memory.max_model_len

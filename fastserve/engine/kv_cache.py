@@ -1,8 +1,8 @@
 """The tensors behind the scheduler's block ids: per layer, keys and values [num_blocks, block_size, G, D].
 
-G key/value heads, D head size. The memory is touched when it is made, so that what was planned is really there and
-the process does not grow while serving. On Linux that is done in the background, on huge pages where the system has
-them: the first request need not wait for gigabytes of zeros.
+G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. The memory is touched when
+it is made, so that what was planned is really there and the process does not grow while serving. On Linux that is done
+in the background, on huge pages where the system has them: the first request need not wait for gigabytes of zeros.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.interface import Kernels
+from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 
 _HUGE_PAGE = 2 << 20
 _TOUCHED_AT_ONCE = 16 << 20
@@ -42,7 +43,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, num_kv_heads, head_size)
+        shape = (num_blocks, block_size, num_kv_heads, _row_bytes(head_size, dtype) // dtype.itemsize)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
@@ -58,7 +59,12 @@ class KVCache:
     @staticmethod
     def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers, keys and values."""
-        return 2 * num_layers * block_size * num_kv_heads * head_size * dtype.itemsize
+        return 2 * num_layers * block_size * num_kv_heads * _row_bytes(head_size, dtype)
+
+
+def _row_bytes(head_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one head of one token, keys or values."""
+    return head_size * dtype.itemsize + (INT8_KV_SCALE_BYTES if dtype is torch.int8 else 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

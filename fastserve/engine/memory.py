@@ -33,6 +33,7 @@ class MemoryPlan:
     block_bytes: int
     num_blocks: int
     max_model_len: int
+    kv_dtype: torch.dtype
 
     @property
     def kv_bytes(self) -> int:
@@ -45,11 +46,11 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """The table, for people."""
-        tokens = self.num_blocks * self.block_size
+        tokens, kv_type = self.num_blocks * self.block_size, str(self.kv_dtype).removeprefix("torch.")
         return [
             ("weights", format_bytes(self.weight_bytes)),
             ("one step, at most", format_bytes(self.activation_bytes)),
-            ("KV cache", f"{format_bytes(self.kv_bytes)} ({self.num_blocks:,} blocks, {tokens:,} tokens)"),
+            ("KV cache", f"{format_bytes(self.kv_bytes)} ({self.num_blocks:,} blocks, {tokens:,} tokens, {kv_type})"),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
             ("sequences at that length", f"{self.num_longest:,}"),
             ("free before the KV cache", format_bytes(self.free_bytes)),
@@ -81,6 +82,7 @@ def plan_memory(
     max_model_len: int,
     max_batch_sequences: int,
     max_batch_tokens: int,
+    kv_cache_dtype: str = "auto",
 ) -> MemoryPlan:
     """Decide the number of KV blocks and the longest sequence.
 
@@ -88,13 +90,15 @@ def plan_memory(
         free_bytes: memory left after the weights were loaded.
         kv_cache_memory: bytes asked for, or 0 to decide here.
         max_model_len: tokens asked for, or 0 to decide here.
+        kv_cache_dtype: auto (the compute type) or int8.
 
     Raises:
         MemoryPlanError: not even one sequence fits; the message names what to change.
     """
     longest = _longest(shape, max_model_len)
     activation = activation_bytes(shape, max_batch_sequences, max_batch_tokens)
-    block = KVCache.block_bytes(shape.num_layers, block_size, shape.num_kv_heads, shape.head_size, shape.dtype)
+    kv_dtype = torch.int8 if kv_cache_dtype == "int8" else shape.dtype
+    block = KVCache.block_bytes(shape.num_layers, block_size, shape.num_kv_heads, shape.head_size, kv_dtype)
     available = max(0, free_bytes - activation)
     if kv_cache_memory:
         if kv_cache_memory > available:
@@ -121,7 +125,7 @@ def plan_memory(
                 f"max_model_len or max_batch_tokens, or free memory ({format_bytes(free_bytes)} are free)"
             )
         longest = capacity
-    return MemoryPlan(shape.weight_bytes, activation, free_bytes, block_size, block, num_blocks, longest)
+    return MemoryPlan(shape.weight_bytes, activation, free_bytes, block_size, block, num_blocks, longest, kv_dtype)
 
 
 def activation_bytes(shape: ModelShape, max_batch_sequences: int, max_batch_tokens: int) -> int:

@@ -85,8 +85,9 @@ class ModelRunner:
         result = StepResult({})
         entries = [entry for entry in plan.entries if entry.samples]
         if self._recorded is not None and not self._prompts:
-            choose = any(self._states[entry.request_id].is_plain_greedy for entry in entries)
+            choose = all(self._states[entry.request_id].is_plain_greedy for entry in entries)
             logits, greedy = self._recorded.run(batch, choose)
+            logits = self._model.finish(logits)
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
         if entries:
@@ -94,9 +95,9 @@ class ModelRunner:
         return result
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
-        """A whole step: logits [R, V] of the batch's logit rows."""
+        """A whole step: [R, V] of the batch's logit rows, to be finished."""
         hidden = self._hidden(kernels, batch)
-        return self._model.logits(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+        return self._model.head(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
 
     def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
         context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
@@ -146,13 +147,13 @@ class ModelRunner:
     def _sample(self, result: StepResult, logits: Tensor, entries: list[PlanEntry], greedy: list[int] | None) -> None:
         """New tokens of the entries that sample; each has one row of logits [R, V] more than it has drafts.
 
-        greedy: the largest of each row where that is known already.
+        greedy: the largest of each row where all sequences are greedy.
         """
         states = [self._states[entry.request_id] for entry in entries]
         first_rows = [*accumulate((1 + entry.num_drafts for entry in entries[:-1]), initial=0)]
         allowed = self._mask(logits, entries, first_rows)
         known = greedy if allowed is logits else None
-        made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, known)
+        made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, self._kernels, known)
         self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made])
         for entry, tokens in zip(entries, made, strict=True):
             error = self._masks.accept(entry.request_id, tokens)

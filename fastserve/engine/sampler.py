@@ -1,8 +1,8 @@
 """Logits -> the next token of each sequence, by its own SamplingParams.
 
 Randomness is a function of (seed, index of the token), not of a generator's state, so a sequence's tokens do not
-depend on what else is in the batch, on preemption or on chunking. Rows that only need the most probable token take
-one argmax together. V vocabulary size, R rows.
+depend on what else is in the batch, on preemption or on chunking. Penalties, bias and masks are applied here; the
+draw itself (`Kernels.sample`) takes all rows at once. V vocabulary size, R rows.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
+from fastserve.kernels.interface import Kernels, RowSampling
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_FEW = 256  # candidates looked at before a full sort, for top-p
+_GREEDY = RowSampling(inverse_temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, random=0)
+_LARGEST_FACTOR = 1e30  # a colder temperature is greedy in float32
 
 
 @dataclass(slots=True)
@@ -57,9 +59,9 @@ class SamplingState:
         )
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (SplitMix64's finaliser, Steele et al., 2014)."""
-    return (_mix(_mix(seed & _MASK) + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
+def random_bits(seed: int, index: int) -> int:
+    """53 bits that depend on nothing but the arguments (SplitMix64's finaliser, Steele et al., 2014)."""
+    return _mix(_mix(seed & _MASK) + (index + 1) * _GOLDEN) >> 11
 
 
 def _mix(value: int) -> int:
@@ -69,23 +71,35 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits: Tensor, states: list[SamplingState], greedy: list[int] | None = None) -> list[int]:
-    """Choose one token per row. logits [R, V] float32 is not changed; `states` has R entries.
+def sample(logits: Tensor, states: list[SamplingState], kernels: Kernels, greedy: list[int] | None = None) -> list[int]:
+    """Choose one token per row. logits [R, V] is not changed; `states` has R entries.
 
-    greedy: the largest of each row where the step found it already.
+    greedy: the largest of each row, where the step found it already and nothing else is asked of any.
     """
-    tokens = list(greedy) if greedy else [0] * len(states)
-    if not greedy and any(state.is_plain_greedy for state in states):
-        tokens = logits.argmax(dim=-1).tolist()
-    for row, state in enumerate(states):
-        if state.is_plain_greedy:
-            continue
-        changed = process_logits(logits[row], state) if state.changes_logits else logits[row]
-        if state.sampling.is_greedy:
-            tokens[row] = int(changed.argmax())
-        else:
-            tokens[row] = _draw(changed, state)
-    return tokens
+    if greedy:
+        return greedy
+    if any(state.changes_logits for state in states):
+        logits = logits.float()
+        rows = [
+            process_logits(row, state) if state.changes_logits else row
+            for row, state in zip(logits, states, strict=True)
+        ]
+        logits = torch.stack(rows)
+    return kernels.sample(logits, [_row_sampling(state) for state in states])
+
+
+def _row_sampling(state: SamplingState) -> RowSampling:
+    sampling = state.sampling
+    if sampling.is_greedy:
+        return _GREEDY
+    assert sampling.seed is not None, "a request is given a seed where it enters"
+    return RowSampling(
+        inverse_temperature=min(1.0 / sampling.temperature, _LARGEST_FACTOR),
+        top_k=max(sampling.top_k, 0),
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        random=random_bits(sampling.seed, state.num_output),
+    )
 
 
 def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
@@ -108,38 +122,6 @@ def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
     if state.num_output < sampling.min_tokens and state.stop_ids:
         logits[torch.tensor(state.stop_ids, dtype=torch.int64, device=device)] = float("-inf")
     return logits
-
-
-def _draw(logits: Tensor, state: SamplingState) -> int:
-    """Inverse-CDF sampling from one row [V], over the vocabulary's order."""
-    sampling = state.sampling
-    probs = torch.softmax(logits / sampling.temperature, dim=-1)
-    probs = filter_probs(probs, sampling.top_k, sampling.top_p, sampling.min_p)
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    assert sampling.seed is not None, "a request is given a seed where it enters"
-    target = uniform(sampling.seed, state.num_output) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return index if index < len(probs) else int(probs.nonzero()[-1])
-
-
-def filter_probs(probs: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Zero what top-k, then top-p (Holtzman et al., 2019), then min-p leave out; the rest is not renormalised. [V]."""
-    num_tokens = probs.shape[-1]
-    if 0 < top_k < num_tokens:
-        probs = torch.where(probs < torch.topk(probs, top_k).values[-1], 0.0, probs)
-    if top_p < 1.0:
-        wanted = top_p * float(probs.sum()) if top_k > 0 else top_p
-        few = min(_FEW, num_tokens)
-        ordered = torch.topk(probs, few).values
-        cumulative = ordered.cumsum(-1)
-        if float(cumulative[-1]) < wanted and few < num_tokens:
-            ordered = torch.sort(probs, descending=True).values
-            cumulative = ordered.cumsum(-1)
-        last = min(int(torch.searchsorted(cumulative, wanted)), len(ordered) - 1)
-        probs = torch.where(probs < ordered[last], 0.0, probs)
-    if min_p > 0.0:
-        probs = torch.where(probs < min_p * probs.max(), 0.0, probs)
-    return probs
 
 
 def gather_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:

@@ -83,6 +83,28 @@ class RecordedStep(Protocol):
         """Logits [R, V] float32, valid until the next run, and if `choose` the index of the largest of each row."""
 
 
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row of logits is drawn from.
+
+    A weight is e^((logit - largest) * inverse_temperature) in 30 fractional bits, cut off; all sums are of integers, so
+    no backend's order of summation matters. What is kept: the top_k largest logits (equal ones too), of these the
+    fewest largest weights that reach the share top_p, of these the weights that are at least min_p. The token is the
+    first at which the running sum of the kept weights exceeds (random * their sum) / 2^53. NaN counts as -inf.
+
+    Attributes:
+        inverse_temperature: 0: the largest logit, the first among equals.
+        top_k: 0: all.
+        random: an integer below 2^53.
+    """
+
+    inverse_temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    random: int
+
+
 @dataclass(slots=True)
 class PackedLinear:
     """A linear layer in the backend's own layout.
@@ -172,7 +194,11 @@ class Kernels(Protocol):
         """Element-wise silu, gelu, gelu_tanh or relu."""
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-        """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping."""
+        """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping.
+
+        int8 caches: as `int8_kv_views` of quant.py reads them; x = scale * byte, scale = largest magnitude of a token's
+        head / 127, rounded to nearest even.
+        """
 
     def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
         """Heads [T, H, D] of one kind, `norm` being that kind's weight -> [T, H, D]."""
@@ -198,11 +224,32 @@ class Kernels(Protocol):
         replaces scores s by c * tanh(s / c).
         """
 
+    def varlen_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: list[int],
+        key_starts: list[int],
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Bidirectional attention without a cache: query [T, H, D], key and value [S, G, D] -> [T, H, D].
+
+        Queries query_starts[b] : query_starts[b + 1] see keys key_starts[b] : key_starts[b + 1]. window w > 0: only
+        those less than w positions away (queries then are the last of the keys' positions). bias [H, 2 R + 1] float32
+        is added by distance: bias[h, R + key position - query position]; R at least the longest sequence - 1.
+        """
+
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
         """Copy cache blocks source -> target within one layer."""
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
+
+    def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
+        """Draw one token per row of logits [R, V]; see `RowSampling`."""
 
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
         """Record `network` (a step's batch -> logits [R, V]), to be run as a whole; or say why that cannot be.

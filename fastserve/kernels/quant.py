@@ -18,6 +18,7 @@ from fastserve.core.errors import ConfigError
 
 _GROUP_SIZES = (0, 32, 64, 128)
 _CODEBOOK_SIZE = 16
+INT8_KV_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,3 +180,34 @@ def concatenate(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | Quantized
         torch.cat(zeros) if zeros else None,
         first.codebook,
     )
+
+
+def reordered(weight: Tensor | QuantizedWeight, order: Tensor) -> Tensor | QuantizedWeight:
+    """The matrix with its rows in another order; order [N] int64."""
+    if isinstance(weight, Tensor):
+        return weight[order]
+    zeros = None if weight.zeros is None else weight.zeros[order]
+    return QuantizedWeight(weight.scheme, weight.values[order], weight.scales[order], zeros, weight.codebook)
+
+
+def int8_kv_views(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """What an int8 cache [num_blocks, block_size, G, D + 4] holds: bytes [num_blocks, block_size, G, D] and their
+    float32 scales [num_blocks, block_size, G], both views of it.
+
+    In memory a block is [G, block_size, D] bytes, then [G, block_size] scales: what one head's attention reads is
+    contiguous. The four bytes of a scale are counted to D, so that shape and size are those of any cache.
+    """
+    num_blocks, block_size, num_kv_heads, width = cache.shape
+    size = width - INT8_KV_SCALE_BYTES
+    flat = cache.view(num_blocks, -1)
+    split = block_size * num_kv_heads * size
+    values = flat[:, :split].unflatten(1, (num_kv_heads, block_size, size))
+    scales = flat[:, split:].view(torch.float32).unflatten(1, (num_kv_heads, block_size))
+    return values.transpose(1, 2), scales.transpose(1, 2)
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values [..., D] -> int8 [..., D] and float32 scales [...]: symmetric, one scale per token and head."""
+    wide = x.float()
+    scales = wide.abs().amax(-1) / 127
+    return (wide / scales.where(scales > 0, 1.0).unsqueeze(-1)).round().to(torch.int8), scales

@@ -7,6 +7,7 @@ and in bfloat16 oneDNN keeps memory for every row count that it has seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,9 +22,10 @@ from fastserve.kernels.interface import (
     KernelSpec,
     PackedLinear,
     RecordedStep,
+    RowSampling,
     Weight,
 )
-from fastserve.kernels.quant import QuantizedWeight, concatenate, quantize_activations
+from fastserve.kernels.quant import QuantizedWeight, concatenate, int8_kv_views, quantize_activations, quantize_kv
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -31,6 +33,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
+_WEIGHT_ONE = 1 << 30
+_EXP_TERMS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
 class ReferenceKernels:
@@ -122,8 +126,13 @@ class ReferenceKernels:
         return _ACTIVATIONS[activation](x)
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-        keys.view(-1, *keys.shape[2:])[slot_mapping] = key.to(keys.dtype)
-        values.view(-1, *values.shape[2:])[slot_mapping] = value.to(values.dtype)
+        for new, cache in ((key, keys), (value, values)):
+            if cache.dtype is torch.int8:
+                blocks, offsets = slot_mapping // cache.shape[1], slot_mapping % cache.shape[1]
+                for view, part in zip(int8_kv_views(cache), quantize_kv(new), strict=True):
+                    view[blocks, offsets] = part
+            else:
+                cache.view(-1, *cache.shape[2:])[slot_mapping] = new.to(cache.dtype)
 
     def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
         if norm is not None:
@@ -158,10 +167,42 @@ class ReferenceKernels:
             first = max(0, context_len - (end - start) - window + 1) if window else 0  # earliest position seen
             blocks = block_table[first // block_size : -(-context_len // block_size)]
             inside = slice(first % block_size, first % block_size + context_len - first)
-            key = keys.index_select(0, blocks).flatten(0, 1)[inside]  # [S, G, D]
-            value = values.index_select(0, blocks).flatten(0, 1)[inside]
+            key = _gather(keys, blocks)[inside]  # [S, G, D]
+            value = _gather(values, blocks)[inside]
             part = query[start:end]
             output[start:end] = _attend(part, key.to(part.dtype), value.to(part.dtype), scale, window, softcap)
+        return output
+
+    def varlen_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: list[int],
+        key_starts: list[int],
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        output = torch.empty_like(query)
+        for start, end, first, last in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
+            offset = (last - first) - (end - start)  # the last query is where the last key is
+            positions = torch.arange(offset, last - first, device=query.device).unsqueeze(1)
+            distances = torch.arange(last - first, device=query.device) - positions  # [Q, S]
+            mask = torch.zeros(distances.shape, device=query.device)
+            if window:
+                mask = mask.masked_fill(distances.abs() >= window, float("-inf"))
+            if bias is not None:
+                mask = mask + bias[:, distances + bias.shape[1] // 2]  # [H, Q, S]
+            result = functional.scaled_dot_product_attention(
+                query[start:end].transpose(0, 1).unsqueeze(0),
+                key[first:last].transpose(0, 1).unsqueeze(0),
+                value[first:last].transpose(0, 1).unsqueeze(0),
+                attn_mask=mask.to(query.dtype),
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            output[start:end] = result[0].transpose(0, 1)
         return output
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
@@ -172,6 +213,9 @@ class ReferenceKernels:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+    def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
+        return [_draw(row, how) for row, how in zip(logits, rows, strict=True)]
 
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
         return f"the {self.name} kernels run one operation at a time"
@@ -238,3 +282,46 @@ def _attend_softcap(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.einsum("hqk,hkd->qhd", scores.softmax(-1).to(value.dtype), value[0].repeat_interleave(group, dim=0))
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks of a cache as one sequence [S, G, D]; int8 ones as the float32 that they stand for."""
+    taken = cache.index_select(0, blocks)
+    if cache.dtype is torch.int8:
+        values, scales = int8_kv_views(taken)
+        taken = values.float() * scales.unsqueeze(-1)
+    return taken.flatten(0, 1)
+
+
+def _draw(logits: Tensor, how: RowSampling) -> int:
+    """One token from a row [V], as `RowSampling` defines it."""
+    logits = logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    best = int((logits == logits.max()).nonzero()[0])  # argmax does not promise the first
+    if how.inverse_temperature == 0.0:
+        return best
+    weights = _weights((logits - logits[best]) * how.inverse_temperature)
+    if 0 < how.top_k < len(logits):
+        weights = weights.where(logits >= logits.topk(how.top_k).values[-1], 0)
+    limit = 1
+    if how.top_p < 1.0:
+        ordered = weights.sort(descending=True).values
+        sums = ordered.cumsum(-1)
+        wanted = min(max(1, math.ceil(how.top_p * float(sums[-1]))), int(sums[-1]))
+        limit = max(1, int(ordered[int(torch.searchsorted(sums, wanted))])) if wanted else 1
+    limit = max(limit, math.ceil(how.min_p * _WEIGHT_ONE))
+    sums = weights.where(weights >= limit, 0).cumsum(-1)
+    kept = int(sums[-1])
+    return int(torch.searchsorted(sums, (how.random * kept) >> 53, right=True)) if kept else best
+
+
+def _weights(x: Tensor) -> Tensor:
+    """2^30 e^x for x <= 0, cut to integers. Each product and sum is rounded on its own, as elsewhere: the polynomial is
+    Cephes's expf. [V] float32 -> [V] int64."""
+    x = x.nan_to_num(-87.0, -87.0, -87.0).clamp(min=-87.0)
+    n = (x * 1.44269504).round()
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for term in _EXP_TERMS:
+        p = p * r + term
+    p = (p * (r * r) + r) + 1.0
+    return (p * ((n.int() + (127 + 30)) << 23).view(torch.float32)).long()

@@ -1,19 +1,21 @@
 """One decoder for every native family: a config of numbers and choices, and a pass over the tokens of a step.
 
-What differs between families is data (`DecoderConfig`, made in `families.py`) or a class chosen by it (norm,
-feed-forward); the pass itself has no branch per family. Pre-norm layers: x += attention(norm(x)); x += mlp(norm(x)).
+What differs between families is data (`DecoderConfig`, made in `families/`) or a class chosen by it (norm,
+feed-forward); the pass itself has no branch per family.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext
-from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, Rotation
+from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
 from fastserve.models.model import ModelShape
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
@@ -27,8 +29,17 @@ class DecoderConfig:
         windows: per layer the sliding window in tokens, 0 for all.
         ropes: per layer its rotation, or None for a layer without one.
         num_learned_positions: rows of a learned position embedding; 0 without one.
+        position_offset: row of the first position in it.
         norm, mlp: keys of `layers.NORMS` and `layers.MLPS`.
+        norm_inputs, norm_outputs: norms before and after attention and feed-forward.
+        is_parallel: x + attention(norm(x)) + mlp(norm(x)); with one norm where the family names no "mlp_norm".
+        qk_norm: norms on queries and keys: "" none, "head" for each head, "all" over the heads together.
+        qkv_groups: a merged query_key_value lies on disk as this many groups of (queries, keys, values).
         attention_scale: factor on the scores; 0 takes head_size ** -0.5.
+        embedding_scale, residual_scale, logit_scale: factors on embeddings, branches and logits.
+        logit_softcap: c > 0 replaces logits l by c * tanh(l / c).
+        num_experts, num_active_experts: feed-forwards of a layer, and how many of them a token takes.
+        experts_sum_to_one: the weights of a token's experts are scaled to a sum of one.
     """
 
     vocab_size: int
@@ -45,14 +56,27 @@ class DecoderConfig:
     norm_epsilon: float
     activation: str
     num_learned_positions: int = 0
+    position_offset: int = 0
     norm: str = "rms"
+    norm_inputs: bool = True
+    norm_outputs: bool = False
+    is_parallel: bool = False
     mlp: str = "gated"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    head_bias: bool = False
+    qk_norm: str = ""
+    qkv_groups: int = 1
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    num_experts: int = 0
+    num_active_experts: int = 0
+    experts_sum_to_one: bool = True
 
     def attention_shape(self) -> AttentionShape:
         return AttentionShape(
@@ -63,27 +87,62 @@ class DecoderConfig:
             qkv_bias=self.qkv_bias,
             output_bias=self.output_bias,
             qk_norm=self.qk_norm,
+            qkv_groups=self.qkv_groups,
+            norm=self.norm,
             scale=self.attention_scale or self.head_size**-0.5,
             softcap=self.attention_softcap,
             norm_epsilon=self.norm_epsilon,
         )
 
+    def mlp_shape(self) -> MlpShape:
+        return MlpShape(
+            hidden_size=self.hidden_size,
+            inner_size=self.inner_size,
+            activation=self.activation,
+            bias=self.mlp_bias,
+            num_experts=self.num_experts,
+            num_active_experts=self.num_active_experts,
+            experts_sum_to_one=self.experts_sum_to_one,
+        )
+
 
 class DecoderLayer:
-    """One pre-norm layer."""
+    """Attention and feed-forward, each added to its input: one after the other, or both to the same."""
 
     def __init__(self, parameters: ParameterLoader, config: DecoderConfig, layer: int) -> None:
-        norm, mlp = NORMS[config.norm], MLPS[config.mlp]
-        size, epsilon = config.hidden_size, config.norm_epsilon
-        self._attention_norm = norm(parameters, "attention_norm", size, epsilon, layer)
+        def norm(role: str, is_wanted: bool) -> Any:
+            if not is_wanted:
+                return None
+            return NORMS[config.norm](parameters, role, config.hidden_size, config.norm_epsilon, layer)
+
+        # In the order of the file.
+        self._attention_norm = norm("attention_norm", config.norm_inputs)
         self._attention = Attention(parameters, config.attention_shape(), layer, config.windows[layer])
-        self._mlp_norm = norm(parameters, "mlp_norm", size, epsilon, layer)
-        self._mlp = mlp(parameters, size, config.inner_size, config.activation, config.mlp_bias, layer)
+        self._attention_output_norm = norm("attention_output_norm", config.norm_outputs)
+        self._mlp_norm = norm("mlp_norm", config.norm_inputs and parameters.has_role("mlp_norm"))
+        self._mlp = MLPS[config.mlp](parameters, config.mlp_shape(), layer)
+        self._mlp_output_norm = norm("mlp_output_norm", config.norm_outputs)
+        self._is_parallel = config.is_parallel
+        self._scale = config.residual_scale
 
     def __call__(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
         kernels = context.kernels
-        x = self._attention(self._attention_norm(x, kernels), x, rotation, positions, context)
-        return self._mlp(self._mlp_norm(x, kernels), x, kernels)
+
+        def attend(residual: Tensor | None) -> Tensor:
+            return self._attention(normed, residual, rotation, positions, context)
+
+        normed = x if self._attention_norm is None else self._attention_norm(x, kernels)
+        if self._is_parallel:
+            return self._mlp(normed if self._mlp_norm is None else self._mlp_norm(x, kernels), attend(x), kernels)
+        x = self._add(x, attend, self._attention_output_norm, kernels)
+        inner = x if self._mlp_norm is None else self._mlp_norm(x, kernels)
+        return self._add(x, lambda residual: self._mlp(inner, residual, kernels), self._mlp_output_norm, kernels)
+
+    def _add(self, x: Tensor, branch: Callable[[Tensor | None], Tensor], norm: Any, kernels: Kernels) -> Tensor:
+        """x + branch; the branch's last operation does it where nothing comes between."""
+        if self._scale != 1.0:
+            return x + branch(None) * self._scale
+        return branch(x) if norm is None else norm(branch(None), kernels, x)
 
 
 class Decoder:
@@ -97,12 +156,18 @@ class Decoder:
         self._kernels = parameters.kernels
         self._dtype = parameters.dtype
         # The largest matrices first, so that their place in the file and in memory overlap while little else is loaded.
-        self._embedding, self._head = parameters.embedding_and_head(config.vocab_size, size, config.tied_embeddings)
+        self._embedding, self._head = parameters.embedding_and_head(
+            config.vocab_size, size, config.tied_embeddings, config.head_bias
+        )
         self._positions = None
         if config.num_learned_positions:
-            self._positions = parameters.tensor("position_embedding", (config.num_learned_positions, size))
+            rows = parameters.tensor("position_embedding", (config.num_learned_positions, size))
+            self._positions = rows[config.position_offset :]
         self._layers = [DecoderLayer(parameters, config, layer) for layer in range(config.num_layers)]
         self._norm = NORMS[config.norm](parameters, "final_norm", size, config.norm_epsilon)
+        self._config = config
+        # In the compute precision, as the models were trained.
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=parameters.dtype))
         ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
@@ -113,7 +178,7 @@ class Decoder:
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
         kernels = context.kernels
-        x = kernels.embed(self._embedding, input_ids, self._dtype)
+        x = kernels.embed(self._embedding, input_ids, self._dtype, scale=self._embedding_scale)
         if self._positions is not None:
             x = kernels.embed(self._positions, positions, self._dtype, residual=x)
         rotations = [*(table.rotation(context.longest) for table in self._tables), None]
@@ -122,9 +187,20 @@ class Decoder:
         return self._norm(x, kernels)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return (kernels or self._kernels).linear(self._head, hidden, is_wide=True)
+        return self.finish(self.head(hidden, self._kernels))
+
+    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        """What the output projection makes of hidden [R, hidden_size]; `finish` makes it logits."""
+        return kernels.linear(self._head, hidden, is_wide=True)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and soft cap; neither changes which one is largest."""
+        if self._config.logit_scale != 1.0:
+            logits = logits * self._config.logit_scale
+        cap = self._config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""

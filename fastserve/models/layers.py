@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastserve.kernels.interface import HeadTransform, Kernels
@@ -24,26 +25,34 @@ class RmsNorm:
     """x / rms(x) * weight."""
 
     def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        self._weight = parameters.tensor(role, (size,), layer)
+        self.weight = parameters.tensor(role, (size,), layer)
         self._epsilon = epsilon
 
-    def __call__(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.rms_norm(x, self._weight, self._epsilon)
+    def __call__(self, x: Tensor, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self._epsilon, residual)
 
 
 class LayerNorm:
     """(x - mean) / deviation * weight + bias."""
 
     def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        self._weight = parameters.tensor(role, (size,), layer)
+        self.weight = parameters.tensor(role, (size,), layer)
         self._bias = parameters.tensor(role, (size,), layer, "bias")
         self._epsilon = epsilon
 
-    def __call__(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.layer_norm(x, self._weight, self._bias, self._epsilon)
+    def __call__(self, x: Tensor, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self._bias, self._epsilon, residual)
 
 
-NORMS: dict[str, Any] = {"rms": RmsNorm, "layer": LayerNorm}
+class RmsNormPlusOne(RmsNorm):
+    """x / rms(x) * (1 + weight)."""
+
+    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
+        super().__init__(parameters, role, size, epsilon, layer)
+        self.weight += 1.0
+
+
+NORMS: dict[str, Any] = {"rms": RmsNorm, "rms-plus-one": RmsNormPlusOne, "layer": LayerNorm}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,9 @@ class AttentionShape:
     hidden_size: int
     qkv_bias: bool
     output_bias: bool
-    qk_norm: bool
+    qk_norm: str
+    qkv_groups: int
+    norm: str
     scale: float
     softcap: float
     norm_epsilon: float
@@ -70,14 +81,20 @@ class Attention:
         parts = {"query": heads * size, "key": kv_heads * size, "value": kv_heads * size}
         if parameters.has_role("query_key_value"):
             parts = {"query_key_value": (heads + 2 * kv_heads) * size}
-        self._qkv = parameters.linear(parts, shape.hidden_size, shape.qkv_bias, layer)
+        order = _merged_order(heads, kv_heads, size, shape.qkv_groups)
+        self._qkv = parameters.linear(parts, shape.hidden_size, shape.qkv_bias, layer, order=order)
         self._output = parameters.linear(
             {"attention_output": shape.hidden_size}, heads * size, shape.output_bias, layer
         )
-        self._query_norm = self._key_norm = None
+        self._query_norm: Any = None
+        self._key_norm: Any = None
         if shape.qk_norm:
-            self._query_norm = parameters.tensor("query_norm", (size,), layer)
-            self._key_norm = parameters.tensor("key_norm", (size,), layer)
+            counts = (1, 1) if shape.qk_norm == "head" else (heads, kv_heads)
+            self._query_norm, self._key_norm = (
+                NORMS[shape.norm](parameters, role, count * size, shape.norm_epsilon, layer)
+                for role, count in zip(("query_norm", "key_norm"), counts, strict=True)
+            )
+        self._norms_heads_together = shape.qk_norm == "all"
         self._norm_epsilon = shape.norm_epsilon
         self._layer = layer
         self._window = window
@@ -87,51 +104,107 @@ class Attention:
         self._head_size = size
 
     def __call__(
-        self, x: Tensor, residual: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation | None,
+        positions: Tensor,
+        context: AttentionContext,
     ) -> Tensor:
-        """x [T, hidden] -> residual + attention(x), [T, hidden]."""
+        """x [T, hidden] -> attention(x) + residual, [T, hidden]."""
         kernels = context.kernels
         heads = kernels.linear(self._qkv, x).view(x.shape[0], -1, self._head_size)  # [T, H + 2G, D]
         query, key, value = heads.split(self._heads, dim=1)
+        query_norm, key_norm = self._query_norm, self._key_norm
+        if self._norms_heads_together:
+            query = query_norm(query.flatten(1), kernels).view(query.shape)
+            key = key_norm(key.flatten(1), kernels).view(key.shape)
+            query_norm = key_norm = None
         transform = None
-        if rotation is not None or self._query_norm is not None:
+        if rotation is not None or query_norm is not None:
             cos, sin = rotation or (None, None)
-            transform = HeadTransform(self._query_norm, self._key_norm, self._norm_epsilon, cos, sin, positions)
+            query_weight, key_weight = (None if norm is None else norm.weight for norm in (query_norm, key_norm))
+            transform = HeadTransform(query_weight, key_weight, self._norm_epsilon, cos, sin, positions)
         attended = context.attend(self._layer, query, key, value, self._scale, self._window, self._softcap, transform)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
+
+
+def _merged_order(heads: int, kv_heads: int, size: int, groups: int) -> Tensor | None:
+    """Rows of a merged query_key_value that lies on disk group by group, as all queries, all keys, all values."""
+    if groups == 1:
+        return None
+    rows = torch.arange((heads + 2 * kv_heads) * size).view(groups, -1, size)
+    per_group = (heads // groups, kv_heads // groups, kv_heads // groups)
+    return torch.cat([part.reshape(-1) for part in rows.split(per_group, dim=1)])
+
+
+@dataclass(frozen=True, slots=True)
+class MlpShape:
+    """Sizes and options that all feed-forward layers of a network share."""
+
+    hidden_size: int
+    inner_size: int
+    activation: str
+    bias: bool
+    num_experts: int
+    num_active_experts: int
+    experts_sum_to_one: bool
 
 
 class GatedMlp:
     """activation(gate(x)) * up(x), then down. Gate and up are one matrix."""
 
-    def __init__(
-        self, parameters: ParameterLoader, hidden_size: int, inner_size: int, activation: str, bias: bool, layer: int
-    ) -> None:
-        self._activation = activation
-        parts = {"gate": inner_size, "up": inner_size}
+    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
+        self._activation = shape.activation
+        parts = {"gate": shape.inner_size, "up": shape.inner_size}
         if parameters.has_role("gate_up"):
-            parts = {"gate_up": 2 * inner_size}
-        self._gate_up = parameters.linear(parts, hidden_size, bias, layer, is_gated=True)
-        self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
+            parts = {"gate_up": 2 * shape.inner_size}
+        self._gate_up = parameters.linear(parts, shape.hidden_size, shape.bias, layer, is_gated=True)
+        self._down = parameters.linear({"down": shape.hidden_size}, shape.inner_size, shape.bias, layer)
 
-    def __call__(self, x: Tensor, residual: Tensor, kernels: Kernels) -> Tensor:
-        """x [T, hidden] -> residual + mlp(x), [T, hidden]."""
+    def __call__(self, x: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
+        """x [T, hidden] -> mlp(x) + residual, [T, hidden]."""
         return kernels.linear(self._down, kernels.linear(self._gate_up, x, self._activation), residual=residual)
 
 
 class PlainMlp:
     """down(activation(up(x)))."""
 
-    def __init__(
-        self, parameters: ParameterLoader, hidden_size: int, inner_size: int, activation: str, bias: bool, layer: int
-    ) -> None:
-        self._activation = activation
-        self._up = parameters.linear({"up": inner_size}, hidden_size, bias, layer)
-        self._down = parameters.linear({"down": hidden_size}, inner_size, bias, layer)
+    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
+        self._activation = shape.activation
+        self._up = parameters.linear({"up": shape.inner_size}, shape.hidden_size, shape.bias, layer)
+        self._down = parameters.linear({"down": shape.hidden_size}, shape.inner_size, shape.bias, layer)
 
-    def __call__(self, x: Tensor, residual: Tensor, kernels: Kernels) -> Tensor:
-        """x [T, hidden] -> residual + mlp(x), [T, hidden]."""
+    def __call__(self, x: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
+        """x [T, hidden] -> mlp(x) + residual, [T, hidden]."""
         return kernels.linear(self._down, kernels.linear(self._up, x, self._activation), residual=residual)
 
 
-MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp}
+class Experts:
+    """A router gives each token its few best of many gated feed-forwards, weighted (Shazeer et al., 2017).
+
+    Experts are computed in their order over the rows that chose them, so a row's sum never depends on other rows. Which
+    ones depends on a step's values: such a network is not recorded.
+    """
+
+    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
+        self._router = parameters.linear({"router": shape.num_experts}, shape.hidden_size, False, layer)
+        self._experts = [GatedMlp(parameters.of_expert(expert), shape, layer) for expert in range(shape.num_experts)]
+        self._num_active = min(shape.num_active_experts, shape.num_experts)
+        self._sums_to_one = shape.experts_sum_to_one
+
+    def __call__(self, x: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
+        """x [T, hidden] -> mlp(x) + residual, [T, hidden]."""
+        probs = torch.softmax(kernels.linear(self._router, x, is_wide=True), dim=-1)
+        weights, chosen = torch.topk(probs, self._num_active, dim=-1)  # [T, active]
+        if self._sums_to_one:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        output = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, places = torch.where(chosen == expert)
+            output[rows] += self._experts[expert](x[rows], None, kernels) * weights[rows, places, None]
+        return output if residual is None else residual + output
+
+
+MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp, "experts": Experts}

@@ -130,8 +130,9 @@ def _load_native(
     device: torch.device,
 ) -> Decoder:
     reader = folder.weights
-    prefix = next((item for item in family.prefixes if reader.names_of(item + family.names["embedding"])), "")
-    names = {role: name if role == "head" else prefix + name for role, name in family.names.items()}
+    family_names = family.names_of(folder.config)
+    prefix = next((item for item in family.prefixes if reader.names_of(item + family_names["embedding"])), "")
+    names = {role: name if role == "head" else prefix + name for role, name in family_names.items()}
     quantization = read_quantization(folder.config)
     parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device, quantization)
     ignored = family.ignored

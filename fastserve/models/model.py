@@ -59,11 +59,14 @@ class ServingModel(Protocol):
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
 
-    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
 
-        kernels: to compute with; the model's own when not given.
-        """
+    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        """What `finish` makes logits of, by these kernels alone: [R, vocab_size]. The largest stays largest."""
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What `head` gave -> logits [R, vocab_size] in float32."""
 
     def release(self, request_ids: list[str]) -> None:
         """Forget what is kept for these requests. Does nothing without `has_own_cache`."""

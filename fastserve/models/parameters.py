@@ -7,6 +7,7 @@ merged one, quantised or not; then its pages are given back. What the next layer
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -17,7 +18,7 @@ from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import Kernels, PackedLinear, Weight
-from fastserve.kernels.quant import QuantizedWeight
+from fastserve.kernels.quant import QuantizedWeight, reordered
 from fastserve.models.quantized import read_quantized
 
 
@@ -48,14 +49,27 @@ class ParameterLoader:
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
-        self.num_parameters = 0
-        self.num_bytes = 0
+        self._loaded = {"parameters": 0, "bytes": 0}  # shared with `of_expert`
         self._reader = reader
         self._names = names
         self._transposed = transposed
         self._quantization = quantization
         self._used: set[str] = set()
         self._missing: list[str] = []
+
+    @property
+    def num_parameters(self) -> int:
+        return self._loaded["parameters"]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._loaded["bytes"]
+
+    def of_expert(self, expert: int) -> ParameterLoader:
+        """This loader for one of a layer's experts: the names' {expert} is its number."""
+        other = copy.copy(self)
+        other._names = {role: name.replace("{expert}", str(expert)) for role, name in self._names.items()}
+        return other
 
     def has_role(self, role: str) -> bool:
         """Whether the family stores this role as a module of its own."""
@@ -69,8 +83,10 @@ class ParameterLoader:
         self._count(target.numel(), target.nbytes)
         return target
 
-    def embedding_and_head(self, num_rows: int, size: int, is_tied: bool) -> tuple[PackedLinear, PackedLinear]:
-        """The table of the tokens' vectors, for `Kernels.embedding`, and the output projection; one object when tied.
+    def embedding_and_head(
+        self, num_rows: int, size: int, is_tied: bool, bias: bool
+    ) -> tuple[PackedLinear, PackedLinear]:
+        """The table of the tokens' vectors, for `Kernels.embed`, and the output projection; one object when tied.
 
         A folder may tie them and have the head once more, quantised: they are two then.
         """
@@ -82,14 +98,22 @@ class ParameterLoader:
             table = self.linear({"embedding": num_rows}, size, bias=False)
         else:
             table = PackedLinear(self.tensor("embedding", (num_rows, size)))
-        return table, self.linear({"head": num_rows}, size, bias=False)
+        return table, self.linear({"head": num_rows}, size, bias)
 
     def linear(
-        self, parts: Mapping[str, int], num_inputs: int, bias: bool, layer: int = 0, is_gated: bool = False
+        self,
+        parts: Mapping[str, int],
+        num_inputs: int,
+        bias: bool,
+        layer: int = 0,
+        *,
+        is_gated: bool = False,
+        order: Tensor | None = None,
     ) -> PackedLinear:
         """One merged linear: role -> number of its output rows, in order; packed for the kernels.
 
-        is_gated: the parts are gate and up, in this order.
+        is_gated: the parts are gate and up, in this order. order: which row of a single part comes where; None: as
+        they are.
         """
         for role in parts:
             self._prefetch(role, layer + 1)
@@ -102,6 +126,10 @@ class ParameterLoader:
         merged_bias = None
         if bias:
             merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])
+        if order is not None and len(parts) == 1:
+            [weight] = weights if isinstance(weights, list) else [weights]
+            weights = [reordered(weight, order)]
+            merged_bias = None if merged_bias is None else merged_bias[order]
         packed = self.kernels.pack_linear(weights, merged_bias, is_gated)
         self._count(sum(parts.values()) * num_inputs, packed.num_bytes)
         del weights
@@ -179,8 +207,8 @@ class ParameterLoader:
             self._reader.release(name)
 
     def _count(self, num_parameters: int, num_bytes: int) -> None:
-        self.num_parameters += num_parameters
-        self.num_bytes += num_bytes
+        self._loaded["parameters"] += num_parameters
+        self._loaded["bytes"] += num_bytes
 
 
 def _check_alike(modules: list[str], weights: list[Weight]) -> None:

@@ -1,8 +1,8 @@
 """Rotary position embedding: from a config's numbers to cos and sin tables.
 
 Reads both spellings of the config: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (older
-folders). Known kinds: default, linear, dynamic (within its original length), llama3 and yarn. The rotation itself is
-a kernel (`Kernels.apply_rope`). Legend: T tokens, R rotated numbers per head.
+folders). Known kinds: default, linear, dynamic and longrope (within their original length), llama3 and yarn. The
+rotation itself is a kernel (`Kernels.apply_rope`). Legend: T tokens, R rotated numbers per head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastserve.core.errors import CheckpointError
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _FIRST_ROWS = 32768
 
 
@@ -41,6 +41,8 @@ class Rope:
             return _llama3(base, numbers), 1.0
         if self.kind == "yarn":
             return _yarn(base, numbers, self.theta, self.size)
+        if self.kind == "longrope":
+            return base / torch.tensor(numbers["short_factor"]), _longrope_attention_factor(numbers)
         return base, 1.0
 
 
@@ -83,15 +85,37 @@ def read_rope(config: Mapping[str, Any], head_size: int, layer_type: str = "", t
         raise CheckpointError(f"rope kind {kind!r} is not known to the native modules (known: {', '.join(KINDS)})")
     base = float(parameters.pop("rope_theta", None) or config.get("rope_theta") or theta)
     share = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 2048
         parameters.setdefault("original_max_position_embeddings", original)
     needed = {"linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ()):
         if not isinstance(parameters.get(name), (int, float)):
             raise CheckpointError(f"config.json: rope of kind {kind} lacks the number {name}")
-    known = {name: value for name, value in parameters.items() if isinstance(value, (int, float, str, bool))}
-    return Rope(kind, base, int(head_size * share), tuple(sorted(known.items())))
+    size = int(head_size * share)
+    known: dict[str, Any] = {
+        name: value for name, value in parameters.items() if isinstance(value, (int, float, str, bool))
+    }
+    if kind == "longrope":
+        factors = parameters.get("short_factor")
+        if not isinstance(factors, list) or len(factors) != size // 2:
+            raise CheckpointError(
+                f"config.json: rope of kind longrope needs a list short_factor of {size // 2} numbers"
+            )
+        known["short_factor"] = tuple(map(float, factors))
+        longest = config.get("max_position_embeddings") or original
+        known.setdefault("factor", longest / parameters["original_max_position_embeddings"])
+    return Rope(kind, base, size, tuple(sorted(known.items())))
+
+
+def _longrope_attention_factor(numbers: dict[str, Any]) -> float:
+    """LongRoPE (Ding et al., 2024) as Phi-3 has it: longer contexts get sharper attention."""
+    if numbers.get("attention_factor") is not None:
+        return float(numbers["attention_factor"])
+    factor = numbers["factor"]
+    return (
+        math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"])) if factor > 1 else 1.0
+    )
 
 
 def _llama3(base: Tensor, numbers: dict[str, Any]) -> Tensor:

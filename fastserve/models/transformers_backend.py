@@ -51,9 +51,15 @@ class TransformersModel:
         return run_body(self._network, input_ids, positions, context)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
         return self._network.logits(hidden)
+
+    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        return self._network.logits(hidden)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return logits
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""

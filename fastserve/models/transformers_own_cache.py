@@ -72,9 +72,15 @@ class OwnCacheModel:
         return torch.cat(rows)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, kernels: Kernels | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
         return self._network.logits(hidden)
+
+    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        return self._network.logits(hidden)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return logits
 
     def release(self, request_ids: list[str]) -> None:
         """Drop the caches of these requests."""

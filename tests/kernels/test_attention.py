@@ -1,4 +1,7 @@
-"""Paged attention of every instruction set against float64; chunks, batches and threads change no bit."""
+"""Paged attention of every instruction set against float64; chunks, batches and threads change no bit.
+
+int8 caches are compared with float64 over the values that the bytes stand for: what is left is the arithmetic's error.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ from torch import Tensor
 
 from fastserve.kernels.cpu import CPUKernels
 from fastserve.kernels.interface import Batch
+from fastserve.kernels.quant import int8_kv_views, quantize_kv
+from fastserve.kernels.reference import ReferenceKernels
 from tests.kernels.conftest import native_kernels
 
 HEADS = [(2, 2, 64), (4, 1, 128), (6, 2, 80), (3, 3, 16), (4, 2, 36)]  # H, G, D
 BLOCK_SIZE = 16
+REFERENCE = ReferenceKernels()
 
 
 class Sequence:
@@ -36,6 +42,12 @@ class Cache:
         order = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(9))
         self.tables = list(order[: sum(needed)].split(needed))
         shape = (sum(needed) + 3, BLOCK_SIZE, *sequences[0].key.shape[1:])
+        if dtype is torch.int8:
+            self.keys = torch.full((*shape[:3], shape[3] + 4), 111, dtype=dtype)
+            self.values = self.keys.clone()
+            for cache in (self.keys, self.values):
+                int8_kv_views(cache)[1].fill_(math.nan)
+            return
         # What no token has written must not be read: a NaN would show.
         self.keys = torch.full(shape, math.nan, dtype=dtype)
         self.values = torch.full(shape, math.nan, dtype=dtype)
@@ -46,7 +58,7 @@ class Cache:
 
 
 def attend(
-    kernels: CPUKernels,
+    kernels: ReferenceKernels,
     cache: Cache,
     sequences: list[Sequence],
     ranges: list[tuple[int, int, int]],
@@ -158,3 +170,100 @@ def test_keys_and_values_that_are_slices_of_one_tensor(isa: str) -> None:
     sequence = Sequence(30, (4, 2, 32), torch.float32, 0)
     sequence.query, sequence.key, sequence.value = query, key, value
     assert float((result.double() - exact(sequence, 0, 0.0)).abs().max()) < 3e-6
+
+
+def rounded(sequence: Sequence) -> Sequence:
+    """The same sequence with the keys and values that an int8 cache holds of it."""
+    other = Sequence(sequence.length, (*sequence.query.shape[1:2], *sequence.key.shape[1:]), torch.float32, 0)
+    other.query = sequence.query
+    for name in ("key", "value"):
+        values, scales = quantize_kv(getattr(sequence, name))
+        setattr(other, name, values.double() * scales.double().unsqueeze(-1))
+    return other
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (50, 20.0)])
+def test_int8_cache_against_float64(isa: str, heads: tuple[int, int, int], window: int, softcap: float) -> None:
+    kernels = native_kernels(isa)
+    for dtype, tolerance in ((torch.float32, 8e-6), (torch.bfloat16, 1.5e-2)):
+        for length in (1, 17, 200) if isa != "plain" else (1, 100):
+            sequence = Sequence(length, heads, dtype, length)
+            cache = Cache([sequence], torch.int8)
+            result = attend(kernels, cache, [sequence], [(0, 0, length)], window, softcap)[0]
+            expected = exact(rounded(sequence), window, softcap)
+            assert float((result.double() - expected).abs().max()) < tolerance, (dtype, length)
+            cache = Cache([sequence], torch.int8)
+            reference = attend(REFERENCE, cache, [sequence], [(0, 0, length)], window, softcap)[0]
+            # The reference rounds what the bytes stand for to the query's type.
+            assert float((reference.double() - expected).abs().max()) < 2 * tolerance, (dtype, length)
+
+
+def test_int8_cache_is_near_the_exact_one(isa: str) -> None:
+    """What eight bits cost: unit normals, each wrong by 1/254 of the largest of its head at most."""
+    sequence = Sequence(100, (4, 2, 64), torch.float32, 8)
+    result = whole(native_kernels(isa), sequence, torch.int8)
+    assert float((result.double() - exact(sequence, 0, 0.0)).abs().max()) < 2.5e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+def test_int8_cache_chunks_batches_and_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype) -> None:
+    lengths = [7, 620, 70] if isa != "plain" else [7, 90]
+    sequences = [Sequence(length, (4, 2, 64), dtype, length) for length in lengths]
+    expected = [whole(native_kernels(isa, 1), sequence, torch.int8) for sequence in sequences]
+    for count in (1, 3):
+        kernels, cache = native_kernels(isa, count), Cache(sequences, torch.int8)
+        for chunk in (97, 16):
+            parts: list[list[Tensor]] = [[] for _ in sequences]
+            for start in range(0, max(lengths), chunk):
+                ranges = [(i, start, min(n, start + chunk)) for i, n in enumerate(lengths) if start < n]
+                for (i, _, _), part in zip(ranges, attend(kernels, cache, sequences, ranges), strict=True):
+                    parts[i].append(part)
+            assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(parts, expected, strict=True))
+        last = attend(kernels, cache, sequences, [(i, n - 1, n) for i, n in enumerate(lengths)])
+        assert all(torch.equal(part, whole[-1:]) for part, whole in zip(last, expected, strict=True))
+
+
+def bidirectional(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor | None) -> Tensor:
+    """One sequence in float64: the last query stands where the last key does."""
+    group, (num_queries, num_keys) = query.shape[1] // key.shape[1], (len(query), len(key))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key.double().repeat_interleave(group, 1))
+    scores *= query.shape[-1] ** -0.5
+    distances = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
+    if bias is not None:
+        scores = scores + bias.double()[:, distances + bias.shape[1] // 2]
+    if window:
+        scores = scores.masked_fill(distances.abs() >= window, -math.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.double().repeat_interleave(group, 1))
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 64), (3, 3, 36)], ids=str)
+@pytest.mark.parametrize("window", [0, 1, 9, 100])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bidirectional_attention_of_ragged_sequences(
+    isa: str, heads: tuple[int, int, int], window: int, has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(window)
+    lengths = [1, 30, 64, 131] if isa != "plain" else [1, 30, 66]
+    bias = torch.randn(heads[0], 2 * 140 + 1, generator=generator) if has_bias else None
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    for dtype, tolerance in ((torch.float32, 8e-6), (torch.bfloat16, 2e-2)):
+        merged = torch.randn(starts[-1], heads[0] + 2 * heads[1], heads[2], generator=generator).to(dtype)
+        query, key, value = merged.split([heads[0], heads[1], heads[1]], dim=1)
+        for kernels in (native_kernels(isa, 1), native_kernels(isa, 3), REFERENCE):
+            result = kernels.varlen_attention(query, key, value, starts, starts, heads[2] ** -0.5, window, bias)
+            for start, end in zip(starts, starts[1:], strict=False):
+                part = bidirectional(query[start:end], key[start:end], value[start:end], window, bias)
+                assert float((result[start:end].double() - part).abs().max()) < tolerance, (dtype, kernels.name)
+
+
+def test_cross_attention_over_other_lengths(isa: str) -> None:
+    """Queries of a decoder over an encoder's keys: fewer, more, and one sequence without keys."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3 + 50 + 2, 4, 32, generator=generator)
+    key, value = torch.randn(2, 40 + 7, 2, 32, generator=generator)
+    query_starts, key_starts = [0, 3, 53, 55], [0, 40, 47, 47]
+    result = native_kernels(isa).varlen_attention(query, key, value, query_starts, key_starts, 32**-0.5)
+    reference = REFERENCE.varlen_attention(query[:53], key, value, query_starts[:3], key_starts[:3], 32**-0.5)
+    assert float((result[:53] - reference).abs().max()) < 3e-6
+    assert torch.equal(result[53:], torch.zeros(2, 4, 32))

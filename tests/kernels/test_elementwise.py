@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import HeadTransform
+from fastserve.kernels.quant import int8_kv_views
 from fastserve.kernels.reference import ReferenceKernels
 from tests.kernels.conftest import native_kernels
 
@@ -137,3 +138,21 @@ def test_argmax_takes_the_first_among_equals(isa: str, dtype: torch.dtype) -> No
         x[3, size // 2 :] = 9.0
         expected = torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
         assert torch.equal(kernels.argmax(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
+@pytest.mark.parametrize("size", [4, 36, 64, 100])
+def test_int8_cache_writes_give_the_reference_s_bytes(isa: str, dtype: torch.dtype, size: int) -> None:
+    kernels = native_kernels(isa)
+    merged = 5 * random(6, 9, size, dtype=dtype)
+    merged[2] = 0.0
+    merged[3, :, : size // 2] *= 1e-20
+    slots = torch.tensor([7, 0, 30, 31, 2, 19])
+    caches = [[torch.full((4, 8, 2, size + 4), 3, dtype=torch.int8) for _ in range(2)] for _ in range(2)]
+    kernels.store_kv(merged[:, 4:6], merged[:, 7:9], *caches[0], slots)
+    REFERENCE.store_kv(merged[:, 4:6], merged[:, 7:9], *caches[1], slots)
+    for ours, theirs in zip(*caches, strict=True):
+        assert torch.equal(ours, theirs)
+    values, scales = int8_kv_views(caches[0][0])
+    stored = (values.float() * scales.unsqueeze(-1)).flatten(0, 1)[slots]
+    assert ((stored - merged[:, 4:6].float()).abs() <= merged[:, 4:6].float().abs().amax(-1, keepdim=True) / 253).all()

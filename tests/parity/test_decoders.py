@@ -23,6 +23,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 256,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-all-heads": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -46,6 +54,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "gpt2": ("gpt2", {}),
     "gpt2-inner-gelu": ("gpt2", {"n_inner": 96, "activation_function": "gelu"}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3", {}),
+    "phi3": ("phi3", {}),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),
+    "phi": ("phi", {}),
+    "gpt-neox": ("gpt-neox", {}),
+    "gpt-neox-serial": ("gpt-neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "opt": ("opt", {}),
+    "falcon-one-key-head": ("falcon", {}),
+    "falcon-all-heads": ("falcon", {"multi_query": False, "bias": True, "parallel_attn": False}),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+    "starcoder2": ("starcoder2", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "smollm3": ("smollm3", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen3-moe": ("qwen3-moe", {}),
+    "qwen3-moe-normed": ("qwen3-moe", {"norm_topk_prob": True}),
+    "stablelm": ("stablelm", {}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "gpt-bigcode": ("gpt-bigcode", {}),
+    "gpt-bigcode-all-heads": ("gpt-bigcode", {"multi_query": False}),
 }
 
 

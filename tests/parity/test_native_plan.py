@@ -76,7 +76,7 @@ class Cached:
     def network(self, kernels: Kernels, batch: Batch) -> Tensor:
         context = PagedContext(kernels, self.keys, self.values, batch)
         hidden = self.model.forward(batch.input_ids, batch.positions, context)
-        return self.model.logits(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+        return self.model.head(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
 
 
 def make_step(spans: list[tuple[int, int, int]], seed: int, logit_rows: list[int] | None = None) -> Batch:
@@ -114,6 +114,14 @@ FOLDERS = {
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {"hidden_size": 72, "head_dim": 20}),  # odd sizes: padded K, a narrow last panel
     "gpt2": ("gpt2", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
+    "gpt-neox": ("gpt-neox", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "olmo2": ("olmo2", {}),
+    "opt": ("opt", {}),
+    "phi": ("phi", {}),
+    "smollm3": ("smollm3", {}),
 }
 CASES = [(name, dtype) for name in FOLDERS for dtype in ("float32", "bfloat16")]
 CASES += [("qwen3", scheme) for scheme in SCHEMES] + [("gpt2", "w8a8")]

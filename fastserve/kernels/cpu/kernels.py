@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,12 +17,22 @@ from torch import Tensor
 
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.cpu.threads import usable_cpus
-from fastserve.kernels.interface import Batch, HeadTransform, Kernels, KernelSpec, PackedLinear, RecordedStep, Weight
-from fastserve.kernels.quant import QuantizedWeight
+from fastserve.kernels.interface import (
+    Batch,
+    HeadTransform,
+    Kernels,
+    KernelSpec,
+    PackedLinear,
+    RecordedStep,
+    RowSampling,
+    Weight,
+)
+from fastserve.kernels.quant import INT8_KV_SCALE_BYTES, QuantizedWeight
 from fastserve.kernels.reference import ReferenceKernels
 
 # Numbers of the enumerations in csrc/common.h and csrc/packed_weight.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_DTYPES = {**_DTYPES, torch.int8: 2}
 _SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _BYTES, _NIBBLES, _CODEBOOK = 2, 3, 4
@@ -120,10 +131,9 @@ class CPUKernels(ReferenceKernels):
         residual: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        packed, dense = (None, table) if isinstance(table, Tensor) else (table.native, None)
-        if packed is None and dense is None:
-            dense = table.weight
-        out = torch.empty(ids.shape[0], packed.k if dense is None else dense.shape[1], dtype=dtype)
+        packed = None if isinstance(table, Tensor) else table.native
+        dense = table if isinstance(table, Tensor) else None if packed else table.weight
+        out = torch.empty(ids.shape[0], packed.k if packed else dense.shape[1], dtype=dtype)  # type: ignore[union-attr]
         if out.numel():
             assert ids.is_contiguous() and (residual is None or (residual.is_contiguous() and packed is None))
             assert dense is None or (dense.is_contiguous() and dense.dtype is dtype)
@@ -229,16 +239,55 @@ class CPUKernels(ReferenceKernels):
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
     ) -> Tensor:
+        tables = [table.contiguous() for table in batch.block_tables]
+        return self._attention(
+            query, keys, values, batch.query_starts, batch.context_lens, tables, scale, softcap, window
+        )
+
+    def varlen_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: list[int],
+        key_starts: list[int],
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        if key.stride(-1) != 1 or value.stride(-1) != 1:
+            key, value = key.contiguous(), value.contiguous()
+        lengths = [end - start for start, end in pairwise(key_starts)]
+        tables = [torch.arange(start, end) for start, end in pairwise(key_starts)]  # a cache of blocks of one key
+        keys, values = key.unsqueeze(1), value.unsqueeze(1)
+        bias = None if bias is None else bias.float().contiguous()
+        return self._attention(query, keys, values, query_starts, lengths, tables, scale, 0.0, window, False, bias)
+
+    def _attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_starts: list[int],
+        context_lens: list[int],
+        tables: list[Tensor],
+        scale: float,
+        softcap: float,
+        window: int,
+        is_causal: bool = True,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         if query.stride(-1) != 1:
             query = query.contiguous()
         out = torch.empty(query.shape, dtype=query.dtype)
-        tables = [table.contiguous() for table in batch.block_tables]
         self._backend.attention(
             query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
-            query.shape[1], keys.shape[2], query.shape[2], keys.data_ptr(), values.data_ptr(), _DTYPES[keys.dtype],
+            query.shape[1], keys.shape[2], query.shape[2],
+            keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
             _cache_strides(keys), _cache_strides(values), keys.shape[1],
-            batch.query_starts, batch.context_lens, [table.data_ptr() for table in tables],
-            scale, softcap, window, True,
+            query_starts, context_lens, [table.data_ptr() for table in tables],
+            scale, softcap, window, is_causal,
+            0 if bias is None else bias.data_ptr(), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
         )  # fmt: skip
         return out
 
@@ -258,6 +307,18 @@ class CPUKernels(ReferenceKernels):
 
         return record(self._backend, network, longest)
 
+    def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
+        if logits.dtype not in _DTYPES or logits.stride(-1) != 1:
+            logits = logits.float().contiguous()
+        out = torch.empty(len(rows), dtype=torch.int64)
+        if rows:
+            self._backend.sample(
+                logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, logits.stride(0), out.data_ptr(),
+                [row.inverse_temperature for row in rows], [row.top_k for row in rows],
+                [row.top_p for row in rows], [row.min_p for row in rows], [row.random for row in rows],
+            )  # fmt: skip
+        return out.tolist()
+
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
@@ -270,9 +331,9 @@ def _dense_heads(x: Tensor) -> Tensor:
 def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:
     assert keys.is_contiguous() and values.is_contiguous() and slot_mapping.is_contiguous()
     return (
-        key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _DTYPES[keys.dtype], *key.shape,
+        key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _CACHE_DTYPES[keys.dtype], *key.shape,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        keys.data_ptr(), values.data_ptr(), slot_mapping.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), slot_mapping.data_ptr(), keys.shape[1],
     )  # fmt: skip
 
 
@@ -284,6 +345,9 @@ def _activation_code(activation: str) -> int:
 
 def _cache_strides(cache: Tensor) -> list[int]:
     assert cache.stride(-1) == 1, "the last dimension of a cache is contiguous"
+    if cache.dtype is torch.int8:
+        size = cache.shape[3] - INT8_KV_SCALE_BYTES
+        return [cache.stride(0), size, cache.shape[1] * size]
     return [cache.stride(0), cache.stride(1), cache.stride(2)]
 
 

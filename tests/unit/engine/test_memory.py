@@ -25,13 +25,21 @@ SHAPE = ModelShape(
 )
 
 
-def plan(free_bytes: int = 16 * GIB, **options: int) -> MemoryPlan:
+def plan(free_bytes: int = 16 * GIB, **options: int | str) -> MemoryPlan:
     settings = dict(block_size=16, kv_cache_memory=0, max_model_len=0, max_batch_sequences=64, max_batch_tokens=1024)
     return plan_memory(SHAPE, torch.device("cpu"), free_bytes, **{**settings, **options})
 
 
 def test_one_block_holds_keys_and_values_of_all_layers() -> None:
     assert plan().block_bytes == 2 * 28 * 16 * 8 * 128 * 2
+
+
+def test_an_int8_cache_has_nearly_twice_the_blocks() -> None:
+    made, wide = plan(kv_cache_memory=GIB, kv_cache_dtype="int8"), plan(kv_cache_memory=GIB)
+    assert made.block_bytes == 2 * 28 * 16 * 8 * (128 + 4)
+    assert made.num_blocks == GIB // made.block_bytes
+    assert 1.93 < made.num_blocks / wide.num_blocks < 1.95
+    assert "int8" in made.table() and "bfloat16" in wide.table()
 
 
 def test_asked_for_memory_is_used_to_the_block() -> None:

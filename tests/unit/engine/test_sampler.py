@@ -1,4 +1,7 @@
-"""The sampler against plain definitions: filters, penalties, determinism and the distribution it draws from."""
+"""The sampler against plain definitions: penalties, determinism and the distribution it draws from.
+
+Filters and the draw itself: tests/kernels/test_sample.py.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,23 @@ import pytest
 import torch
 
 from fastserve.core.sampling_params import SamplingParams
-from fastserve.engine.sampler import SamplingState, filter_probs, gather_logprobs, process_logits, sample, uniform
+from fastserve.engine.sampler import SamplingState, gather_logprobs, process_logits, random_bits, sample
+from fastserve.kernels.reference import ReferenceKernels
+
+KERNELS = ReferenceKernels()
 
 
 def make_state(**options: object) -> SamplingState:
     return SamplingState(SamplingParams(seed=1, **options), stop_ids=(0, 2))  # type: ignore[arg-type]
 
 
-def test_uniform_is_a_fixed_function_spread_evenly() -> None:
-    values = [uniform(seed, index) for seed in range(100) for index in range(100)]
-    assert uniform(3, 4) == uniform(3, 4)
+def test_random_bits_are_a_fixed_function_spread_evenly() -> None:
+    values = [random_bits(seed, index) * 2.0**-53 for seed in range(100) for index in range(100)]
+    assert random_bits(3, 4) == random_bits(3, 4)
     assert len(set(values)) == len(values)
     assert all(0 <= value < 1 for value in values)
     counts = torch.histc(torch.tensor(values), bins=10, min=0, max=1)
     assert counts.min() > 850 and counts.max() < 1150
-
-
-def test_top_k_keeps_the_k_most_probable() -> None:
-    probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    assert filter_probs(probs, 2, 1.0, 0.0).tolist() == pytest.approx([0, 0.4, 0, 0.3])
-
-
-@pytest.mark.parametrize("num_tokens", [10, 1000])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(num_tokens: int) -> None:
-    torch.manual_seed(0)
-    probs = torch.softmax(torch.randn(num_tokens), -1)
-    for top_p in (0.1, 0.5, 0.9, 0.999):
-        kept = filter_probs(probs, 0, top_p, 0.0)
-        ordered = probs.sort(descending=True).values.double()
-        size = int((ordered.cumsum(0) < top_p).sum()) + 1
-        assert int((kept > 0).sum()) == size
-        assert float(kept.sum()) >= top_p - 1e-5
-
-
-def test_top_p_counts_within_what_top_k_left() -> None:
-    probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    assert filter_probs(probs, 2, 0.5, 0.0).tolist() == pytest.approx([0.4, 0, 0, 0])
-
-
-def test_min_p_is_relative_to_the_most_probable() -> None:
-    probs = torch.tensor([0.5, 0.3, 0.1, 0.1])
-    assert filter_probs(probs, 0, 1.0, 0.5).tolist() == pytest.approx([0.5, 0.3, 0, 0])
 
 
 def test_penalties_and_bias_follow_their_definitions() -> None:
@@ -67,9 +46,9 @@ def test_penalties_and_bias_follow_their_definitions() -> None:
 def test_min_tokens_masks_the_ends_until_reached() -> None:
     state = make_state(min_tokens=1, temperature=0.0)
     logits = torch.tensor([[9.0, 1.0, 5.0, 2.0]])
-    assert sample(logits, [state]) == [3]
+    assert sample(logits, [state], KERNELS) == [3]
     state.count(3)
-    assert sample(logits, [state]) == [0]
+    assert sample(logits, [state], KERNELS) == [0]
 
 
 def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
@@ -77,8 +56,8 @@ def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
     logits = torch.randn(6, 50)
     params = [{}, {"top_p": 0.8}, {"top_k": 5}, {"temperature": 0.0}, {"min_p": 0.1}, {"frequency_penalty": 1.0}]
     states = [make_state(**options) for options in params]
-    together = sample(logits, states)
-    assert together == [sample(logits[row : row + 1], [states[row]])[0] for row in range(6)]
+    together = sample(logits, states, KERNELS)
+    assert together == [sample(logits[row : row + 1], [states[row]], KERNELS)[0] for row in range(6)]
 
 
 def test_draws_follow_the_softmax_at_the_temperature() -> None:
@@ -86,7 +65,7 @@ def test_draws_follow_the_softmax_at_the_temperature() -> None:
     state = make_state(temperature=0.7)
     counts = [0] * 4
     for _ in range(4000):
-        counts[sample(logits[None], [state])[0]] += 1
+        counts[sample(logits[None], [state], KERNELS)[0]] += 1
         state.num_output += 1
     expected = torch.softmax(logits / 0.7, -1)
     for count, probability in zip(counts, expected.tolist(), strict=True):

@@ -81,3 +81,35 @@ def test_yarn_reaches_further_than_the_config_says() -> None:
 def test_refused(architecture: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(architecture, **changes)
+
+
+def test_gemma_defaults_and_older_spelling() -> None:
+    """Gemma 3 folders of 2025 have rope_theta, rope_local_base_freq and sliding_window_pattern."""
+    config = read(
+        "Gemma3ForCausalLM",
+        sliding_window=32,
+        sliding_window_pattern=2,
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    assert config.tied_embeddings and config.head_size == 256
+    assert config.windows == (32, 0, 32, 0)
+    assert [(rope.kind, rope.theta) for rope in config.ropes[:2]] == [("default", 1e4), ("linear", 1e6)]
+    assert read("Gemma2ForCausalLM", sliding_window=32).windows == (32, 0, 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("FalconForCausalLM", {"alibi": True}, "alibi=True"),
+        ("OPTForCausalLM", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32"),
+        ("StableLmForCausalLM", {"qk_layernorm": True}, "qk_layernorm=True"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "layers without experts"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 4 layers"),
+    ],
+)
+def test_what_the_parts_cannot_do(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(architecture, **changes)

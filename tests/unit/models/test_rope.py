@@ -76,7 +76,7 @@ def test_several_ropes_in_one_config() -> None:
     ("parameters", "message"),
     [
         ({"rope_type": "spiral"}, "'spiral' is not known"),
-        ({"rope_type": "longrope", "short_factor": [1.0]}, "'longrope' is not known"),
+        ({"rope_type": "longrope", "short_factor": [1.0]}, "a list short_factor of 32 numbers"),
         ({"rope_type": "linear"}, "lacks the number factor"),
         ({"rope_type": "llama3", "factor": 2.0}, "lacks the number low_freq_factor"),
         ({"rope_type": "yarn", "factor": "4"}, "lacks the number factor"),

@@ -42,7 +42,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     options, is_paged = CASES[request.param]
     folder = folders.other(tmp_path_factory.mktemp(request.param), request.param, **options)
-    loaded = load_model(ModelFolder.open(str(folder)))
+    loaded = load_model(ModelFolder.open(str(folder)), backend="transformers")
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     return loaded, reference, is_paged
 
@@ -112,7 +112,7 @@ def test_attention_that_ignores_order_is_found_out(tmp_path: Path, monkeypatch: 
 
     folder = folders.other(tmp_path, "Olmo2Config")
     monkeypatch.setattr(transformers_network, "attend", not_causal)
-    loaded = load_model(ModelFolder.open(str(folder)))
+    loaded = load_model(ModelFolder.open(str(folder)), backend="transformers")
     monkeypatch.undo()
     transformers_network.register_attention()
     assert loaded.model.has_own_cache
@@ -138,7 +138,9 @@ def test_lengths_that_would_change_other_sequences_are_cut(tmp_path: Path) -> No
         "original_max_position_embeddings": 64,
     }
     folder = folders.other(tmp_path, "Phi3Config", rope_parameters=rope, original_max_position_embeddings=64)
-    assert load_model(ModelFolder.open(str(folder))).model.shape.max_positions == 64
+    for backend in ("native", "transformers"):
+        loaded = load_model(ModelFolder.open(str(folder)), backend=backend)
+        assert loaded.model.shape.max_positions == 64
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
@@ -158,4 +160,4 @@ def test_missing_tensors_are_an_error(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing keys: model\.layers\.1\.mlp\.up_proj"):
-        load_model(ModelFolder.open(str(folder)))
+        load_model(ModelFolder.open(str(folder)), backend="transformers")

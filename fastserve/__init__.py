@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastserve.core.outputs import CompletionOutput, RequestOutput
     from fastserve.core.sampling_params import SamplingParams
+    from fastserve.core.structured_outputs import StructuredOutputs
     from fastserve.offline.llm import LLM
 
 __version__ = "0.1.0"
@@ -19,11 +20,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "LLM": "fastserve.offline.llm",
     "SamplingParams": "fastserve.core.sampling_params",
+    "StructuredOutputs": "fastserve.core.structured_outputs",
     "RequestOutput": "fastserve.core.outputs",
     "CompletionOutput": "fastserve.core.outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

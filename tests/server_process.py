@@ -78,7 +78,11 @@ def num_listening(process_ids: list[int]) -> int:
     links = set()
     for process_id in process_ids:
         for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
-            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor))
+            try:
+                target = os.readlink(descriptor)
+            except FileNotFoundError:  # closed since it was listed
+                continue
+            match = re.fullmatch(r"socket:\[(\d+)\]", target)
             links |= {match.group(1)} if match else set()
     lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     listening = {fields[9] for fields in map(str.split, lines) if fields[3] == "0A"}

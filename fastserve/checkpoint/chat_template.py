@@ -1,15 +1,18 @@
 """Chat templates: a list of messages -> the prompt's text, by the model's own jinja2 template.
 
-Templates come from strangers, so they run in jinja2's immutable sandbox over plain JSON values, with a limit on their
-own size, on what they make, and on repetition of text. What templates of the hub expect is there: loop controls,
-raise_exception, strftime_now, tojson without HTML escapes, and the generation tag.
+Templates come from strangers, so they run in jinja2's immutable sandbox over plain JSON values, with limits on their
+own size, on their time, and on every text that they make: each loop, call and filter is counted. What templates of
+the hub expect is there: loop controls, raise_exception, strftime_now, tojson without HTML escapes, and the generation
+tag.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +29,13 @@ from fastserve.core.errors import CheckpointError, RequestError
 
 MAX_TEMPLATE_LENGTH = 256 * 1024
 MAX_PROMPT_LENGTH = 16 * 1024 * 1024
+MAX_SECONDS = 0.5  # of processor time, so that a busy machine refuses nothing
+_MAX_WIDTH = 10_000
+# Methods of texts whose result is much longer than what they are given.
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+# Filters that take a width.
+_WIDE_FILTERS = frozenset({"center", "indent", "truncate", "wordwrap", "batch", "slice", "round", "tojson"})
+_TICK = "fastserve_tick"
 # Put at the end of the message to be continued, and cut off after rendering; the space tells whether it was trimmed.
 _MARKER = "<<fastserve:continue:7c1f>> "
 
@@ -43,7 +53,7 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_LENGTH} are read"
             )
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -84,7 +94,9 @@ class ChatTemplate:
     def _run(self, values: dict[str, Any]) -> str:
         pieces, length = [], 0
         try:
-            for piece in self._compiled.generate(values):
+            compiled = self._compiled
+            compiled.environment.deadline = time.thread_time() + MAX_SECONDS
+            for piece in compiled.generate(values):
                 length += len(piece)
                 if length > MAX_PROMPT_LENGTH:
                     raise TemplateError(f"it makes more than {MAX_PROMPT_LENGTH} characters")
@@ -95,7 +107,7 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        return _environment().from_string(self._source)
+        return _environment().from_string(self.source)
 
 
 def find_template(folder: ModelFolder, has_tools: bool = False) -> str:
@@ -122,13 +134,75 @@ def _environment() -> ImmutableSandboxedEnvironment:
         strftime_now=lambda form: datetime.datetime.now().strftime(form),
     )
     environment.filters["tojson"] = _to_json
+    for name, function in list(environment.filters.items()):
+        environment.filters[name] = environment.bounded(name, function)
+    environment.filters[_TICK] = environment.tick
     return environment
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses operators that would make huge values in one step."""
+    """Refuses what would make huge values in one step, and ends a template that takes too long.
+
+    Attributes:
+        deadline: processor time of this thread at which a template is stopped.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    deadline = 0.0
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """The template with every loop counted, and with `~` as a `+` of texts, which is checked."""
+        template = super()._parse(source, name, filename)
+        for loop in list(template.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, _TICK, [], [], None, None, lineno=loop.lineno)
+        for joined in list(template.find_all(nodes.Concat)):
+            texts: list[nodes.Expr] = [nodes.Filter(node, "string", [], [], None, None) for node in joined.nodes]
+            joined.nodes = [functools.reduce(nodes.Add, texts)]
+        template.set_environment(self)
+        return template
+
+    def check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise SecurityError(f"it takes longer than {MAX_SECONDS:g} s")
+
+    def tick(self, items: Any) -> Iterator[Any]:
+        """The items of a loop, as long as there is time."""
+        for item in items:
+            self.check_time()
+            yield item
+
+    def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter with its arguments and its result checked."""
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self.check_time()
+            texts = [value for value in args if isinstance(value, str)]
+            for value in (*args, *kwargs.values()) if name in _WIDE_FILTERS else ():
+                if isinstance(value, int) and abs(value) > _MAX_WIDTH:
+                    raise SecurityError(f"{name} with {value} makes a text that is too long")
+            if name == "replace" and len(texts) > 2:
+                _check_replacement(*texts[:3])
+            if name == "join":
+                args = _with_bounded_items(args, function)
+            result = function(*args, **kwargs)
+            if isinstance(result, str) and len(result) > MAX_PROMPT_LENGTH:
+                raise SecurityError(f"it makes more than {MAX_PROMPT_LENGTH} characters")
+            return result
+
+        return checked
+
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        self.check_time()
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(owner, str):
+            if name in _PADDING and any(isinstance(value, int) and value > _MAX_WIDTH for value in args):
+                raise SecurityError(f"{name} makes a text that is too long")
+            if name == "replace" and len(args) >= 2:
+                _check_replacement(owner, *args[:2])
+            if name == "join" and args:
+                args = ([*_bounded_items(args[0], len(owner))], *args[1:])
+        return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -146,6 +220,29 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "+" and isinstance(left, str) and len(left) > MAX_PROMPT_LENGTH:
             raise SecurityError(f"it makes more than {MAX_PROMPT_LENGTH} characters")
         return super().call_binop(context, operator, left, right)
+
+
+def _bounded_items(items: Any, separator_length: int = 0) -> Iterator[Any]:
+    """The items to be joined, as long as their sum stays within what a template may make."""
+    length = 0
+    for item in items:
+        length += separator_length + (len(item) if isinstance(item, str) else 1)
+        if length > MAX_PROMPT_LENGTH:
+            raise SecurityError(f"it makes more than {MAX_PROMPT_LENGTH} characters")
+        yield item
+
+
+def _with_bounded_items(args: tuple[Any, ...], join: Callable[..., Any]) -> tuple[Any, ...]:
+    """The arguments of the filter join, which jinja2 calls with its own evaluation context first."""
+    place = 1 if hasattr(join, "jinja_pass_arg") else 0
+    separator = args[place + 1] if len(args) > place + 1 and isinstance(args[place + 1], str) else ""
+    return (*args[:place], [*_bounded_items(args[place], len(separator))], *args[place + 1 :])
+
+
+def _check_replacement(text: str, old: str, new: str) -> None:
+    count = text.count(old) if old else len(text) + 1
+    if count * len(new) > MAX_PROMPT_LENGTH:
+        raise SecurityError(f"it makes more than {MAX_PROMPT_LENGTH} characters")
 
 
 class _PlainNamespace(Namespace):

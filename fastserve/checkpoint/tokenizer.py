@@ -99,6 +99,11 @@ class Tokenizer:
         data = b"".join(map(self.token_bytes, shown))
         return strip_start(data.decode("utf-8", errors="replace"), rules.num_stripped)
 
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary spells it; None when there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, for showing; part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -109,6 +114,11 @@ class Tokenizer:
         if data is None:
             data = self._bytes[token_id] = self._find_bytes(token_id)
         return data
+
+    @property
+    def tool_template(self) -> str:
+        """Source of the chat template that is used with tools; "" when there is none."""
+        return "" if self._tool_template is None else self._tool_template.source
 
     @property
     def has_chat_template(self) -> bool:

@@ -23,7 +23,17 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 ENVIRONMENT_PREFIX = "FASTSERVE_"
 # Fields that hold bytes and may be written as text with a unit.
-SIZE_FIELDS = frozenset({"kv_cache_memory", "kv_cache_max_memory", "kv_host_cache", "kv_disk_cache", "max_body_bytes"})
+SIZE_FIELDS = frozenset(
+    {
+        "kv_cache_memory",
+        "kv_cache_max_memory",
+        "kv_host_cache",
+        "kv_disk_cache",
+        "max_body_bytes",
+        "response_store_bytes",
+        "max_state_bytes",
+    }
+)
 
 
 def parse_bytes(value: int | str) -> int:
@@ -72,6 +82,8 @@ class EngineConfig:
         kv_replacement: lru or lfu: which blocks those give up first.
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
+            expected to pay) or ngram (wherever there is a guess). The tokens are the same.
         num_threads: compute threads; 0 uses every core the process may use.
         seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
@@ -97,6 +109,7 @@ class EngineConfig:
     kv_replacement: str = "lru"
     block_size: int = 16
     prefix_caching: bool = True
+    speculation: str = "off"
     num_threads: int = 0
     seed: int | None = None
     trust_remote_code: bool = False
@@ -113,6 +126,7 @@ class EngineConfig:
         self._choice("kv_cache_dtype", ("auto", "int8"))
         if self.kv_cache_dtype == "int8" and self.block_size % 4:
             raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")
+        self._choice("speculation", ("auto", "ngram", "off"))
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("target_tpot_ms", 0)
@@ -181,11 +195,23 @@ class ServeConfig(EngineConfig):
         host, port: where to listen; loopback unless you choose otherwise. Port 0 takes a free one.
         name: model name that clients use; the folder's name when empty.
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
-        api_key_file: file whose first line is the key.
+        api_key_file: file with a key per line, as KEY or TENANT KEY.
         chat_template: file with a jinja2 chat template, in place of the model's own.
+        tool_call_format: how the model writes tool calls: auto (found from the chat template), hermes, llama3, mistral
+            or json.
+        reasoning: whether <think> parts of chat answers become reasoning_content: auto (found from the template), on
+            or off.
         drain_timeout: seconds that running requests get after SIGTERM.
         stall_timeout: seconds without a sign of life after which the engine is killed and started again.
         max_body_bytes: largest request body.
+        max_request_tokens: most tokens (prompt and max_tokens, for each choice) that one request may ask for; 0 takes a
+            full batch of full contexts.
+        max_queued_tokens: most tokens that all requests which are here may ask for; 0 is no limit but max_waiting.
+        request_timeout: seconds after which any request is ended; 0 is no limit. Requests may ask for less.
+        response_store_bytes: memory for stored responses (/v1/responses); 0 stores none.
+        state_folder: folder for files and batches; without it there are none.
+        max_state_bytes: most bytes that files take in it.
+        metrics_compat: vllm exports vLLM's metric names beside ours; none.
     """
 
     host: str = "127.0.0.1"
@@ -194,13 +220,28 @@ class ServeConfig(EngineConfig):
     api_key: str = ""
     api_key_file: str = ""
     chat_template: str = ""
+    tool_call_format: str = "auto"
+    reasoning: str = "auto"
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_request_tokens: int = 0
+    max_queued_tokens: int = 0
+    request_timeout: float = 0.0
+    response_store_bytes: int = 64 * 1024 * 1024
+    state_folder: str = ""
+    max_state_bytes: int = 1024 * 1024 * 1024
+    metrics_compat: str = "none"
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        object.__setattr__(self, "max_body_bytes", parse_bytes(self.max_body_bytes))
+        for name in ("max_body_bytes", "response_store_bytes", "max_state_bytes"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        for name in ("max_request_tokens", "max_queued_tokens", "request_timeout", "response_store_bytes"):
+            self._at_least(name, 0)
+        self._choice("metrics_compat", ("none", "vllm"))
+        self._choice("tool_call_format", ("auto", "hermes", "llama3", "mistral", "json"))
+        self._choice("reasoning", ("auto", "on", "off"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:

@@ -58,8 +58,23 @@ REQUEST_METRICS = (
     ),
     Metric("e2e_request_latency_seconds", "histogram", "From arrival to the last token.", _LATENCY),
     Metric("request_queue_time_seconds", "histogram", "From arrival to the first step that worked on it.", _LATENCY),
+    Metric(
+        "request_prefill_time_seconds",
+        "histogram",
+        "From the first step that worked on it to the first token.",
+        _LATENCY,
+    ),
+    Metric("request_decode_time_seconds", "histogram", "From the first to the last token.", _LATENCY),
+    Metric(
+        "request_inference_time_seconds", "histogram", "From the first step that worked on it to the end.", _LATENCY
+    ),
+    Metric("request_params_max_tokens", "histogram", "max_tokens of requests, resolved.", _TOKENS),
     Metric("request_prompt_tokens", "histogram", "Prompt length in tokens.", _TOKENS),
     Metric("request_generation_tokens", "histogram", "Completion length in tokens.", _TOKENS),
 )
 
 CATALOGUE = ENGINE_METRICS + REQUEST_METRICS
+
+# With --metrics-compat vllm, all but these are exported under vLLM's names as well: its prefix, the same suffixes.
+VLLM_PREFIX = "vllm:"
+NOT_IN_VLLM = frozenset({"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready"})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.core.errors import RequestError
+from fastserve.core.structured_outputs import StructuredOutputs
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -43,6 +44,7 @@ class SamplingParams:
         logprobs: report the log probability of each token and of this many most probable alternatives (0..20).
         prompt_logprobs: the same for the tokens of the prompt.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: the form that the answer must have.
 
     Raises:
         RequestError: a value is out of its range; `param` names the field.
@@ -67,6 +69,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         stop: Any = self.stop  # one string, any sequence of strings, or None come from users
@@ -99,6 +102,11 @@ class SamplingParams:
             self._check_range("seed", self.seed, -MAX_SEED, 2 * MAX_SEED - 1)
         self._check_stops()
         self._check_logit_bias()
+        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
+            raise RequestError(
+                "ignore_eos and min_tokens would break the form that structured_outputs asks for; leave them out",
+                "ignore_eos" if self.ignore_eos else "min_tokens",
+            )
 
     @staticmethod
     def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -53,7 +53,8 @@ def make_batch(
         if entry.request_id in all_rows:
             logit_rows.extend(range(len(input_ids), len(input_ids) + end - start))
         elif entry.samples:
-            logit_rows.append(len(input_ids) + end - start - 1)
+            last = len(input_ids) + end - start
+            logit_rows.extend(range(last - 1 - entry.num_drafts, last))
         row_ranges.append((first_row, len(logit_rows)))
         input_ids.extend(entry.token_ids)
         positions.extend(range(start, end))

@@ -238,14 +238,18 @@ class EngineClient:
 
     # Admission
 
-    def _admit(self, count: int) -> None:
-        if self.state is EngineState.DEAD or self._is_closing:
-            raise EngineDeadError("the engine is not running; see the server's log")
+    def check_count(self, count: int) -> None:
+        """Raise RequestError when a group of `count` requests could never be taken."""
         if count > self.capacity:
             raise RequestError(
                 f"this request asks for {count} sequences; the server takes at most {self.capacity} at once: "
                 "send fewer, or raise max_waiting"
             )
+
+    def _admit(self, count: int) -> None:
+        if self.state is EngineState.DEAD or self._is_closing:
+            raise EngineDeadError("the engine is not running; see the server's log")
+        self.check_count(count)
         waiting = self.num_waiting
         # What fits into the running batch does not wait.
         free = max(0, self.config.max_batch_sequences - (len(self._live) - waiting))

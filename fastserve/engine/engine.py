@@ -10,14 +10,18 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from typing import Any
 
 import torch
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import ConfigError, RequestError
-from fastserve.core.request import Request, TokenOutput
+from fastserve.core.errors import ConfigError, FastServeError, RequestError
+from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.executor import Executor, LocalExecutor
+from fastserve.engine.grammar import GrammarCompiler
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
 from fastserve.engine.memory import ElasticSize, MemoryPlan, free_memory, plan_memory
@@ -27,11 +31,14 @@ from fastserve.engine.warm_up import measure_steps
 from fastserve.models.loader import LoadedModel, load_model
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.drafts import Drafter, NgramDrafter
 from fastserve.scheduler.policy import PolicyContext, make_policy
 from fastserve.scheduler.scheduler import Scheduler
 from fastserve.scheduler.tier_pool import Tier, TierPool
 
 _MEMORY_MARGIN = 512 << 20  # of an elastic KV cache, besides what a step takes
+
+_COMPILE_WAIT_SECONDS = 0.05
 
 
 class Engine:
@@ -63,6 +70,8 @@ class Engine:
         shape = loaded.model.shape
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
+        self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, folder.eos_token_ids)
+        self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
         max_blocks = max(self.memory.num_blocks, config.kv_cache_max_memory // self.memory.block_bytes)
         kv_cache = _make_kv_cache(loaded, self.memory, max_blocks)
         stores = _make_stores(config, loaded, self.memory)
@@ -86,9 +95,16 @@ class Engine:
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
             target_tpot=config.target_tpot_ms / 1e3,
+            drafter=None if loaded.model.has_own_cache else _make_drafter(config.speculation, cost),
         )
         runner = ModelRunner(
-            loaded.model, loaded.kernels, kv_cache, folder.eos_token_ids, loaded.model.device, self.max_model_len
+            loaded.model,
+            loaded.kernels,
+            kv_cache,
+            folder.eos_token_ids,
+            loaded.model.device,
+            self.max_model_len,
+            self._grammars,
         )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
@@ -125,17 +141,26 @@ class Engine:
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         self._stats.prompt_tokens += len(prompt)
-        self._scheduler.add(request, self._clock())
+        if sampling.structured_outputs is not None:
+            self._compiling[request.request_id] = (request, self._grammars.submit(sampling.structured_outputs))
+        else:
+            self._scheduler.add(request, self._clock())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
         self._scheduler.abort(request_ids)
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> list[TokenOutput]:
         """Compute one step; returns the new tokens."""
+        refused = self._take_compiled() if self._compiling else []
+        if refused and not self._scheduler.has_work():
+            return refused
         started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
@@ -144,7 +169,25 @@ class Engine:
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
         self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
-        return outputs
+        return refused + outputs
+
+    def _take_compiled(self) -> list[TokenOutput]:
+        """Queue the requests whose grammars are compiled by now. Waits a little when there is nothing else to do."""
+        if not self._scheduler.has_work():
+            wait([future for _, future in self._compiling.values()], _COMPILE_WAIT_SECONDS, "FIRST_COMPLETED")
+        refused: list[TokenOutput] = []
+        for request_id, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            error = future.exception()
+            if error is None:
+                self._scheduler.add(request, self._clock())
+            elif isinstance(error, FastServeError):
+                refused.append(TokenOutput(request_id, [], FINISH_ERROR, error=str(error)))
+            else:
+                raise error
+        return refused
 
     def resize_kv_cache(self, num_bytes: int) -> None:
         """Grow or shrink the KV cache, within kv_cache_max_memory and not below what the longest sequence needs.
@@ -218,6 +261,12 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         kv_cache_dtype=config.kv_cache_dtype,
     )
     return folder, loaded, memory
+
+
+def _make_drafter(speculation: str, cost: CostModel) -> Drafter | None:
+    if speculation == "off":
+        return None
+    return NgramDrafter(cost if speculation == "auto" else None)
 
 
 def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> KVCache:

@@ -6,13 +6,17 @@ state of their own (grammar masks, speculation, adapters) get files of their own
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
-from fastserve.engine.sampler import SamplingState, gather_logprobs, sample
+from fastserve.engine.sampler import SamplingState, gather_logprobs
+from fastserve.engine.speculation import sample_verified
 from fastserve.kernels.interface import Batch, Kernels, RecordedStep
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
@@ -32,6 +36,7 @@ class ModelRunner:
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
         device: where everything lives.
         max_model_len: tokens of the longest sequence.
+        grammars: compiles what structured outputs ask for.
 
     Attributes:
         report: how a step runs, for people.
@@ -45,6 +50,7 @@ class ModelRunner:
         eos_token_ids: tuple[int, ...],
         device: torch.device,
         max_model_len: int,
+        grammars: GrammarCompiler,
     ) -> None:
         self._model = model
         self._kernels = kernels
@@ -54,6 +60,7 @@ class ModelRunner:
         self._states: dict[str, SamplingState] = {}
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
         self._tables = BlockTables(device)
+        self._masks = GrammarMasks(grammars)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
             recorded = kernels.record(self._network, max_model_len)
@@ -73,17 +80,18 @@ class ModelRunner:
             self._kv_cache.copy_blocks(plan.copies, self._kernels)
         if not plan.entries:
             return StepResult({})
+        self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
         batch, row_ranges = make_batch(plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device)
         result = StepResult({})
-        sampling = [entry.request_id for entry in plan.entries if entry.samples]
-        states = [self._states[request_id] for request_id in sampling]
+        entries = [entry for entry in plan.entries if entry.samples]
         if self._recorded is not None and not self._prompts:
-            logits, greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))
+            choose = all(self._states[entry.request_id].is_plain_greedy for entry in entries)
+            logits, greedy = self._recorded.run(batch, choose)
             logits = self._model.finish(logits)
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), None
-        if sampling:
-            self._sample(result, logits, sampling, states, greedy)
+        if entries:
+            self._sample(result, logits, entries, greedy)
         return result
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
@@ -105,7 +113,10 @@ class ModelRunner:
                 result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
                 if entry.samples:
                     del self._prompts[entry.request_id]
-        rows = [last - 1 for entry, (_, last) in zip(plan.entries, row_ranges, strict=True) if entry.samples]
+        rows: list[int] = []
+        for entry, (_, last) in zip(plan.entries, row_ranges, strict=True):
+            if entry.samples:
+                rows.extend(range(last - 1 - entry.num_drafts, last))
         if not rows:
             return hidden.new_empty(0)
         return self._model.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
@@ -120,6 +131,7 @@ class ModelRunner:
         for token_id in entry.output_ids:
             state.count(token_id)
         self._states[request.request_id] = state
+        self._masks.admit(request.request_id, sampling.structured_outputs, entry.output_ids)
         if sampling.prompt_logprobs is not None and not entry.output_ids:
             self._prompts[request.request_id] = request.prompt_ids
 
@@ -128,38 +140,52 @@ class ModelRunner:
             self._states.pop(request_id, None)
             self._prompts.pop(request_id, None)
             self._tables.drop(request_id)
+            self._masks.drop(request_id)
         if request_ids:
             self._model.release(request_ids)
 
-    def _sample(
-        self,
-        result: StepResult,
-        logits: Tensor,
-        sampling: list[str],
-        states: list[SamplingState],
-        greedy: list[int] | None,
-    ) -> None:
-        """One token per row of logits [R, V]; greedy: the largest of each row where all are greedy."""
-        tokens = sample(logits, states, self._kernels, greedy)
-        self._add_logprobs(result, logits, sampling, states, tokens)
-        for request_id, state, token_id in zip(sampling, states, tokens, strict=True):
-            state.count(token_id)
-            result.tokens[request_id] = token_id
+    def _sample(self, result: StepResult, logits: Tensor, entries: list[PlanEntry], greedy: list[int] | None) -> None:
+        """New tokens of the entries that sample; each has one row of logits [R, V] more than it has drafts.
 
-    @staticmethod
+        greedy: the largest of each row where all sequences are greedy.
+        """
+        states = [self._states[entry.request_id] for entry in entries]
+        first_rows = [*accumulate((1 + entry.num_drafts for entry in entries[:-1]), initial=0)]
+        allowed = self._mask(logits, entries, first_rows)
+        known = greedy if allowed is logits else None
+        made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, self._kernels, known)
+        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made])
+        for entry, tokens in zip(entries, made, strict=True):
+            error = self._masks.accept(entry.request_id, tokens)
+            if error is not None:
+                result.errors[entry.request_id] = error
+            result.tokens[entry.request_id] = tokens[0]
+            if len(tokens) > 1:
+                result.further[entry.request_id] = tokens[1:]
+
+    def _mask(self, logits: Tensor, entries: list[PlanEntry], first_rows: list[int]) -> Tensor:
+        """The logits with -inf where a grammar forbids a token; a copy when there is one. Reported are the raw ones."""
+        forbidden = self._masks.forbidden()
+        if not forbidden:
+            return logits
+        logits = logits.clone()
+        for entry, row in zip(entries, first_rows, strict=True):
+            mask = forbidden.get(entry.request_id)
+            if mask is not None:
+                logits[row : row + len(mask)].masked_fill_(torch.from_numpy(mask).to(self._device), float("-inf"))
+        return logits
+
     def _add_logprobs(
-        result: StepResult,
-        logits: Tensor,
-        sampling: list[str],
-        states: list[SamplingState],
-        tokens: list[int],
+        self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        rows = [row for row, state in enumerate(states) if state.sampling.logprobs is not None]
-        if rows:
-            num_top = [states[row].sampling.logprobs or 0 for row in rows]
-            gathered = gather_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
-            for row, logprobs in zip(rows, gathered, strict=True):
-                result.logprobs[sampling[row]] = logprobs
+        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
+        places = [place for place, num_top in enumerate(wanted) if num_top is not None]
+        if places:
+            rows = [first_rows[place] for place in places]
+            num_top = [wanted[place] or 0 for place in places]
+            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top)
+            for place, logprobs in zip(places, gathered, strict=True):
+                result.logprobs[entries[place].request_id] = logprobs
 
     def _score_prompt(self, entry: PlanEntry, hidden: Tensor) -> list[TokenLogprobs]:
         """Log probabilities of the prompt tokens that follow each position of this chunk."""
@@ -172,3 +198,7 @@ class ModelRunner:
             logits = self._model.logits(hidden[start : start + len(part)])
             scored.extend(gather_logprobs(logits, part, [num_top] * len(part)))
         return scored
+
+
+def _drafts(entry: PlanEntry) -> list[int]:
+    return entry.token_ids[len(entry.token_ids) - entry.num_drafts :]

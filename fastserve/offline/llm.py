@@ -18,9 +18,10 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import RequestError
 from fastserve.core.outputs import CompletionOutput, Logprob, RequestOutput
-from fastserve.core.request import FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
+from fastserve.core.request import FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.engine import Engine
+from fastserve.engine.grammar import check
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -63,7 +64,8 @@ class LLM:
             use_tqdm: show a progress bar on a terminal.
 
         Raises:
-            RequestError: an empty or too long prompt, or as many params as there are not prompts.
+            RequestError: an empty or too long prompt, a grammar that is not supported, or as many params as there are
+                not prompts.
         """
         jobs = self._jobs(_as_prompts(prompts), params)
         try:
@@ -100,6 +102,9 @@ class LLM:
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts need as many params (or one for all), not {len(per_prompt)}")
+        for wanted in {sampling.structured_outputs for sampling in per_prompt}:
+            if wanted is not None:
+                check(wanted)
         self._num_calls += 1
         jobs: list[_Job] = []
         for index, (prompt, sampling) in enumerate(zip(prompts, per_prompt, strict=True)):
@@ -120,6 +125,8 @@ class LLM:
         while live:
             for output in self.engine.step():
                 job, stream = live[output.request_id]
+                if output.finish_reason == FINISH_ERROR:
+                    raise RequestError(output.error or "the engine refused this request")
                 stream.take(output)
                 if stream.finish_reason is None:
                     continue

@@ -22,6 +22,7 @@ class PlanEntry(msgspec.Struct, frozen=True, gc=False):
         request: the request itself, when the executor sees this sequence for the first time (or again after its
             memory was dropped); None afterwards.
         output_ids: with `request`, the tokens made before a preemption; empty for a fresh sequence.
+        num_drafts: how many of `token_ids`, the last ones, are guesses to be verified.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class PlanEntry(msgspec.Struct, frozen=True, gc=False):
     samples: bool
     request: Request | None = None
     output_ids: list[int] = []
+    num_drafts: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastserve.core.request import (
+    FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
     Request,
@@ -20,6 +21,7 @@ from fastserve.core.request import (
 )
 from fastserve.scheduler.block_pool import BlockPool, hash_block
 from fastserve.scheduler.cost import CostModel, StepWork
+from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan
 from fastserve.scheduler.policy import SchedulingPolicy
@@ -37,6 +39,8 @@ class StepResult:
 
     Attributes:
         tokens: request id -> sampled token, for entries with `samples`.
+        further: request id -> the tokens after that one, where guesses were right.
+        errors: request id -> why the request cannot go on; it has no token.
         logprobs: request id -> its log probabilities, where asked for.
         prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
         loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
@@ -46,6 +50,8 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     loaded: list[tuple[int, bool, float]] = field(default_factory=list)
+    further: dict[str, list[int]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -60,6 +66,7 @@ class Scheduler:
         cost: how long steps take; learns from each.
         target_tpot: seconds that a step with decoding sequences should take at most (prefills get what that leaves, a
             block at least), so that answers keep their pace; 0 for no such limit.
+        drafter: guesses tokens to be verified; None for none.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         cost: CostModel | None = None,
         target_tpot: float = 0.0,
+        drafter: Drafter | None = None,
     ) -> None:
         assert block_pool.num_blocks * block_pool.block_size >= max_model_len
         self.block_pool = block_pool
@@ -81,6 +89,7 @@ class Scheduler:
         self.num_pauses = 0
         self.num_recomputed_tokens = 0
         self._policy = policy
+        self._drafter = drafter
         self._max_sequences = max_batch_sequences
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
@@ -187,8 +196,9 @@ class Scheduler:
                 continue
             running.append(item)
             if take > 0 and self._grow(sequence, take, now):
-                tokens_left -= take
-                entries.append(self._entry(sequence, take))
+                drafts = self._draft(sequence, tokens_left - take - keep) if self._drafter is not None else []
+                tokens_left -= take + len(drafts)
+                entries.append(self._entry(sequence, take, drafts))
             self._may_place = self._may_place and tokens_left > keep
             if not self._may_place:
                 first = self._first_waiting(now)
@@ -216,7 +226,9 @@ class Scheduler:
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            num_tokens = len(entry.token_ids)
+            made = self._made(sequence, result) if entry.samples else []
+            sequence.token_ids.extend(made[:-1])
+            num_tokens = len(entry.token_ids) - entry.num_drafts + len(made[:-1])
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self._publish_full_blocks(sequence)
@@ -225,7 +237,7 @@ class Scheduler:
                 kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
                 kept.extend(result.prompt_logprobs[entry.request_id])
             if entry.samples:
-                outputs.append(self._append(sequence, result, now))
+                outputs.append(self._append(sequence, made, result, now))
         for block_id, is_good, load_seconds in result.loaded:
             self._take_block(block_id, is_good, load_seconds, now)
         return outputs
@@ -473,24 +485,63 @@ class Scheduler:
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
-    def _entry(self, sequence: Sequence, take: int) -> PlanEntry:
+    def _draft(self, sequence: Sequence, room: int) -> list[int]:
+        """Guesses for a sequence that decodes: at most `room`, within its limits, into blocks that nobody needs."""
+        sampling = sequence.request.sampling
+        if not sequence.is_decoding or sampling.logprobs is not None or self._drafter is None:
+            return []
+        num_tokens = len(sequence.token_ids)
+        room = min(room, self._max_model_len - num_tokens - 1)
+        if sampling.max_tokens is not None:
+            room = min(room, sampling.max_tokens - sequence.num_output - 1)
+        drafts = self._drafter.propose(sequence, room, len(self._running))
+        missing = self._num_blocks(num_tokens + len(drafts)) - len(sequence.block_ids)
+        if drafts and missing > 0:
+            # The others may each need a block in this step; guesses take none of those.
+            blocks = None
+            if self.block_pool.num_free >= missing + len(self._pending) + self._max_sequences:
+                blocks = self.block_pool.allocate(missing)
+            sequence.block_ids.extend(blocks or ())
+        return drafts[: len(sequence.block_ids) * self.block_pool.block_size - num_tokens]
+
+    def _entry(self, sequence: Sequence, take: int, drafts: list[int]) -> PlanEntry:
         start = sequence.num_computed
         is_known, sequence.is_known = sequence.is_known, True
         return PlanEntry(
             sequence.request_id,
-            sequence.token_ids[start : start + take],
+            sequence.token_ids[start : start + take] + drafts,
             start,
             sequence.block_ids[:],
             start + take == len(sequence.token_ids),
             None if is_known else sequence.request,
             [] if is_known else sequence.output_ids,
+            len(drafts),
         )
 
-    def _append(self, sequence: Sequence, result: StepResult, now: float) -> TokenOutput:
+    def _made(self, sequence: Sequence, result: StepResult) -> list[int]:
+        """The step's tokens of a sequence, up to the first that ends it; none when it cannot go on."""
         request_id = sequence.request_id
-        token_id = result.tokens[request_id]
+        if request_id in result.errors:
+            return []
+        made = [result.tokens[request_id], *result.further.get(request_id, ())]
+        for place, token_id in enumerate(made[:-1]):
+            if self._ends(sequence, token_id):
+                return made[: place + 1]
+        return made
+
+    def _ends(self, sequence: Sequence, token_id: int) -> bool:
+        sampling = sequence.request.sampling
+        is_end = not sampling.ignore_eos and token_id in self._eos_token_ids
+        return is_end or token_id in sampling.stop_token_ids
+
+    def _append(self, sequence: Sequence, made: list[int], result: StepResult, now: float) -> TokenOutput:
+        request_id = sequence.request_id
+        if not made:
+            self._finish(sequence)
+            return TokenOutput(request_id, [], FINISH_ERROR, error=result.errors[request_id])
+        token_id = made[-1]
         sequence.token_ids.append(token_id)
-        output = TokenOutput(request_id, [token_id])
+        output = TokenOutput(request_id, made)
         if request_id in result.logprobs:
             output.logprobs = [result.logprobs[request_id]]
         if sequence.first_token_time is None:
@@ -500,8 +551,7 @@ class Scheduler:
             if sequence.request.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = self._prompt_logprobs.pop(request_id, [None])
         sampling = sequence.request.sampling
-        is_end = not sampling.ignore_eos and token_id in self._eos_token_ids
-        if is_end or token_id in sampling.stop_token_ids:
+        if self._ends(sequence, token_id):
             output.finish_reason, output.stop_token_id = FINISH_STOP, token_id
         elif sequence.num_output == sampling.max_tokens or len(sequence.token_ids) >= self._max_model_len:
             output.finish_reason = FINISH_LENGTH
@@ -527,6 +577,8 @@ class Scheduler:
             weight = max(_MEMORY, 1.0 / self._num_finished)
             self._mean_output += weight * (sequence.num_output - self._mean_output)
             self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
+        if self._drafter is not None:
+            self._drafter.forget(sequence.request_id)
         self._freed.append(sequence.request_id)
         self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

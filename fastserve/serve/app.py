@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
+from fastserve.serve.admission import Admission
+from fastserve.serve.batches import BatchesApi, BatchRunner
+from fastserve.serve.completions import best_of, fill_in_prompt, without_text
 from fastserve.serve.docs import render_docs
 from fastserve.serve.errors import ApiError
-from fastserve.serve.generation import Generation, Generator
-from fastserve.serve.limits import ApiKeyGate, BodyLimit
+from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
+from fastserve.serve.generation import Answer, Generation, Generator
+from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit
 from fastserve.serve.metrics import Metrics
 from fastserve.serve.openai import (
+    MAX_TIMEOUT_SECONDS,
     ChatBody,
+    ChatTemplateFields,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
@@ -34,9 +43,14 @@ from fastserve.serve.openai import (
     TokenizeBody,
 )
 from fastserve.serve.replies import ChatReply, CompletionReply, Reply
+from fastserve.serve.responses import ResponsesApi
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
+from fastserve.serve.structured import GrammarGate
+from fastserve.serve.tenants import KeyRing, tenant_of
+from fastserve.serve.tools import ChatStyle, ToolUse
 
 _CLIENT_CLOSED_REQUEST = 499
+_TIMEOUT_HEADER = "X-Request-Timeout"
 
 
 class Api:
@@ -53,14 +67,20 @@ class Api:
         model_name: str,
         aliases: frozenset[str],
         defaults: dict[str, Any],
+        options: AppOptions,
     ) -> None:
         self.client = client
         self.model_name = model_name
-        self.metrics = Metrics(client, model_name)
-        self.generator = Generator(client, tokenizer, self.metrics)
+        self.metrics = Metrics(client, model_name, options.metrics_compat)
+        admission = Admission(options.max_request_tokens, options.max_queued_tokens, options.keys.num_tenants > 1)
+        self.generator = Generator(client, tokenizer, self.metrics, admission, options.request_timeout)
+        self.tokenizer = tokenizer
+        self.defaults = defaults
         self._tokenizer = tokenizer
         self._names = aliases | {model_name}
-        self._defaults = defaults
+        self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
+        self._grammars = GrammarGate()
+        self._responses = ResponsesApi(self, options.response_store_bytes)
         self._created = int(time.time())
 
     @property
@@ -73,6 +93,7 @@ class Api:
         router = APIRouter(default_response_class=Response)
         router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
         router.post("/v1/completions", summary="Continue a text")(self.completions)
+        self._responses.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
         router.get("/v1/models/{model:path}", summary="Describe a model")(self.model)
         router.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
@@ -85,27 +106,49 @@ class Api:
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's extra sampling fields."""
-        self._check_model(body.model)
-        prompt_ids = await self._encode_messages(body.messages, body)
+        self.check_model(body.model)
+        use = ToolUse.of(body, self._style)
+        prompt, prompt_ids = await self.encode_messages(body.messages, body, use)
+        sampling = self.chat_sampling(body, prompt, use)
         reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs)
-        return await self._answer(body, [prompt_ids], reply, request)
+        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, lambda: use.reader(prompt))
+        return await self._answer(body, [prompt_ids], sampling, reply, request)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """OpenAI's completions, with vLLM's extra sampling fields."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         self.generator.check_open()
-        prompts = [
-            await self.generator.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts()
-        ]
+        texts = body.prompts()
+        prompts = [await self._encode_prompt(prompt, body) for prompt in texts]
+        echoed = None
+        if body.echo:
+            echoed = [prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt) for prompt in texts]
         reply_id = f"cmpl-{uuid.uuid4().hex}"
-        reply = CompletionReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs)
-        return await self._answer(body, prompts, reply, request)
+        reply = CompletionReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, echoed)
 
-    async def _answer(self, body: GenerationBody, prompts: list[list[int]], reply: Reply, request: Request) -> Response:
-        sampling = body.sampling_params(self._defaults)
-        generation = self.generator.start(reply.id, prompts, sampling, body.priority)
+        def choose(answers: list[Answer]) -> list[Answer]:
+            if body.num_candidates > body.num_choices:
+                answers = best_of(answers, body.num_choices)
+            return without_text(answers) if body.max_tokens == 0 else answers
+
+        return await self._answer(body, prompts, body.sampling_params(self.defaults), reply, request, choose)
+
+    async def _encode_prompt(self, prompt: str | list[int], body: CompletionBody) -> list[int]:
+        if body.suffix:
+            return fill_in_prompt(self._tokenizer, prompt, body.suffix)
+        return await self.generator.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+
+    async def _answer(
+        self,
+        body: GenerationBody,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        reply: Reply,
+        request: Request,
+        choose: Callable[[list[Answer]], list[Answer]] | None = None,
+    ) -> Response:
+        """`choose` makes the answers that are shown of those that were made."""
+        generation = await self.start(reply.id, body, prompts, sampling, request)
         headers = {"X-Request-Id": reply.id}
         if body.stream:
             return EventStream(_events(generation, reply, body), generation.close, headers)
@@ -115,7 +158,27 @@ class Api:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         finally:
             generation.close()
-        return Response(reply.whole(answers, generation.usage), headers=headers, media_type="application/json")
+        shown = answers if choose is None else choose(answers)
+        return Response(reply.whole(shown, generation.usage), headers=headers, media_type="application/json")
+
+    async def start(
+        self, name: str, body: GenerationBody, prompts: list[list[int]], sampling: SamplingParams, request: Request
+    ) -> Generation:
+        """Start what a body asks for, on the account of the one who asks and within the time that they give.
+
+        Raises:
+            FastServeError: see `Generator.start` and `GrammarGate.check`.
+        """
+        await self._grammars.check(sampling.structured_outputs)
+        seconds = [item for item in (body.timeout, _header_timeout(request)) if item is not None]
+        return self.generator.start(
+            name,
+            prompts,
+            sampling,
+            body.priority,
+            tenant=tenant_of(request),
+            seconds=min(seconds, default=None),
+        )
 
     async def models(self) -> Response:
         """The one model that is served."""
@@ -123,15 +186,15 @@ class Api:
 
     async def model(self, model: str) -> Response:
         """The model of this name."""
-        self._check_model(model)
+        self.check_model(model)
         return _json(self._describe_model())
 
     async def tokenize(self, body: TokenizeBody) -> Response:
         """Token ids of a text, or of messages put through the chat template."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         self.generator.check_open()
         if body.messages is not None:
-            token_ids = await self._encode_messages(body.messages, body)
+            _, token_ids = await self.encode_messages(body.messages, body)
         else:
             token_ids = await self.generator.encode(body.prompt or "", body.add_special_tokens)
         reply: dict[str, Any] = {
@@ -145,7 +208,7 @@ class Api:
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
         """Text of token ids."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         return _json({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     async def health(self) -> Response:
@@ -172,7 +235,8 @@ class Api:
         """The version of FastServe."""
         return _json({"version": __version__})
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError (404) for a model that is not this one."""
         if name is not None and name not in self._names:
             raise ApiError(
                 f"there is no model {name!r} here; this server has {self.model_name!r}",
@@ -191,15 +255,58 @@ class Api:
             "max_model_len": None if ready is None else ready.max_model_len,
         }
 
-    async def _encode_messages(self, messages: list[Message], body: ChatBody | TokenizeBody) -> list[int]:
+    def chat_sampling(self, body: GenerationBody, prompt: str, use: ToolUse | None = None) -> SamplingParams:
+        """How the answer to a conversation is sampled: a form of it begins after the model's thoughts.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        use = use or ToolUse.none(self._style)
+        sampling = body.sampling_params(self.defaults)
+        wanted = use.structure() or sampling.structured_outputs
+        if wanted is not None:
+            sampling = replace(sampling, structured_outputs=replace(wanted, begins_after=use.begins_after(prompt)))
+        if use.needs_special_tokens(self._tokenizer):
+            sampling = replace(sampling, skip_special_tokens=False)
+        return sampling
+
+    async def encode_messages(
+        self, messages: list[Message], body: ChatTemplateFields, use: ToolUse | None = None
+    ) -> tuple[str, list[int]]:
+        """The prompt of a conversation, and its token ids."""
         self.generator.check_open()
+        prepared, tools = [message.for_template() for message in messages], None
+        if use is not None:
+            prepared, tools = use.for_template(prepared)
         text = self._tokenizer.render_chat(
-            [message.for_template() for message in messages],
+            prepared,
+            tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        return await self.generator.encode(text, add_special_tokens=False)
+        return text, await self.generator.encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AppOptions:
+    """What the app is told about itself; see `core/config.py:ServeConfig` for the meaning of each.
+
+    Attributes:
+        keys: asked of every request but /health; an empty ring asks for none.
+    """
+
+    keys: KeyRing = field(default_factory=lambda: KeyRing({}))
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_request_tokens: int = 0
+    max_queued_tokens: int = 0
+    request_timeout: float = 0.0
+    response_store_bytes: int = 64 * 1024 * 1024
+    state_folder: str = ""
+    max_state_bytes: int = 1024 * 1024 * 1024
+    metrics_compat: str = "none"
+    tool_call_format: str = "auto"
+    reasoning: str = "auto"
 
 
 def create_app(
@@ -209,30 +316,62 @@ def create_app(
     model_name: str,
     aliases: frozenset[str] = frozenset(),
     defaults: Mapping[str, Any] | None = None,
-    api_key: str = "",
-    max_body_bytes: int = 8 * 1024 * 1024,
-) -> FastAPI:
-    """The app for one model. `app.state.api` is its Api.
+    options: AppOptions | None = None,
+) -> Application:
+    """The app for one model.
 
     Args:
         aliases: other names that clients may use for the model.
         defaults: SamplingParams fields for requests that leave them out.
-        api_key: asked of every request but /health; "" asks for none.
     """
-    api = Api(client, tokenizer, model_name, aliases, dict(defaults or {}))
-    app = FastAPI(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
-    app.state.api = api
-    app.include_router(api.router())
-    errors.install(app)
+    options = options or AppOptions()
+    api = Api(client, tokenizer, model_name, aliases, dict(defaults or {}), options)
+    inner = FastAPI(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
+    errors.install(inner)
+    state = StateFolder.open(options.state_folder, options.max_state_bytes) if options.state_folder else None
+    batches = BatchRunner(inner, state, max(1, client.config.max_batch_sequences // 2))
+    router = api.router()
+    FilesApi(state).add_routes(router)
+    BatchesApi(state, batches).add_routes(router)
+    inner.include_router(router)
 
-    @app.get("/docs", include_in_schema=False)
+    @inner.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return HTMLResponse(render_docs(app.openapi()))
+        return HTMLResponse(render_docs(inner.openapi()))
 
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    if api_key:
-        app.add_middleware(ApiKeyGate, api_key=api_key)
-    return app
+    uploads = {FILES_PATH: MAX_UPLOAD_BYTES} if state is not None else {}
+    guarded = BodyLimit(inner, max_bytes=options.max_body_bytes, more_bytes=uploads)
+    return Application(api, batches, HeadLimit(ApiKeyGate(guarded, options.keys)))
+
+
+class Application:
+    """What a web server runs: the endpoints behind their guards.
+
+    Attributes:
+        api: the endpoints of the model.
+        batches: what works off batch files; the one who serves starts and closes it.
+    """
+
+    def __init__(self, api: Api, batches: BatchRunner, guarded: ASGIApp) -> None:
+        self.api = api
+        self.batches = batches
+        self._guarded = guarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guarded(scope, receive, send)
+
+
+def _header_timeout(request: Request) -> float | None:
+    text = request.headers.get(_TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise ApiError(f"{_TIMEOUT_HEADER} must be seconds, above 0 and at most {MAX_TIMEOUT_SECONDS}")
+    return seconds
 
 
 async def _events(generation: Generation, reply: Reply, body: GenerationBody) -> AsyncGenerator[bytes, None]:
@@ -240,7 +379,9 @@ async def _events(generation: Generation, reply: Reply, body: GenerationBody) ->
     async for delta in generation.deltas():
         usage = generation.usage if running else None
         event = reply.chunk(delta, usage)
-        yield reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        event = reply.first_chunk(delta.choice, usage) + event if delta.is_first else event
+        if event:
+            yield event
     if body.wants_usage:
         yield reply.usage_chunk(generation.usage)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastserve.checkpoint.text_stream import TextStream
@@ -20,6 +20,7 @@ from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient
 from fastserve.engine.token_stream import TokenStream
 from fastserve.scheduler.policy import POLICY_NAMES
+from fastserve.serve.admission import Admission
 from fastserve.serve.errors import ApiError
 from fastserve.serve.metrics import Metrics
 
@@ -40,6 +41,7 @@ class Choice:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    scheduled_time: float = 0.0
     first_time: float = 0.0
     last_time: float = 0.0
 
@@ -75,11 +77,24 @@ class Answer:
 class Generation:
     """Choices that are being made; iterate `deltas()` or await `collect()`, and `close()` in any case."""
 
-    def __init__(self, choices: list[Choice], stream: TokenStream, metrics: Metrics) -> None:
+    def __init__(
+        self, choices: list[Choice], stream: TokenStream, metrics: Metrics, on_close: Callable[[], None]
+    ) -> None:
         self.choices = choices
         self._stream = stream
         self._metrics = metrics
+        self._on_close = on_close
         self._by_id = {choice.request.request_id: choice for choice in choices}
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def end_after(self, seconds: float) -> None:
+        """Stop after this time; the reader gets what there is, and then the error."""
+        error = ApiError(
+            f"the answer was not ready within {seconds:g} s; ask for fewer tokens or allow more time",
+            504,
+            code="deadline_exceeded",
+        )
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._stream.fail, error)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """New text of any choice, as it comes.
@@ -114,7 +129,10 @@ class Generation:
 
     def close(self) -> None:
         """Stop what still runs; a choice that had not finished counts as aborted."""
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._stream.close()
+        self._on_close()
         for choice in self.choices:
             if choice.finish_reason is None:
                 choice.finish_reason = FINISH_ABORT
@@ -161,10 +179,24 @@ def _push(choice: Choice, output: TokenOutput) -> tuple[int, str]:
 class Generator:
     """Starts generations on one model: checks lengths and ids, splits n, hands the requests to the engine."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        admission: Admission,
+        max_seconds: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            admission: the budgets.
+            max_seconds: longest time for any request; 0 is no limit.
+        """
         self._client = client
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._admission = admission
+        self._max_seconds = max_seconds
         self.is_draining = False
 
     def check_open(self) -> None:
@@ -194,8 +226,21 @@ class Generator:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    def start(self, name: str, prompts: Sequence[list[int]], sampling: SamplingParams, priority: int = 0) -> Generation:
+    def start(
+        self,
+        name: str,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        priority: int = 0,
+        *,
+        tenant: str = "",
+        seconds: float | None = None,
+    ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
+
+        Args:
+            tenant: on whose account.
+            seconds: time that the client gives us; None is no limit of its own.
 
         Raises:
             RequestError, ApiError: a prompt is too long, or has ids outside the vocabulary.
@@ -209,16 +254,29 @@ class Generator:
                 "the server with --scheduler priority",
                 "priority",
             )
+        self._client.check_count(len(prompts) * sampling.n)
         now = time.monotonic()
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
             fitted = self._fit(prompt_ids, sampling)
             for single in fork(fitted):
                 index = len(choices)
-                request = Request(f"{name}-{index}", prompt_ids, single, now, priority)
+                request = Request(f"{name}-{index}", prompt_ids, single, now, priority, tenant)
                 text_stream = TextStream(self._tokenizer, prompt_ids, single)
                 choices.append(Choice(index, prompt_index, request, text_stream))
-        return Generation(choices, self._client.stream(*(choice.request for choice in choices)), self._metrics)
+        cost = sum(len(choice.request.prompt_ids) + (choice.request.sampling.max_tokens or 0) for choice in choices)
+        full_batch = self._client.config.max_batch_sequences * self.max_model_len
+        leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
+        try:
+            stream = self._client.stream(*(choice.request for choice in choices))
+        except BaseException:
+            leave()
+            raise
+        generation = Generation(choices, stream, self._metrics, leave)
+        limit = min(filter(None, (seconds, self._max_seconds)), default=0.0)
+        if limit:
+            generation.end_after(limit)
+        return generation
 
     def _fit(self, prompt_ids: list[int], sampling: SamplingParams) -> SamplingParams:
         """`sampling` with max_tokens resolved against the room that the prompt leaves."""

@@ -11,32 +11,34 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import shlex
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.sampling_defaults import sampling_defaults
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import ServeConfig
-from fastserve.core.errors import ConfigError, EngineDeadError, FastServeError
+from fastserve.core.errors import EngineDeadError, FastServeError
 from fastserve.engine.client import EngineClient
+from fastserve.serve.tenants import KeyRing
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from fastserve.serve.app import Api
+    from fastserve.serve.app import Application
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
 # After the last token: time for replies to reach slow clients.
 _FLUSH_SECONDS = 5
 _POLL_SECONDS = 0.05
+_OWN_DESCRIPTORS = 128
 # Longer than clients keep idle connections, so that they close first and none is reused while it is being closed.
 _KEEP_ALIVE_SECONDS = 75
 
@@ -58,10 +60,11 @@ def serve(config: ServeConfig, announce: Callable[[str], None], *, engine_comman
         AddressError: the port is in use, or the host is not ours.
         FastServeError: the model cannot be loaded, or the engine died too often.
     """
-    api_key = read_api_key(config)
+    keys = KeyRing.load(config)
+    _allow_connections()
     with bind(config.host, config.port) as listener:
         folder = ModelFolder.open(config.model)
-        server = _Server(config, folder, api_key, listener, announce)
+        server = _Server(config, folder, keys, listener, announce)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(server.run(engine_command))
 
@@ -90,19 +93,6 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def read_api_key(config: ServeConfig) -> str:
-    """The key from the environment or the file; "" for none."""
-    if not config.api_key_file:
-        return config.api_key
-    try:
-        lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read api_key_file {config.api_key_file}: {error}") from error
-    if not lines or not lines[0].strip():
-        raise ConfigError(f"api_key_file {config.api_key_file} has no key in its first line")
-    return lines[0].strip()
-
-
 class _Server:
     """One run of the server."""
 
@@ -110,14 +100,14 @@ class _Server:
         self,
         config: ServeConfig,
         folder: ModelFolder,
-        api_key: str,
+        keys: KeyRing,
         listener: socket.socket,
         announce: Callable[[str], None],
     ) -> None:
         self._config = config
         self._folder = folder
         self._model_name = config.name or folder.name
-        self._api_key = api_key
+        self._keys = keys
         self._listener = listener
         self._announce = announce
         self._started = time.monotonic()
@@ -129,24 +119,31 @@ class _Server:
         with self._signals(client):
             starting = asyncio.create_task(client.start(), name="engine start")
             await asyncio.sleep(0)  # lets the process start before our own imports
-            web, api = self._make_web_server(client)
+            web, app = self._make_web_server(client)
             serving = asyncio.create_task(web.serve(sockets=[self._listener]), name="web server")
             try:
                 if await self._unless_stopped(starting):
-                    self._announce(self._banner(client, api.has_chat_template))
-                    await self._watch(client, api, serving)
+                    app.batches.start()
+                    self._announce(self._banner(client, app.api.has_chat_template))
+                    await self._watch(client, app, serving)
             finally:
                 starting.cancel()
+                await app.batches.close()
                 web.should_exit = True
                 await asyncio.wait([serving, starting])
                 await client.close()
         return 0
 
-    def _make_web_server(self, client: EngineClient) -> tuple[uvicorn.Server, Api]:
+    def _make_web_server(self, client: EngineClient) -> tuple[uvicorn.Server, Application]:
         import uvicorn
 
-        from fastserve.serve.app import create_app
-        from fastserve.serve.connection import TimedHeaders
+        from fastserve.serve.app import AppOptions, create_app
+        from fastserve.serve.connection import BoundedConnection
+
+        class Connection(BoundedConnection):
+            """Leaves descriptors for the rest of the process."""
+
+            max_connections = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OWN_DESCRIPTORS)
 
         class WebServer(uvicorn.Server):
             """Leaves signals to us."""
@@ -161,12 +158,14 @@ class _Server:
             model_name=self._model_name,
             aliases=frozenset({self._config.model} - {""}),
             defaults=sampling_defaults(self._folder),
-            api_key=self._api_key,
-            max_body_bytes=self._config.max_body_bytes,
+            options=AppOptions(
+                keys=self._keys,
+                **{item.name: getattr(self._config, item.name) for item in fields(AppOptions) if item.name != "keys"},
+            ),
         )
         settings = uvicorn.Config(
             app,
-            http=TimedHeaders,
+            http=Connection,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -175,10 +174,9 @@ class _Server:
             timeout_graceful_shutdown=_FLUSH_SECONDS,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         )
-        api: Api = app.state.api
-        return WebServer(settings), api
+        return WebServer(settings), app
 
-    async def _watch(self, client: EngineClient, api: Api, serving: asyncio.Task[None]) -> None:
+    async def _watch(self, client: EngineClient, app: Application, serving: asyncio.Task[None]) -> None:
         """Until a signal, then drain. Raises when the engine is dead for good."""
         dead = asyncio.create_task(client.wait_dead())
         try:
@@ -187,7 +185,8 @@ class _Server:
             dead.cancel()
         if stopped:
             raise EngineDeadError("the engine died too often; see the log above for the reason")
-        api.generator.is_draining = True
+        app.api.generator.is_draining = True
+        await app.batches.close()
         running = client.num_live
         _log.info("draining: %d requests are running; signal again to exit at once", running)
         deadline = time.monotonic() + self._config.drain_timeout
@@ -234,8 +233,10 @@ class _Server:
             client.ready.report,
             f"serving {self._model_name} at {url} after {time.monotonic() - self._started:.1f} s",
         ]
-        if not _is_loopback(host) and not self._api_key:
+        if not _is_loopback(host) and not self._keys:
             lines.append("warning: other machines can reach this server and no API key is set (FASTSERVE_API_KEY)")
+        if self._keys.num_tenants > 1 and self._config.scheduler == "fcfs":
+            lines.append("note: requests of all keys are served in order of arrival; --scheduler fair shares equally")
         return "\n".join([*lines, "try:", f"  {self._curl(url, has_chat)}"])
 
     def _curl(self, url: str, has_chat: bool) -> str:
@@ -244,8 +245,16 @@ class _Server:
         else:
             path, ask = "completions", '"prompt": "Once upon a time", "max_tokens": 64'
         body = f'{{"model": "{self._model_name}", "stream": true, {ask}}}'
-        key = ' -H "Authorization: Bearer $FASTSERVE_API_KEY"' if self._api_key else ""
+        key = ' -H "Authorization: Bearer $FASTSERVE_API_KEY"' if self._keys else ""
         return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _allow_connections() -> None:
+    """As many descriptors as this process may have: each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastserve.core.metrics import ENGINE_METRICS, PREFIX, REQUEST_METRICS
+from fastserve.core.metrics import CATALOGUE, ENGINE_METRICS, NOT_IN_VLLM, PREFIX, REQUEST_METRICS, VLLM_PREFIX
 from fastserve.core.request import FINISH_ABORT
 from fastserve.engine.client import EngineClient, EngineState
 
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
 class Metrics:
     """What `/metrics` exports, and the places where requests are counted."""
 
-    def __init__(self, client: EngineClient, model_name: str) -> None:
+    def __init__(self, client: EngineClient, model_name: str, compat: str = "none") -> None:
+        """
+        Args:
+            compat: vllm exports vLLM's names beside ours; none does not.
+        """
         self._registry = CollectorRegistry()
+        self._extra = CollectorRegistry()
+        if compat == "vllm":
+            self._extra.register(_VllmNames(self._registry))
         self._registry.register(_EngineCollector(client, model_name))
         ProcessCollector(registry=self._registry)
         histograms: dict[str, Histogram] = {}
@@ -40,6 +47,10 @@ class Metrics:
         self._per_token = histograms["time_per_output_token_seconds"]
         self._end_to_end = histograms["e2e_request_latency_seconds"]
         self._queue_time = histograms["request_queue_time_seconds"]
+        self._prefill_time = histograms["request_prefill_time_seconds"]
+        self._decode_time = histograms["request_decode_time_seconds"]
+        self._inference_time = histograms["request_inference_time_seconds"]
+        self._max_tokens = histograms["request_params_max_tokens"]
         self._prompt_tokens = histograms["request_prompt_tokens"]
         self._generation_tokens = histograms["request_generation_tokens"]
         success = next(metric for metric in REQUEST_METRICS if metric.name == "request_success")
@@ -55,6 +66,8 @@ class Metrics:
             self._first_token.observe(now - arrival)
             if scheduled_time:
                 self._queue_time.observe(max(0.0, scheduled_time - arrival))
+                self._prefill_time.observe(max(0.0, now - scheduled_time))
+                choice.scheduled_time = scheduled_time
             return
         for _ in range(count):
             self._inter_token.observe((now - choice.last_time) / count)
@@ -65,6 +78,9 @@ class Metrics:
         self._end_to_end.observe(choice.last_time - choice.request.arrival_time)
         self._prompt_tokens.observe(len(choice.request.prompt_ids))
         self._generation_tokens.observe(choice.num_tokens)
+        self._decode_time.observe(choice.last_time - choice.first_time)
+        self._inference_time.observe(choice.last_time - (choice.scheduled_time or choice.first_time))
+        self._max_tokens.observe(choice.request.sampling.max_tokens or 0)
         if choice.num_tokens > 1:
             self._per_token.observe((choice.last_time - choice.first_time) / (choice.num_tokens - 1))
 
@@ -74,7 +90,7 @@ class Metrics:
 
     def export(self) -> bytes:
         """The text form that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + generate_latest(self._extra)
 
 
 class _EngineCollector(Collector):
@@ -91,6 +107,29 @@ class _EngineCollector(Collector):
             sample = family(PREFIX + metric.name, metric.help, labels=["model_name"])
             sample.add_metric([self._model_name], float(_ENGINE_VALUES[metric.name](self._client)))
             yield sample
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+class _VllmNames(Collector):
+    """Our metrics under the names that dashboards and scalers made for vLLM ask for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._ours = {PREFIX + metric.name for metric in CATALOGUE if metric.name not in NOT_IN_VLLM}
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            if metric.name in self._ours:
+                renamed = Metric(VLLM_PREFIX + metric.name.removeprefix(PREFIX), metric.documentation, metric.type)
+                renamed.samples = [
+                    sample._replace(
+                        name=VLLM_PREFIX + sample.name.removeprefix(PREFIX), labels={**sample.labels, "engine": "0"}
+                    )
+                    for sample in metric.samples
+                ]
+                yield renamed
 
     def describe(self) -> Iterable[Metric]:
         return []

@@ -7,6 +7,8 @@ written straight to bytes; what stays the same in every chunk of a stream is enc
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -16,6 +18,8 @@ from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.request import TokenLogprobs
 from fastserve.serve.generation import Answer, Choice, Delta, Usage
+from fastserve.serve.reasoning import Piece
+from fastserve.serve.tools import AnswerReader, describe_calls
 
 _encode = msgspec.json.Encoder().encode
 PromptLogprobs = list[dict[str, "PromptLogprob"] | None]
@@ -58,10 +62,26 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class CallFunction(msgspec.Struct):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class Call(msgspec.Struct):
+    """A tool call; in a stream its first piece has the id and the name, all have the index."""
+
+    function: CallFunction
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
 class ChatMessage(msgspec.Struct):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -76,20 +96,22 @@ class ChatChoice(msgspec.Struct):
 class ChatDelta(msgspec.Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | UnsetType = UNSET
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -179,18 +201,43 @@ class _BaseReply:
 
 
 class ChatReply(_BaseReply):
-    """Replies of /v1/chat/completions."""
+    """Replies of /v1/chat/completions.
+
+    Args:
+        make_reader: tells thoughts and tool calls from text, one for each choice; None when all is text.
+    """
 
     KIND = "chat.completion"
     CHUNK_KIND = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        reply_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        num_top: int | None,
+        make_reader: Callable[[], AnswerReader | None] | None = None,
+    ) -> None:
+        super().__init__(reply_id, model, tokenizer, num_top)
+        self._make_reader = make_reader or (lambda: None)
+        self._readers: dict[int, AnswerReader | None] = {}
 
     def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
         return self._event(ChatChunkChoice(choice.index, ChatDelta(role="assistant", content="")), usage)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         choice = delta.choice
-        item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs))
-        item.finish_reason = choice.finish_reason
+        reader = self._reader(choice)
+        logprobs = self._logprobs(delta.logprobs) or UNSET
+        if reader is None:
+            item = ChatChunkChoice(choice.index, ChatDelta(content=delta.text), logprobs)
+            item.finish_reason = choice.finish_reason
+        else:
+            pieces = reader.push(delta.text, choice.finish_reason is not None)
+            if not pieces and usage is None and self._num_top is None and choice.finish_reason is None:
+                return b""
+            item = ChatChunkChoice(choice.index, _chat_delta(pieces), logprobs)
+            item.finish_reason = reader.finish_reason(choice.finish_reason)
         if choice.stop_reason is not None:
             item.stop_reason = choice.stop_reason
         return self._event(item, usage)
@@ -199,15 +246,39 @@ class ChatReply(_BaseReply):
         choices = [
             ChatChoice(
                 index=answer.choice.index,
-                message=ChatMessage("assistant", answer.text),
+                message=self._message(answer),
                 logprobs=self._logprobs(answer.logprobs),
-                finish_reason=answer.choice.finish_reason,
+                finish_reason=self._finish_reason(answer.choice),
                 stop_reason=answer.choice.stop_reason,
                 prompt_logprobs=self._prompt_logprobs(answer.choice),
             )
             for answer in answers
         ]
         return self._body(choices, usage)
+
+    def _reader(self, choice: Choice) -> AnswerReader | None:
+        if choice.index not in self._readers:
+            self._readers[choice.index] = self._make_reader()
+        return self._readers[choice.index]
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        reader = self._reader(choice)
+        return choice.finish_reason if reader is None else reader.finish_reason(choice.finish_reason)
+
+    def _message(self, answer: Answer) -> ChatMessage:
+        reader = self._reader(answer.choice)
+        if reader is None:
+            return ChatMessage("assistant", answer.text)
+        pieces = reader.push(answer.text, True)
+        calls = [
+            Call(CallFunction(call["arguments"], call["name"]), _call_id(), "function")
+            for call in describe_calls(pieces)
+        ]
+        content = _text(pieces, "content")
+        message = ChatMessage("assistant", None if calls and not content else content)
+        message.reasoning_content = _text(pieces, "reasoning") or UNSET
+        message.tool_calls = calls or UNSET
+        return message
 
     def _logprobs(self, items: list[TokenLogprobs]) -> ChatLogprobs | None:
         if self._num_top is None:
@@ -224,14 +295,29 @@ class ChatReply(_BaseReply):
 
 
 class CompletionReply(_BaseReply):
-    """Replies of /v1/completions."""
+    """Replies of /v1/completions.
 
-    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, num_top: int | None) -> None:
+    Args:
+        echoed: the prompts' texts, to be shown before the answers; their log probabilities too, when asked for.
+    """
+
+    def __init__(
+        self,
+        reply_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        num_top: int | None,
+        echoed: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(reply_id, model, tokenizer, num_top)
         self._offsets: dict[int, int] = {}
+        self._echoed = echoed
 
     def first_chunk(self, choice: Choice, usage: Usage | None) -> bytes:
-        return b""
+        if self._echoed is None:
+            return b""
+        item = CompletionChoice(choice.index, self._echoed[choice.prompt_index], self._logprobs(choice, []))
+        return self._event(item, usage)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         choice = delta.choice
@@ -243,7 +329,7 @@ class CompletionReply(_BaseReply):
         choices = [
             CompletionChoice(
                 index=answer.choice.index,
-                text=answer.text,
+                text=answer.text if self._echoed is None else self._echoed[answer.choice.prompt_index] + answer.text,
                 logprobs=self._logprobs(answer.choice, answer.logprobs),
                 finish_reason=answer.choice.finish_reason,
                 stop_reason=answer.choice.stop_reason,
@@ -257,17 +343,30 @@ class CompletionReply(_BaseReply):
         if self._num_top is None:
             return None
         reply = CompletionLogprobs([], [], [], [])
+        positions: list[tuple[int, TokenLogprobs | None]] = [(item.token_ids[0], item) for item in items]
+        if choice.index not in self._offsets and self._echoed is not None:
+            prompt = zip(choice.request.prompt_ids, choice.prompt_logprobs or (), strict=True)
+            positions = [*prompt, *positions]
         offset = self._offsets.get(choice.index, 0)
-        for item in items:
-            top = most_probable(item, self._num_top)
-            reply.tokens.append(self._spell(item.token_ids[0]))
-            reply.token_logprobs.append(_finite(item.logprobs[0]))
-            reply.top_logprobs.append({self._spell(token_id): _finite(logprob) for token_id, logprob in top})
+        for token_id, item in positions:
+            reply.tokens.append(self._spell(token_id))
             reply.text_offset.append(offset)
-            # Characters that begin in this token: all bytes but UTF-8's continuation bytes.
-            offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(item.token_ids[0]))
+            if item is None:  # the first token of a prompt follows nothing
+                reply.token_logprobs.append(None)
+                reply.top_logprobs.append(None)
+            else:
+                top = most_probable(item, self._num_top)
+                reply.token_logprobs.append(_finite(item.logprobs[0]))
+                reply.top_logprobs.append({self._spell(other): _finite(logprob) for other, logprob in top})
+            # Characters that begin in this token: all bytes but UTF-8's continuation bytes; none in special tokens.
+            if token_id not in self._tokenizer.special_ids:
+                offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
         self._offsets[choice.index] = offset
         return reply
+
+    def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
+        # With echo they are among the logprobs.
+        return UNSET if self._echoed is not None and self._num_top is not None else super()._prompt_logprobs(choice)
 
     def _spell(self, token_id: int) -> str:
         """A token's text; parts of characters are spelled out in bytes, as OpenAI does, so that they stay distinct."""
@@ -275,6 +374,28 @@ class CompletionReply(_BaseReply):
         if "\ufffd" not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
+
+
+def _chat_delta(pieces: list[Piece]) -> ChatDelta:
+    delta = ChatDelta()
+    delta.content = _text(pieces, "content") or UNSET
+    delta.reasoning_content = _text(pieces, "reasoning") or UNSET
+    calls: dict[int, Call] = {}
+    for piece in pieces:
+        if piece.kind == "call":
+            calls[piece.index] = Call(CallFunction("", piece.text), _call_id(), "function", piece.index)
+        elif piece.kind == "arguments":
+            calls.setdefault(piece.index, Call(CallFunction(""), index=piece.index)).function.arguments += piece.text
+    delta.tool_calls = list(calls.values()) or UNSET
+    return delta
+
+
+def _text(pieces: list[Piece], kind: str) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind == kind)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def most_probable(item: TokenLogprobs, count: int) -> list[tuple[int, float]]:

@@ -25,7 +25,7 @@ class ClientGoneError(Exception):
 
 
 class EventStream(Response):
-    """Sends `events` (each a complete `data: ...` block) and then `[DONE]`.
+    """Sends `events` (each a complete `data: ...` block) and then `done`.
 
     An exception in `events` becomes a last event in OpenAI's error form: the status line has been sent by then.
     `close` is called at the end in any case, also when the client was gone before the first event.
@@ -34,9 +34,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], close: Callable[[], None], headers: dict[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        headers: dict[str, str] | None = None,
+        done: bytes = DONE,
     ) -> None:
         self._events = events
+        self._done = done
         self._close = close
         self.status_code = 200
         self.background = None
@@ -59,7 +64,7 @@ class EventStream(Response):
             except Exception as error:
                 last = b"data: " + error_json(as_api_error(error)) + b"\n\n"
                 await send({"type": "http.response.body", "body": last, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -62,6 +62,7 @@ ENGINE_OPTIONS = [
     "kv_replacement",
     "block_size",
     "prefix_caching",
+    "speculation",
     "num_threads",
     "seed",
     "trust_remote_code",
@@ -73,9 +74,18 @@ SERVER_OPTIONS = [
     "api_key",
     "api_key_file",
     "chat_template",
+    "tool_call_format",
+    "reasoning",
     "drain_timeout",
     "stall_timeout",
     "max_body_bytes",
+    "max_request_tokens",
+    "max_queued_tokens",
+    "request_timeout",
+    "response_store_bytes",
+    "state_folder",
+    "max_state_bytes",
+    "metrics_compat",
 ]
 
 

@@ -110,13 +110,34 @@ def test_own_words_of_a_refusal() -> None:
         "{{ lipsum(9999) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% include 'config.json' %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ 1 }}",
+        "{% set ns = namespace(s='xx') %}{% for i in range(99) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+        "{% set ns = namespace(s='xx') %}{% for i in range(99) %}{% set ns.s = ''.join([ns.s, ns.s]) %}{% endfor %}",
+        "{% set ns = namespace(s='xx') %}{% for i in range(99) %}{% set ns.s = ns.s.replace('x', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='xx') %}{% for i in range(9) %}{% set ns.s = ns.s | replace('x', ns.s) %}{% endfor %}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ 'a\\nb' | indent(10**9) }}",
     ],
 )
 def test_hostile_or_broken(source: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(RequestError, match="chat template"):
         ChatTemplate(source, {}).render(CHATS["one"])
-    assert time.monotonic() - began < 10
+    assert time.thread_time() - began < 5
+
+
+def test_loops_and_texts_that_are_counted_stay_what_they_are() -> None:
+    source = (
+        "{% for m in messages %}{{ loop.index }}{{ loop.last }}{{ loop.length }}{{ m.role ~ '-' ~ 1 ~ none }}"
+        "{% if loop.previtem is defined %}p{% endif %}{% else %}none{% endfor %}"
+        "{{ ['a', 1, 'b'] | join('-') }}{{ '-'.join(['a', 'b']) }}{{ messages | map(attribute='role') | join(', ') }}"
+        "{% for a, b in {'x': 1}.items() if b %}{{ a ~ b }}{% endfor %}{{ 'abc' | replace('b', 'x') | upper }}"
+    )
+    expected = by_transformers(source, CHATS["turns"], add_generation_prompt=True, **SPECIAL)
+    assert ChatTemplate(source, SPECIAL).render(CHATS["turns"]) == expected
 
 
 def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from fastserve.cli.options import field_help, guarded
 from fastserve.core.config import EngineConfig, ServeConfig
 from fastserve.core.errors import CheckpointError, FastServeError, RequestError
 from fastserve.core.sampling_params import SamplingParams
+from fastserve.serve.tenants import KeyRing
 from tests.unit.serve.server import run_server
 
 runner = CliRunner()
@@ -201,7 +202,7 @@ def test_a_turn_that_cannot_be_answered_is_taken_back(capsys):
 
 def test_chat_through_a_server(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
-    with run_server(tmp_path, api_key="key") as server:
+    with run_server(tmp_path, keys=KeyRing({"key": "one"})) as server:
         pieces = list(ServerChat(server.url, None, {"max_tokens": 15}, "key").reply(messages))
         assert "".join(pieces).startswith("user\nhello")
         bare = server.url.removeprefix("http://")

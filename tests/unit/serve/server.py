@@ -14,8 +14,8 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.engine.client import EngineClient, RestartPolicy
-from fastserve.serve.app import Api, create_app
-from fastserve.serve.connection import TimedHeaders
+from fastserve.serve.app import Api, AppOptions, create_app
+from fastserve.serve.connection import BoundedConnection
 from fastserve.serve.launch import bind
 from tests.folders import write_tokenizer
 from tests.unit.engine.fake_engine import COMMAND
@@ -32,8 +32,11 @@ class RunningServer:
 
 
 @contextmanager
-def run_server(folder: Path, config: EngineConfig | None = None, **options) -> Iterator[RunningServer]:
+def run_server(
+    folder: Path, config: EngineConfig | None = None, *, stall_timeout: float = 60.0, **options
+) -> Iterator[RunningServer]:
     """Serve the fake engine with the tokenizer of `folder` (made when it is empty)."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder)
     (folder / "config.json").write_text("{}")
@@ -42,17 +45,22 @@ def run_server(folder: Path, config: EngineConfig | None = None, **options) -> I
     ready, stop = threading.Event(), threading.Event()
 
     async def main() -> None:
-        client = EngineClient(config or EngineConfig(), command=COMMAND, restarts=RestartPolicy(delays=(0.1,)))
+        restarts = RestartPolicy(delays=(0.1,))
+        client = EngineClient(config or EngineConfig(), command=COMMAND, stall_timeout=stall_timeout, restarts=restarts)
         await client.start()
         listener = bind("127.0.0.1", 0)
-        app = create_app(client, Tokenizer.load(ModelFolder.open(str(folder))), model_name="fake", **options)
-        web = uvicorn.Server(uvicorn.Config(app, http=TimedHeaders, lifespan="off", log_level="critical", ws="none"))
+        tokenizer = Tokenizer.load(ModelFolder.open(str(folder)))
+        app = create_app(client, tokenizer, model_name="fake", options=AppOptions(**options))
+        settings = uvicorn.Config(app, http=BoundedConnection, lifespan="off", log_level="critical", ws="none")
+        web = uvicorn.Server(settings)
+        app.batches.start()
         serving = asyncio.create_task(web.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        started.append(RunningServer(url, app.state.api, client, asyncio.get_running_loop()))
+        started.append(RunningServer(url, app.api, client, asyncio.get_running_loop()))
         ready.set()
         while not stop.is_set():
             await asyncio.sleep(0.02)
+        await app.batches.close()
         web.should_exit = True
         await serving
         await client.close()

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from fastserve.core.config import EngineConfig
+from fastserve.serve.tenants import KeyRing
 from tests.unit.engine.fake_engine import MAX_MODEL_LEN, REFUSE, WAIT
 from tests.unit.serve.server import RunningServer, run_server
 
@@ -201,7 +202,7 @@ def test_metrics_add_up(slow):
 
 
 def test_every_route_but_health_needs_the_key(tmp_path):
-    with run_server(tmp_path, api_key="secret-é") as server:
+    with run_server(tmp_path, keys=KeyRing({"secret-é": "one"})) as server:
         paths = httpx.get(f"{server.url}/openapi.json", headers=_bearer("secret-é")).json()["paths"]
         routes = [(method, path) for path, methods in paths.items() for method in methods]
         routes += [("get", "/docs"), ("get", "/openapi.json"), ("get", "/nowhere"), ("delete", "/v1/models")]

@@ -15,9 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fastserve.core.config import ServeConfig
-from fastserve.core.errors import ConfigError
-from fastserve.serve.launch import AddressError, bind, read_api_key
+from fastserve.serve.launch import AddressError, bind
 from tests import server_process
 from tests.folders import write_tokenizer
 from tests.server_process import ServerProcess, children, num_listening
@@ -200,15 +198,3 @@ def test_ipv6_loopback():
         bind("::1", 0).close()
     except AddressError as error:
         assert "::1" in str(error)
-
-
-def test_api_key_file(tmp_path):
-    file = tmp_path / "key"
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_api_key(ServeConfig(api_key_file=str(file)))
-    file.write_text("\n")
-    with pytest.raises(ConfigError, match="no key"):
-        read_api_key(ServeConfig(api_key_file=str(file)))
-    file.write_text(" abc \nmore")
-    assert read_api_key(ServeConfig(api_key_file=str(file))) == "abc"
-    assert read_api_key(ServeConfig(api_key="x")) == "x"

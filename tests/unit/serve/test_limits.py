@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastserve.serve.connection import TimedHeaders
+from fastserve.serve.connection import BoundedConnection
 from fastserve.serve.errors import ApiError
 from fastserve.serve.limits import BodyLimit
 from fastserve.serve.openai import ChatBody, CompletionBody
@@ -31,7 +31,7 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
 
 
 def test_half_sent_headers_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(TimedHeaders, "header_seconds", 0.4)
+    monkeypatch.setattr(BoundedConnection, "header_seconds", 0.4)
     with run_server(tmp_path) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         for first in (b"", b"GET /health HTTP/1.1\r\nHost:", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea"):
@@ -133,6 +133,18 @@ def test_no_body_is_an_internal_error(http: httpx.Client, kind, data):
     content = json.dumps(body).encode()
     response = http.post(path, content=content, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), (fields, response.text)
+
+
+@pytest.mark.parametrize("field", ["prompt", "stop", "stop_token_ids", "logit_bias", "messages"])
+def test_a_million_faults_are_one_error(http: httpx.Client, field):
+    """pydantic would otherwise make an object for each of them."""
+    path = "/v1/chat/completions" if field == "messages" else "/v1/completions"
+    value = {str(number): [] for number in range(15_000)} if field == "logit_bias" else [[None]] * 25_000
+    body = {"messages": [{"role": "user", "content": "x"}]} if field == "messages" else {"prompt": "x"}
+    began = time.process_time()
+    response = http.post(path, json={**body, field: value})
+    assert response.status_code == 400
+    assert time.process_time() - began < 1.0  # client and server are one process
 
 
 def test_api_errors_carry_their_status():

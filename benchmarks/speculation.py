@@ -1,0 +1,118 @@
+"""Decode speed with guesses from the prompt (speculation=auto) against without, on answers that repeat and that do not.
+
+    python benchmarks/speculation.py
+    python benchmarks/speculation.py --shape llama-0.1b --repeats 5
+
+Weights are random, so the answers are given: in place of what the sampler found, the next token of a fixed text is
+taken (the argmax is computed all the same, for both). Code edit: a function of Python's standard library with a name
+changed. Quotes: every other sentence of the prompt. Fresh: an answer that has nothing of the prompt. Speed is output
+tokens over the time from the first to the last token; both engines take turns. A ratio above 1 is faster with guesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import textwrap
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastserve import LLM, SamplingParams
+from fastserve.bench import random_model
+from fastserve.bench.report import Report, emit, measure_limits, rounded
+from fastserve.core.request import Request
+from fastserve.engine import speculation
+from fastserve.engine.sampler import SamplingState
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A prompt, the answer to it, and how many such requests run at once."""
+
+    name: str
+    prompt: str
+    answer: str
+    batch: int
+
+
+def make_cases() -> list[Case]:
+    code = inspect.getsource(textwrap.TextWrapper._wrap_chunks)
+    fresh = inspect.getsource(statistics.quantiles)
+    text = inspect.cleandoc(inspect.getdoc(argparse.ArgumentParser) or "") + inspect.cleandoc(textwrap.__doc__ or "")
+    text += inspect.cleandoc(inspect.getdoc(statistics) or "")
+    sentences = text.split("\n")
+    cases = []
+    for batch in (1, 8):
+        cases.append(Case(f"code_edit_batch_{batch}", code, code.replace("cur_line", "current"), batch))
+        cases.append(Case(f"quotes_batch_{batch}", text, "\n".join(sentences[::2]), batch))
+        cases.append(Case(f"fresh_batch_{batch}", text, fresh, batch))
+    return cases
+
+
+class Forced:
+    """Stands in for the sampler: the seed says whose answer it is."""
+
+    def __init__(self) -> None:
+        self.answer: list[int] = []
+
+    def __call__(self, logits: Tensor, states: list[SamplingState]) -> list[int]:
+        logits.argmax(dim=-1).tolist()
+        return [self.answer[state.num_output] for state in states]
+
+
+def decode_speed(llm: LLM, case: Case, forced: Forced, num_tokens: int, name: str) -> tuple[float, float]:
+    """(tokens per second, tokens per step) after the first token."""
+    prompt = llm.tokenizer.encode(case.prompt)
+    forced.answer = llm.tokenizer.encode(case.answer)
+    length = min(num_tokens, len(forced.answer))
+    sampling = SamplingParams(temperature=1.0, seed=0, max_tokens=length, ignore_eos=True)
+    for index in range(case.batch):
+        llm.engine.add(Request(f"{name}-{index}", prompt, sampling, time.monotonic()))
+    made, started, steps = 0, 0.0, 0
+    while llm.engine.has_work():
+        outputs = llm.engine.step()
+        if started:
+            made += sum(len(output.token_ids) for output in outputs)
+            steps += 1
+        elif len(outputs) == case.batch:
+            started = time.perf_counter()
+    return made / (time.perf_counter() - started), made / steps / case.batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--tokens", type=int, default=160, help="most tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    folder = random_model.make(options.shape)
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 2048, "max_batch_sequences": 8}
+    settings |= {"kv_cache_memory": "1500MiB", "max_batch_tokens": 2048}
+    report = Report("speculation", {"shape": options.shape, "tokens": options.tokens, **settings})
+    report.repeats = options.repeats
+    report.limits["before"] = measure_limits()
+    engines = {mode: LLM(str(folder), speculation=mode, **settings) for mode in ("off", "auto")}
+    forced = Forced()
+    vars(speculation)["sample"] = forced
+    for case in make_cases():
+        speeds: dict[str, list[float]] = {mode: [] for mode in engines}
+        for repeat in range(-1, options.repeats):  # the first fills the prefix cache, and is not counted
+            for mode, llm in engines.items():
+                speed, per_step = decode_speed(llm, case, forced, options.tokens, f"{case.name}-{repeat}")
+                if repeat >= 0:
+                    speeds[mode].append(speed)
+        for mode in engines:
+            report.add_runs(f"{case.name}_{mode}_tokens_per_second", speeds[mode])
+        report.metrics[f"{case.name}_tokens_per_step"] = rounded(per_step)
+        ratios = [auto / off for auto, off in zip(speeds["auto"], speeds["off"], strict=True)]
+        report.add_runs(f"{case.name}_ratio", ratios)
+    report.limits["after"] = measure_limits()
+    emit(report.as_dict())
+
+
+if __name__ == "__main__":
+    main()

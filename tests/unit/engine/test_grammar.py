@@ -1,0 +1,231 @@
+"""Structured outputs: schemas hold whatever is sampled, what cannot hold is refused by name, hostile ones in time.
+
+The draft-7 suite and JSONSchemaBench are used where the shared data has them; a few schemas of our own everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from fastserve import LLM, SamplingParams, StructuredOutputs
+from fastserve.core.errors import RequestError
+from fastserve.engine.grammar import _byte_tokenizer, _compile, check, to_grammar
+from tests import folders
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+OWN = [
+    PERSON,
+    {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": "^x[0-9]{2}$"}]},
+    {"$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"},
+    {"type": "array", "items": [{"type": "integer"}, {"type": "null"}], "minItems": 2, "maxItems": 2},
+]
+
+
+def compiled(wanted: StructuredOutputs) -> Any:
+    return _compile(_byte_tokenizer(), to_grammar(wanted))
+
+
+def accepts(matcher: Any, text: str) -> bool:
+    data = list(text.encode())
+    fresh = matcher.deep_copy()
+    return fresh.try_consume_tokens(data) == len(data) and fresh.is_accepting()
+
+
+def walk(matcher: Any, seed: int, num_bytes: int = 400) -> str | None:
+    """A random text that the masks allow; None when it has not ended in time."""
+    matcher, rng, made = matcher.deep_copy(), random.Random(seed), bytearray()
+    for _ in range(num_bytes):
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:257]
+        allowed = np.flatnonzero(bits).tolist()
+        assert allowed and not matcher.is_error()
+        if allowed[-1] == 256 and (len(allowed) == 1 or rng.random() < 0.5):
+            return made.decode()
+        # Text that closes what is open, more often than chance would.
+        closing = [byte for byte in allowed if byte in b'"}]0'] if rng.random() < 0.5 else []
+        byte = rng.choice(closing or [byte for byte in allowed if byte < 256])
+        assert matcher.consume_token(byte)
+        made.append(byte)
+    return None
+
+
+@pytest.mark.parametrize("schema", OWN)
+def test_whatever_is_sampled_fits_the_schema(schema: dict) -> None:
+    matcher = compiled(StructuredOutputs(json=schema))
+    texts = [text for seed in range(30) if (text := walk(matcher, seed)) is not None]
+    assert len(texts) > 5
+    for text in texts:
+        jsonschema.Draft7Validator(schema).validate(json.loads(text))
+
+
+def test_the_check_can_fail() -> None:
+    assert not accepts(compiled(StructuredOutputs(json=PERSON)), '{"name":"x","age":121}')
+    assert accepts(compiled(StructuredOutputs(json=PERSON)), '{"name":"x","age":120}')
+
+
+@pytest.mark.parametrize("keyword", ["not", "uniqueItems", "contains", "propertyNames", "contentMediaType"])
+def test_keywords_that_are_not_supported_are_named(keyword: str) -> None:
+    value = {"uniqueItems": True, "contentMediaType": "application/json"}.get(keyword, {"maxLength": 3})
+    with pytest.raises(RequestError, match=keyword):
+        check(StructuredOutputs(json={keyword: value}))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": "{"},
+        {"json": "[1]"},
+        {"json": {"type": "strin"}},
+        {"regex": "(a"},
+        {"regex": "(?=a)b"},
+        {"grammar": "start: oops("},
+        {"grammar": "root ::= oops("},
+        {"choice": [""]},
+        {
+            "json": {
+                "anyOf": [
+                    {"type": "object", "properties": {f"p{i}": {"type": "string"}, "q": {"enum": [i]}}}
+                    for i in range(500)
+                ]
+            }
+        },
+    ],
+)
+def test_broken_grammars_are_refused(wanted: dict) -> None:
+    with pytest.raises(RequestError):
+        check(StructuredOutputs(**wanted))
+
+
+def test_exactly_one_form() -> None:
+    with pytest.raises(RequestError, match="json and regex"):
+        StructuredOutputs(json={}, regex="a")
+    with pytest.raises(RequestError, match="none"):
+        StructuredOutputs()
+    with pytest.raises(RequestError, match="ignore_eos"):
+        SamplingParams(structured_outputs=StructuredOutputs(json_object=True), ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"regex": "((a{1,500}){1,500}){1,500}b"},
+        {"regex": "(.*a){30}.{200}(b|c.*d){30}"},
+        {"json": {"type": "string", "pattern": "^(([a-z]+)+)+([0-9]{1,999}){1,99}$", "minLength": 9999}},
+        {"json": {"properties": {f"p{i}": {"pattern": "(a|b|c){1,50}[^x]{3,999}"} for i in range(500)}}},
+        {"grammar": "start: a\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(60)) + "\na: a0\na60: /x/"},
+    ],
+)
+def test_hostile_grammars_end_in_time(hostile: dict) -> None:
+    """In processor time, so that a busy machine does not fail it. The limit is fuel; seconds only follow from it."""
+    started = time.process_time()
+    try:
+        check(StructuredOutputs(**hostile))
+        walk(compiled(StructuredOutputs(**hostile)), 0, num_bytes=20)
+    except (RequestError, AssertionError):
+        pass  # refused, or stopped while it ran: either is an end
+    assert time.process_time() - started < 10.0
+
+
+# A format is held to its syntax (29 February is a date in every year), a pattern to Rust's idea of white space.
+BY_SYNTAX = ("optional/format/", "optional/ecmascript-regex")
+
+
+def suite(file: Path) -> list[dict]:
+    if not file.exists():
+        pytest.skip(f"{file.name} is not among the shared data")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "share"), [("json_schema_test_suite_draft7.jsonl", 0.4), ("jsonschemabench_public_200.jsonl", 0.75)]
+)
+def test_no_text_that_breaks_a_supported_schema(shared_data: Path, name: str, share: float) -> None:
+    """Invalid instances are never accepted, and `share` of the schemas are supported."""
+    items = suite(shared_data / "eval_fixtures" / name)
+    num_supported = 0
+    broken: list[str] = []
+    for item in items:
+        wanted = StructuredOutputs(json=json.dumps(item["schema"]))
+        try:
+            check(wanted)
+        except RequestError as error:
+            assert len(str(error)) > 20
+            continue
+        num_supported += 1
+        if item.get("file", "").startswith(BY_SYNTAX):
+            continue
+        matcher = compiled(wanted)
+        for test in item["tests"]:
+            if not test["valid"] and accepts(matcher, json.dumps(test["data"], ensure_ascii=False)):
+                broken.append(f"{item.get('file', item.get('name'))}: {item['description']}: {test['description']}")
+    print(f"{name}: {num_supported} of {len(items)} schemas supported")
+    assert broken == []
+    assert num_supported >= share * len(items)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    folder = folders.llama(tmp_path_factory.mktemp("model") / "llama")
+    return LLM(folder, kv_cache_memory="8MiB", max_model_len=400)
+
+
+def test_a_random_model_answers_in_form(llm: LLM) -> None:
+    wanted = [
+        StructuredOutputs(json=PERSON),
+        StructuredOutputs(choice=["a fox", "the bear"]),
+        StructuredOutputs(regex=r"\d{3}-[ab]+c"),
+        StructuredOutputs(grammar='start: "x" ("y" | "zz")* "."'),
+        StructuredOutputs(grammar='root ::= "x" [0-9]+ "."'),
+        StructuredOutputs(json=PERSON, begins_after="</think>"),
+    ]
+    params = [
+        SamplingParams(temperature=1.0, seed=index, max_tokens=380, structured_outputs=one)
+        for index, one in enumerate(wanted)
+    ]
+    outputs = [output.outputs[0] for output in llm.generate(["The fox"] * len(params), params)]
+    ended = [output.finish_reason == "stop" for output in outputs]
+    assert ended[:2] == [True, True] and sum(ended) >= 3
+    jsonschema.validate(json.loads(outputs[0].text), PERSON)
+    assert outputs[1].text in ("a fox", "the bear")
+    for one, output in zip(wanted, outputs, strict=True):
+        if output.finish_reason == "stop":
+            assert accepts(compiled(one), output.text)
+
+
+def test_an_unsupported_schema_is_refused_before_it_runs(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="uniqueItems"):
+        llm.generate("x", SamplingParams(structured_outputs=StructuredOutputs(json={"uniqueItems": True})))
+    assert not llm.engine.has_work()
+
+
+def test_an_answer_goes_on_in_form_after_it_lost_its_memory(tmp_path: Path) -> None:
+    folder = folders.llama(tmp_path / "llama")
+    schema = {"type": "array", "items": {"enum": ["fox", "bear", "sea"]}, "minItems": 12, "maxItems": 12}
+    params = [
+        SamplingParams(seed=seed, max_tokens=110, structured_outputs=StructuredOutputs(json=schema))
+        for seed in range(4)
+    ]
+    roomy = LLM(folder, dtype="float32", max_model_len=160, kv_cache_memory="8MiB")
+    tight = LLM(
+        folder, dtype="float32", max_model_len=160, kv_cache_memory=14 * roomy.engine.memory.block_bytes
+    )  # fmt: skip
+    texts = [[output.outputs[0].text for output in one.generate(["The sea"] * 4, params)] for one in (roomy, tight)]
+    assert tight.engine.stats().num_preemptions > 0
+    assert texts[0] == texts[1]

@@ -132,7 +132,8 @@ def test_no_body_is_an_internal_error(http: httpx.Client, kind, data):
     path = "/v1/chat/completions" if kind is ChatBody else "/v1/completions"
     content = json.dumps(body).encode()
     response = http.post(path, content=content, headers={"content-type": "application/json"})
-    assert response.status_code in (200, 400, 404), (fields, response.text)
+    allowed = (200, 400, 404, 504) if "timeout" in fields else (200, 400, 404)  # a time limit may be a short one
+    assert response.status_code in allowed, (fields, response.text)
 
 
 @pytest.mark.parametrize("field", ["prompt", "stop", "stop_token_ids", "logit_bias", "messages"])

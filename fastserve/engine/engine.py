@@ -37,7 +37,6 @@ from fastserve.scheduler.scheduler import Scheduler
 from fastserve.scheduler.tier_pool import Tier, TierPool
 
 _MEMORY_MARGIN = 512 << 20  # of an elastic KV cache, besides what a step takes
-
 _COMPILE_WAIT_SECONDS = 0.05
 
 
@@ -78,8 +77,8 @@ class Engine:
         self._tiers = KVTiers(kv_cache, stores) if stores else None
         tier_pool = None
         if self._tiers is not None:
-            seconds = self._tiers.measure()
-            tiers = [Tier(store.num_slots, time) for store, time in zip(stores, seconds, strict=True)]
+            measured = zip(stores, self._tiers.measure(), strict=True)
+            tiers = [Tier(store.num_slots, seconds) for store, seconds in measured]
             tier_pool = TierPool(tiers, config.kv_replacement)
         self._scheduler = Scheduler(
             BlockPool(
@@ -159,8 +158,10 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one step; returns the new tokens."""
         refused = self._take_compiled() if self._compiling else []
-        if refused and not self._scheduler.has_work():
-            return refused
+        return refused + self._compute() if self._scheduler.has_work() else refused
+
+    def _compute(self) -> list[TokenOutput]:
+        """Plan and run what the scheduler has, be it nothing."""
         started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
@@ -169,7 +170,7 @@ class Engine:
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
         self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
-        return refused + outputs
+        return outputs
 
     def _take_compiled(self) -> list[TokenOutput]:
         """Queue the requests whose grammars are compiled by now. Waits a little when there is nothing else to do."""
@@ -208,7 +209,7 @@ class Engine:
     def _resize(self, num_blocks: int) -> None:
         self._scheduler.resize(min(num_blocks, self._elastic.max_blocks))
         if not self._scheduler.has_work():
-            self.step()  # an empty one, which carries the size to the executor
+            self._compute()  # an empty plan, which carries the size to the executor
 
     def stats(self) -> EngineStats:
         """Counters so far and gauges now. The same object each time; copy it to keep it."""

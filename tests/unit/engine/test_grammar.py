@@ -17,6 +17,7 @@ import pytest
 
 from fastserve import LLM, SamplingParams, StructuredOutputs
 from fastserve.core.errors import RequestError
+from fastserve.core.request import FINISH_ERROR, Request
 from fastserve.engine.grammar import _byte_tokenizer, _compile, check, to_grammar
 from tests import folders
 
@@ -213,6 +214,17 @@ def test_an_unsupported_schema_is_refused_before_it_runs(llm: LLM) -> None:
     with pytest.raises(RequestError, match="uniqueItems"):
         llm.generate("x", SamplingParams(structured_outputs=StructuredOutputs(json={"uniqueItems": True})))
     assert not llm.engine.has_work()
+
+
+def test_a_refusal_is_told_although_the_cache_is_resized_meanwhile(llm: LLM) -> None:
+    sampling = SamplingParams(structured_outputs=StructuredOutputs(json={"uniqueItems": True}))
+    llm.engine.add(Request("refused", [5], sampling, 0.0))
+    [(_, future)] = llm.engine._compiling.values()
+    future.exception(timeout=60)
+    llm.engine.resize_kv_cache(1 << 20)
+    [output] = llm.engine.step()
+    assert (output.request_id, output.finish_reason) == ("refused", FINISH_ERROR)
+    assert "uniqueItems" in output.error and not llm.engine.has_work()
 
 
 def test_an_answer_goes_on_in_form_after_it_lost_its_memory(tmp_path: Path) -> None:

@@ -102,8 +102,8 @@ def llama_like(config: Mapping[str, Any], **differences: Any) -> DecoderConfig:
         windows=(0,) * num_layers,
         ropes=(rope,) * num_layers,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(number(config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", default=1e-6)),
-        activation=activation(config, "hidden_act", "hidden_activation", default="silu"),
+        norm_epsilon=float(number(config, "rms_norm_eps", default=1e-6)),
+        activation=activation(config, "hidden_act", default="silu"),
     )
     return DecoderConfig(**{**fields, **differences})
 

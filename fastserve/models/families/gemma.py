@@ -8,7 +8,7 @@ from typing import Any
 from fastserve.core.errors import CheckpointError
 from fastserve.models.decoder import DecoderConfig
 from fastserve.models.families.family import Family, llama_like, number, refuse_unless, windows
-from fastserve.models.families.llama import GEMMA_NAMES
+from fastserve.models.families.llama import OUTPUT_NORM_NAMES
 from fastserve.models.rope import Rope, read_rope
 
 
@@ -64,6 +64,6 @@ def _rope(config: Mapping[str, Any], kind: str) -> Rope:
 
 
 FAMILIES: dict[str, Family] = {
-    "Gemma2ForCausalLM": Family(_read_gemma2, GEMMA_NAMES, ignored=(r".*\.rotary_emb\.inv_freq",)),
-    "Gemma3ForCausalLM": Family(_read_gemma3, GEMMA_NAMES, ignored=(r".*\.rotary_emb\.inv_freq",)),
+    "Gemma2ForCausalLM": Family(_read_gemma2, OUTPUT_NORM_NAMES, ignored=(r".*\.rotary_emb\.inv_freq",)),
+    "Gemma3ForCausalLM": Family(_read_gemma3, OUTPUT_NORM_NAMES, ignored=(r".*\.rotary_emb\.inv_freq",)),
 }

@@ -6,6 +6,7 @@ The relatives are differences: windows, biases, norms on queries and keys, norms
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastserve.core.errors import CheckpointError
@@ -28,8 +29,9 @@ LLAMA_NAMES = {
     "up": "model.layers.{layer}.mlp.up_proj",
     "down": "model.layers.{layer}.mlp.down_proj",
 }
-# Norms after attention and feed-forward; Gemma has both kinds, OLMo2 only these.
-_OUTPUT_NORMS = {
+# With norms after attention and feed-forward: Gemma has both kinds, OLMo2 only those.
+OUTPUT_NORM_NAMES = {
+    **LLAMA_NAMES,
     "attention_output_norm": "model.layers.{layer}.post_attention_layernorm",
     "mlp_norm": "model.layers.{layer}.pre_feedforward_layernorm",
     "mlp_output_norm": "model.layers.{layer}.post_feedforward_layernorm",
@@ -106,17 +108,12 @@ def _read_qwen3_moe(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_mixtral(config: Mapping[str, Any]) -> DecoderConfig:
-    return llama_like(
-        config,
+    return replace(
+        _read_mistral(config),
         mlp="experts",
-        windows=windows(config, int(number(config, "num_hidden_layers"))),
         num_experts=int(number(config, "num_local_experts")),
         num_active_experts=int(number(config, "num_experts_per_tok")),
     )
-
-
-def _read_phi3(config: Mapping[str, Any]) -> DecoderConfig:
-    return llama_like(config, windows=windows(config, int(number(config, "num_hidden_layers"))))
 
 
 def _read_smollm3(config: Mapping[str, Any]) -> DecoderConfig:
@@ -129,8 +126,7 @@ def _read_smollm3(config: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(f"config.json: no_rope_layers has {len(flags)} entries for {read.num_layers} layers")
     ropes = tuple(rope if flag else None for rope, flag in zip(read.ropes, flags, strict=True))
     sliding = windows(config, read.num_layers) if config.get("use_sliding_window") else read.windows
-    bias = read.qkv_bias
-    return llama_like(config, ropes=ropes, windows=sliding, qkv_bias=bias, output_bias=bias, mlp_bias=read.mlp_bias)
+    return replace(read, ropes=ropes, windows=sliding)
 
 
 def _read_olmo2(config: Mapping[str, Any]) -> DecoderConfig:
@@ -139,12 +135,8 @@ def _read_olmo2(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_granite(config: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(config.get("attention_bias", False))
-    return llama_like(
-        config,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+    return replace(
+        _read_llama(config),
         attention_scale=float(number(config, "attention_multiplier", default=1.0)),
         embedding_scale=float(number(config, "embedding_multiplier", default=1.0)),
         residual_scale=float(number(config, "residual_multiplier", default=1.0)),
@@ -196,12 +188,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(_read_qwen3, LLAMA_NAMES, ignored=_BUFFERS),
     "Qwen3MoeForCausalLM": Family(_read_qwen3_moe, _QWEN3_MOE_NAMES, ignored=_BUFFERS),
     "MixtralForCausalLM": Family(_read_mixtral, _MIXTRAL_NAMES, ignored=_BUFFERS),
-    "Phi3ForCausalLM": Family(_read_phi3, _PHI3_NAMES, ignored=_BUFFERS),
+    "Phi3ForCausalLM": Family(_read_mistral, _PHI3_NAMES, ignored=_BUFFERS),
     "SmolLM3ForCausalLM": Family(_read_smollm3, LLAMA_NAMES, ignored=_BUFFERS),
-    "Olmo2ForCausalLM": Family(_read_olmo2, {**LLAMA_NAMES, **_OUTPUT_NORMS}, ignored=_BUFFERS),
+    "Olmo2ForCausalLM": Family(_read_olmo2, OUTPUT_NORM_NAMES, ignored=_BUFFERS),
     "GraniteForCausalLM": Family(_read_granite, LLAMA_NAMES, ignored=_BUFFERS),
     "Starcoder2ForCausalLM": Family(_read_starcoder2, _STARCODER2_NAMES, ignored=_BUFFERS),
     "StableLmForCausalLM": Family(_read_stablelm, _stablelm_names, ignored=_BUFFERS),
 }
-
-GEMMA_NAMES = {**LLAMA_NAMES, **_OUTPUT_NORMS}

@@ -13,11 +13,11 @@ shared data are used, if they are there.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from shared_data import add_trace_options
 
 from fastserve.bench import policies, random_model
 from fastserve.bench.latencies import Limits, RequestTimes, saturated_rate, summarise
@@ -107,16 +107,11 @@ def measure(arguments: argparse.Namespace, file: Path) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("FASTSERVE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-    parser.add_argument("--trace", type=Path, default=shared / "data/traces/azure_llm_2023_conv.csv")
-    parser.add_argument("--load", type=float, default=0.9)
-    parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--offset", type=int, default=0)
+    add_trace_options(parser, context=1024)
     parser.add_argument("--policies", nargs="+", default=list(POLICY_NAMES))
-    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-batch-tokens", type=int, default=256)
-    parser.add_argument("--capacity", type=float, default=0.0, help="requests per second, if measured already")
     parser.add_argument("--model", default="")
+    parser.add_argument("--capacity", type=float, default=0.0, help="requests per second, if measured already")
     arguments = parser.parse_args()
     if not arguments.trace.exists():
         report = Report("policies", skipped={"trace": f"{arguments.trace} is not there; give one with --trace"})

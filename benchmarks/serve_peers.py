@@ -30,6 +30,7 @@ from typing import Any
 
 import peers
 from cpu_peers import say
+from shared_data import add_trace_options
 
 from fastserve.bench import random_model
 from fastserve.bench.latencies import RequestTimes, ratios, summarise
@@ -197,13 +198,8 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("FASTSERVE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-    parser.add_argument("--trace", type=Path, default=shared / "data/traces/azure_llm_2023_conv.csv")
+    add_trace_options(parser, context=2048)
     parser.add_argument("--peer", choices=("vllm", "llama.cpp"), action="append", help="may be repeated; both")
-    parser.add_argument("--load", type=float, default=0.9)
-    parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--offset", type=int, default=0)
-    parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--shape", default="qwen3-0.6b", help="a decoder shape of make_model.py")
     arguments = parser.parse_args()

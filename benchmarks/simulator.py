@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
+
+from shared_data import add_trace_options
 
 from fastserve.bench import cluster, random_model
 from fastserve.bench.latencies import RequestTimes, saturated_rate, summarise
@@ -112,17 +112,12 @@ def compare(arguments: argparse.Namespace, report: Report) -> Coefficients:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("FASTSERVE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-    parser.add_argument("--trace", type=Path, default=shared / "data/traces/azure_llm_2023_conv.csv")
-    parser.add_argument("--load", type=float, default=0.9)
-    parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--offset", type=int, default=0)
+    add_trace_options(parser, context=1024)
     parser.add_argument("--policies", nargs="+", default=["fcfs", "aged-srpt"])
-    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-batch-tokens", type=int, default=256)
+    parser.add_argument("--model", default="")
     parser.add_argument("--scale-requests", type=int, default=20_000, help="requests of the run on many replicas")
     parser.add_argument("--replicas", type=int, default=64)
-    parser.add_argument("--model", default="")
     arguments = parser.parse_args()
     report = Report("simulator")
     if not arguments.trace.exists():

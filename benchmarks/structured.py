@@ -10,13 +10,14 @@ Random weights; prompts, batch and number of steps are the same. The schema neve
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from shared_data import shared_folder
 
 from fastserve import LLM, SamplingParams, StructuredOutputs
 from fastserve.bench import random_model
@@ -70,8 +71,7 @@ def step_seconds(llm: LLM, batch: int, num_steps: int, wanted: StructuredOutputs
 
 
 def main() -> None:
-    shared = Path(os.environ.get("FASTSERVE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-    found = shared / "data" / "tokenizers" / "gpt-neox-20b"
+    found = shared_folder() / "data" / "tokenizers" / "gpt-neox-20b"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--tokenizer", type=Path, default=found if found.is_dir() else None)

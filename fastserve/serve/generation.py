@@ -268,15 +268,15 @@ class Generator:
         full_batch = self._client.config.max_batch_sequences * self.max_model_len
         try:
             leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
+            try:
+                stream = self._client.stream(*(choice.request for choice in choices))
+            except BaseException:
+                leave()
+                raise
         except QueueFullError:
             self._metrics.observe_refusal(tenant, len(choices))
             raise
         self._metrics.observe_admission(tenant, len(choices), sum(len(choice.request.prompt_ids) for choice in choices))
-        try:
-            stream = self._client.stream(*(choice.request for choice in choices))
-        except BaseException:
-            leave()
-            raise
         generation = Generation(choices, stream, self._metrics, leave)
         limit = min(filter(None, (seconds, self._max_seconds)), default=0.0)
         if limit:

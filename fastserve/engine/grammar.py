@@ -248,7 +248,7 @@ class GrammarMasks:
     def biases(self) -> dict[str, NDArray[np.float32]]:
         """Request id -> [1 + drafts, V] to be added to logits: -inf where a token would break the grammar, else 0.
 
-        Once per `prepare`. Adding is ten times as fast as filling by a mask of booleans, whose cost grows with disorder.
+        Once per `prepare`. Adding is ten times as fast as filling by a mask of booleans.
         """
         if self._pending is None:
             return {}

@@ -164,7 +164,7 @@ class ModelRunner:
                 result.further[entry.request_id] = tokens[1:]
 
     def _mask(self, logits: Tensor, entries: list[PlanEntry], first_rows: list[int]) -> Tensor:
-        """The logits with -inf where a grammar forbids a token: another object, and a copy where raw ones are reported."""
+        """Logits with -inf where a grammar forbids a token: another object, and a copy where raw ones are reported."""
         biases = self._masks.biases()
         if not biases:
             return logits

@@ -283,6 +283,8 @@ def messages_of(items: Iterable[dict[str, Any]]) -> list[Message]:
             message = {"role": item.role, "content": _joined(item.content)}
             messages.append({**message, "reasoning_content": thoughts} if is_open else message)
         thoughts = None
+    if not messages:
+        raise RequestError("the input has thoughts only; give a message or the output of a call", "input")
     return [Message.model_validate(message) for message in messages]
 
 

@@ -111,6 +111,7 @@ def test_a_background_response_can_be_cancelled(tmp_path, monkeypatch):
         ("input", None),
         ("input", []),
         ("input", [{"type": "item_reference", "id": "x"}]),
+        ("input", [{"type": "reasoning"}]),
         ("input", [{"type": "function_call", "call_id": "1"}]),
         ("input", [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}] * 1025),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/"}]}]),

@@ -79,7 +79,17 @@ def test_04_a_thousand_vanishing_clients_leave_nothing(tmp_path: Path, monkeypat
     body = json.dumps({"prompt": "abc", "max_tokens": 250, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     request = head % len(body) + body
-    kinds = [request[:20], request[: len(head) + 5], request[:-5], request, request + request]
+    endless = json.dumps({"prompt": [WAIT], "max_tokens": 250}).encode()  # ends only when it is stopped
+    waiting = head % len(endless) + endless
+    kinds = [
+        request[:20],
+        request[: len(head) + 5],
+        request[:-5],
+        request,
+        request + request,
+        waiting,
+        waiting + request,
+    ]
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -118,8 +118,8 @@ def judge(item: dict[str, Any], compiler: GrammarCompiler, walker: Walker, num_w
             counts.problems.append(f"{name}: {error}"[:300])
             continue
         numbers["walks_ended" if text is not None else "walks_cut"] += 1
-        if text is not None and (error := fault(validator, text)):
-            counts.problems.append(f"{name}: {text[:100]!r} was made: {error[:150]}")
+        if text is not None and (broken := fault(validator, text)):
+            counts.problems.append(f"{name}: {text[:100]!r} was made: {broken[:150]}")
 
 
 def fault(validator: Any, text: str) -> str:

@@ -109,7 +109,7 @@ class EngineConfig:
     kv_replacement: str = "lru"
     block_size: int = 16
     prefix_caching: bool = True
-    speculation: str = "off"
+    speculation: str = "auto"
     num_threads: int = 0
     seed: int | None = None
     trust_remote_code: bool = False

@@ -30,6 +30,7 @@ class Request(msgspec.Struct, frozen=True):
         arrival_time: seconds on the system-wide monotonic clock (`time.monotonic`).
         priority: smaller is served first under the priority policy.
         tenant: who is asking; counted and shared fairly by tenant, never shown.
+        adapter: LoRA adapter by name; "" for none. Requests of different ones share no cached prefix.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, frozen=True):
     arrival_time: float
     priority: int = 0
     tenant: str = ""
+    adapter: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

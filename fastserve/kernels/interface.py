@@ -44,6 +44,7 @@ class Batch:
         block_tables: per sequence the int64 tensor of its block ids, in order.
         logit_rows: [R] int64, rows of the hidden states that need logits.
         request_ids: the B sequences, for models that keep a cache of their own.
+        adapter_slots: [T] int64, the slot of each token's adapter or -1; None when no sequence has one.
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class Batch:
     block_tables: list[Tensor]
     logit_rows: Tensor
     request_ids: list[str] = field(default_factory=list)
+    adapter_slots: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,22 @@ class RowSampling:
 
 
 @dataclass(slots=True)
+class LinearAdapters:
+    """Low-rank adapters of one linear: B A x is added to x W^T (LoRA, Hu et al., 2021), with other A, B in each slot.
+
+    Attributes:
+        step: [T] slots of the step's tokens or None (Batch.adapter_slots), in a list that all linears of a network share;
+            whoever runs the network sets it before.
+        weights: slot -> A [R, K] and B [N, R], in the reference.
+        native: a backend's own object.
+    """
+
+    step: list[Tensor | None]
+    weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    native: Any = None
+
+
+@dataclass(slots=True)
 class PackedLinear:
     """A linear layer in the backend's own layout.
 
@@ -114,6 +132,7 @@ class PackedLinear:
         native: a backend's own object.
         is_gated: the rows of the weight are gate and up, and `linear` gives activation(gate) * up.
         activation_bits: 8: inputs are quantised per token as they come.
+        adapters: None where none may be used.
         num_bytes: what it takes in memory.
     """
 
@@ -123,6 +142,7 @@ class PackedLinear:
     native: Any = None
     is_gated: bool = False
     activation_bits: int = 16
+    adapters: LinearAdapters | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -157,8 +177,14 @@ class Kernels(Protocol):
     ) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
 
-        A row's result does not depend on the other rows (see the contract's precision rule). is_wide: float32 out.
+        Where a row has an adapter (see `LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on the other rows (see the contract's precision rule). is_wide: float32 out.
         """
+
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+        """Make room for the adapters of a linear, before its network is recorded. See `LinearAdapters.step`."""
+
+    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+        """Put float32 A [R, K] and B [N, R] into a slot, kept in `dtype`, the type of x; or empty it (None)."""
 
     def embed(
         self,

@@ -20,6 +20,7 @@ from fastserve.kernels.interface import (
     HeadTransform,
     Kernels,
     KernelSpec,
+    LinearAdapters,
     PackedLinear,
     RecordedStep,
     RowSampling,
@@ -64,6 +65,8 @@ class ReferenceKernels:
         is_wide: bool = False,
     ) -> Tensor:
         result = self._product(packed, x)
+        if packed.adapters is not None and packed.adapters.step[0] is not None:
+            result = _adapted(result, x, packed.adapters.weights, packed.adapters.step[0])
         if is_wide:
             result = result.float()
         if packed.is_gated:
@@ -73,20 +76,26 @@ class ReferenceKernels:
         return result if residual is None else result + residual
 
     def _product(self, packed: PackedLinear, x: Tensor) -> Tensor:
-        num_rows, dtype = x.shape[0], x.dtype
-        scales = None
+        dtype, scales = x.dtype, None
         if packed.activation_bits == 8:
             x, scales = quantize_activations(x)
         weight, bias = packed.weight, packed.bias
         x = x.to(weight.dtype)  # a quantised weight is held dequantised, in float32
-        padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
-        if padding:
-            x = functional.pad(x, (0, 0, 0, padding))
         if scales is None:
-            result = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-            return (result[:num_rows] if padding else result).to(dtype)
-        result = functional.linear(x, weight)[:num_rows] * scales
+            return _multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+        result = _multiply(x, weight) * scales
         return (result if bias is None else result + bias).to(dtype)
+
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+        packed.adapters = LinearAdapters(step)
+
+    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+        assert packed.adapters is not None
+        packed.adapters.weights.pop(slot, None)
+        if weights is not None:
+            # Rounded to the type that other backends keep, and computed in float32 as they do.
+            a, b = (item.to(packed.weight.device, dtype).float() for item in weights)
+            packed.adapters.weights[slot] = (a, b)
 
     def embed(
         self,
@@ -223,6 +232,26 @@ class ReferenceKernels:
 
 def _plus(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else x + residual
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias; on a CPU with rows added as `padded_rows` says."""
+    num_rows = x.shape[0]
+    padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
+    if not padding:
+        return functional.linear(x, weight, bias)
+    return functional.linear(functional.pad(x, (0, 0, 0, padding)), weight, bias)[:num_rows]
+
+
+def _adapted(result: Tensor, x: Tensor, weights: dict[int, tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
+    """result [T, N] plus B A x for the rows whose slot has a pair; rows of one slot are computed together."""
+    result = result.clone()
+    for slot, (a, b) in weights.items():
+        rows = (slots == slot).nonzero()[:, 0]
+        if len(rows):
+            delta = _multiply(_multiply(x[rows].float(), a), b)
+            result[rows] = (result[rows].float() + delta).to(result.dtype)
+    return result
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype) -> int:

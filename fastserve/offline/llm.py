@@ -54,6 +54,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts, batched; results are in the order of the prompts.
@@ -61,13 +62,14 @@ class LLM:
         Args:
             prompts: one text or one list of token ids, or a list of such.
             params: for all prompts, or one per prompt; by default 16 tokens at temperature 1.
+            lora: name of an adapter (option `lora`, or `load_lora`) for all prompts, or one per prompt; "" for none.
             use_tqdm: show a progress bar on a terminal.
 
         Raises:
-            RequestError: an empty or too long prompt, a grammar that is not supported, or as many params as there are
-                not prompts.
+            RequestError: an empty or too long prompt, a grammar that is not supported, an adapter that is not there,
+                or as many params as there are not prompts.
         """
-        jobs = self._jobs(_as_prompts(prompts), params)
+        jobs = self._jobs(_as_prompts(prompts), params, lora)
         try:
             with _progress_bar(len(jobs), use_tqdm) as advance:
                 self._run(jobs, advance)
@@ -81,37 +83,58 @@ class LLM:
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the model's chat template.
 
         Args:
             messages: [{"role": "user", "content": "..."}, ...] or a list of such lists.
+            params, lora, use_tqdm: as in `generate`.
         """
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         texts = [self.tokenizer.render_chat([dict(message) for message in one]) for one in conversations]
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        outputs = self.generate(prompts, params, lora=lora, use_tqdm=use_tqdm)
         for output, text in zip(outputs, texts, strict=True):
             output.prompt = text
         return outputs
 
-    def _jobs(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[_Job]:
-        if params is None:
-            params = SamplingParams()
+    def load_lora(self, name: str, path: str) -> None:
+        """Make a LoRA adapter folder known under a name, within max_loras.
+
+        Raises:
+            RequestError: the folder is no adapter of this model, the name is taken, or there is no room.
+        """
+        self.engine.load_adapter(name, path)
+
+    def unload_lora(self, name: str) -> None:
+        """Forget an adapter; RequestError when there is none of this name."""
+        self.engine.unload_adapter(name)
+
+    def _jobs(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        lora: str | Sequence[str] | None,
+    ) -> list[_Job]:
+        params, lora = params or SamplingParams(), lora or ""
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(per_prompt) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts need as many params (or one for all), not {len(per_prompt)}")
+        adapters = [lora] * len(prompts) if isinstance(lora, str) else list(lora)
+        for name, given in (("params", per_prompt), ("lora", adapters)):
+            if len(given) != len(prompts):
+                raise RequestError(f"{len(prompts)} prompts need as many {name} (or one for all), not {len(given)}")
         for wanted in {sampling.structured_outputs for sampling in per_prompt}:
             if wanted is not None:
                 check(wanted)
         self._num_calls += 1
         jobs: list[_Job] = []
-        for index, (prompt, sampling) in enumerate(zip(prompts, per_prompt, strict=True)):
+        for index, (prompt, sampling, adapter) in enumerate(zip(prompts, per_prompt, adapters, strict=True)):
             prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
             for number, single in enumerate(fork(sampling)):
-                request = Request(f"{self._num_calls}-{index}-{number}", prompt_ids, single, time.monotonic())
+                name = f"{self._num_calls}-{index}-{number}"
+                request = Request(name, prompt_ids, single, time.monotonic(), adapter=adapter)
                 job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
             jobs.append(job)
         return jobs

@@ -152,6 +152,10 @@ class Scheduler:
         self._policy.on_arrival(sequence, now)
         self._fresh.push(sequence, now)
 
+    def uses(self, adapter: str) -> bool:
+        """Whether a live sequence has this adapter."""
+        return any(sequence.request.adapter == adapter for sequence in self._sequences.values())
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop these requests and free what they hold; unknown ids are ignored (they may just have finished)."""
         for request_id in request_ids:
@@ -468,10 +472,10 @@ class Scheduler:
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         size = self.block_pool.block_size
         hashes = sequence.block_hashes
-        root = b"" if self.block_pool.prefix_caching else sequence.request_id.encode()
+        root = sequence.request.adapter if self.block_pool.prefix_caching else sequence.request_id
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else root
+            parent = hashes[-1] if hashes else root.encode()
             hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:

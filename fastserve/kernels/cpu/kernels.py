@@ -22,6 +22,7 @@ from fastserve.kernels.interface import (
     HeadTransform,
     Kernels,
     KernelSpec,
+    LinearAdapters,
     PackedLinear,
     RecordedStep,
     RowSampling,
@@ -120,8 +121,22 @@ class CPUKernels(ReferenceKernels):
             0 if residual is None else residual.stride(0),
             _activation_code(activation),
             packed.activation_bits == 8,
+            *_adapter_arguments(packed.adapters),
         )
         return out
+
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+        native = importlib.import_module("fastserve.kernels.cpu._native")
+        packed.adapters = LinearAdapters(step, native=native.Adapters(packed.native, num_slots))
+
+    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+        assert packed.adapters is not None
+        if weights is None:
+            packed.adapters.native.clear(slot)
+            return
+        a, b = (item.float().contiguous() for item in weights)
+        assert a.shape == (b.shape[1], packed.native.k) and b.shape[0] == packed.native.n
+        packed.adapters.native.set(slot, len(a), a.data_ptr(), b.data_ptr(), _DTYPES[dtype])
 
     def embed(
         self,
@@ -318,6 +333,10 @@ class CPUKernels(ReferenceKernels):
                 [row.top_p for row in rows], [row.min_p for row in rows], [row.random for row in rows],
             )  # fmt: skip
         return out.tolist()
+
+
+def _adapter_arguments(adapters: LinearAdapters | None) -> tuple[Any, int]:
+    return (None, 0) if adapters is None else (adapters.native, _address(adapters.step[0]))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -234,12 +234,14 @@ class Generator:
         priority: int = 0,
         *,
         tenant: str = "",
+        adapter: str = "",
         seconds: float | None = None,
     ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
 
         Args:
             tenant: on whose account.
+            adapter: with which LoRA adapter; "" for none.
             seconds: time that the client gives us; None is no limit of its own.
 
         Raises:
@@ -261,7 +263,7 @@ class Generator:
             fitted = self._fit(prompt_ids, sampling)
             for single in fork(fitted):
                 index = len(choices)
-                request = Request(f"{name}-{index}", prompt_ids, single, now, priority, tenant)
+                request = Request(f"{name}-{index}", prompt_ids, single, now, priority, tenant, adapter)
                 text_stream = TextStream(self._tokenizer, prompt_ids, single)
                 choices.append(Choice(index, prompt_index, request, text_stream))
         cost = sum(len(choice.request.prompt_ids) + (choice.request.sampling.max_tokens or 0) for choice in choices)

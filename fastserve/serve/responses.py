@@ -51,7 +51,7 @@ class ResponsesApi:
 
     async def create(self, body: ResponsesBody, request: Request) -> Response:
         """OpenAI's responses, for text."""
-        self._api.check_model(body.model)
+        name = self._api.adapters.find(body.model) or self._api.model_name
         if body.background and not self.store.max_bytes:
             raise ApiError("this server stores no responses (response_store_bytes), so none can be background", 400)
         tenant = tenant_of(request)
@@ -59,7 +59,7 @@ class ResponsesApi:
         history = self._history(body.previous_response_id, tenant) + [(item.role, item.text) for item in items]
         prompt, prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body)
         sampling = self._api.chat_sampling(body, prompt)
-        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, sampling)
+        reply = ResponseReply(body, name, self._api.tokenizer, sampling)
         stored = StoredResponse(tenant, reply.body, _listed(items), history)
         generation = await self._api.start(reply.id, body, [prompt_ids], sampling, request)
         headers = {"X-Request-Id": reply.id}

@@ -35,8 +35,12 @@ def write_adapter(folder: Path, base: ModelFolder, rank: int, seed: int) -> str:
         shape = base.weights.shape(name)
         if name.endswith("_proj.weight") and len(shape) == 2:
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator).to(torch.bfloat16) * 0.02
-            tensors[f"{module}.lora_B.weight"] = torch.randn(shape[0], rank, generator=generator).to(torch.bfloat16) * 0.02
+            tensors[f"{module}.lora_A.weight"] = (
+                torch.randn(rank, shape[1], generator=generator).to(torch.bfloat16) * 0.02
+            )
+            tensors[f"{module}.lora_B.weight"] = (
+                torch.randn(shape[0], rank, generator=generator).to(torch.bfloat16) * 0.02
+            )
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
@@ -45,7 +49,7 @@ def write_adapter(folder: Path, base: ModelFolder, rank: int, seed: int) -> str:
 
 
 def throughput(llm: LLM, prompts: list[list[int]], num_tokens: int, names: list[str]) -> float:
-    """Output tokens per second of one batch, prompts included in the time. The first id keeps prompts from repeating."""
+    """Output tokens per second of one batch, prompts included in the time."""
     sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     started = time.perf_counter()
     llm.generate(prompts, sampling, lora=names, use_tqdm=False)
@@ -77,7 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = ModelFolder.open(str(path))
         names = [f"adapter-{index}" for index in range(options.adapters)]
-        lora = [f"{name}={write_adapter(Path(folder, name), base, options.rank, seed)}" for seed, name in enumerate(names)]
+        lora = [
+            f"{name}={write_adapter(Path(folder, name), base, options.rank, seed)}" for seed, name in enumerate(names)
+        ]
         plain = LLM(str(path), **settings)
         adapted = LLM(str(path), **settings, lora=lora)
     runs = {"base": (plain, [""] * len(names)), "adapters": (adapted, names), "idle": (adapted, [""] * len(names))}
@@ -90,7 +96,9 @@ def main() -> None:
     for name in runs:
         report.add_runs(f"{name}_tokens_per_second", speeds[name])
     for metric, name in (("throughput_ratio", "adapters"), ("idle_ratio", "idle")):
-        report.add_runs(metric, [with_it / without for with_it, without in zip(speeds[name], speeds["base"], strict=True)])
+        report.add_runs(
+            metric, [with_it / without for with_it, without in zip(speeds[name], speeds["base"], strict=True)]
+        )
     report.limits["after"] = measure_limits()
     emit(report.as_dict())
 

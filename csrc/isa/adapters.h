@@ -37,33 +37,63 @@ template <DType Type> static void shrink(const LinearArgs& args, float* h, const
     }
 }
 
+// Fetch a row's part of B for one panel, which other rows with other adapters do not read.
+static inline void prefetch_strips(const LinearArgs& args, int64_t row, int64_t panel) {
+    if (args.adapter_slots[row] < 0) return;
+    const AdapterSlot& slot = args.adapters->slot(args.adapter_slots[row]);
+    if (!slot.ranks) return;
+    const int64_t strips = args.weight->panel_columns(panel) / kColumnMultiple;
+    const AdapterStrip *first = slot.strips + panel * (kPanelColumns / kColumnMultiple), *last = first + strips - 1;
+    const int64_t size = element_bytes(slot.type);
+    const char* data = static_cast<const char*>(slot.b);
+    for (int64_t at = first->offset * size; at < (last->offset + last->ranks * kColumnMultiple) * size; at += 64) {
+        __builtin_prefetch(data + at, 0, 3);
+    }
+}
+
+// R rows of c [., 64], all of one slot, += B h, where h is [., stride]. B is loaded once for all of them.
+template <DType Type, int R>
+static void expand_rows(const AdapterSlot& slot, const AdapterStrip* strips, const float* h, int64_t stride, const float* scales,
+                        int64_t width, float* c) {
+    for (int64_t column = 0; column < width; column += kColumnMultiple, ++strips) {
+        const float* own = h + strips->first_rank;
+        F sums[R][kColumnMultiple / W];
+        for (auto& row : sums) {
+            for (F& sum : row) sum = f_zero();
+        }
+        for (int64_t rank = 0; rank < strips->ranks; ++rank) {
+            for (int v = 0; v < kColumnMultiple / W; ++v) {
+                const F value = load_as_float(slot.b, Type, strips->offset + rank * kColumnMultiple + v * W);
+                for (int r = 0; r < R; ++r) sums[r][v] = f_fma(value, f_set(own[r * stride + rank]), sums[r][v]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const F share = f_set(scales ? 1.0f / scales[r] : 1.0f);
+            for (int v = 0; v < kColumnMultiple / W; ++v) {
+                float* to = c + r * kPanelColumns + column + v * W;
+                f_store(to, f_fma(sums[r][v], share, f_load(to)));
+            }
+        }
+    }
+}
+
 // c [rows, 64] of one panel += B h. Quantised activations are scaled afterwards, so what is added is divided by that.
 template <DType Type>
 static void expand(const LinearArgs& args, const float* scales, const float* h, int64_t first, int64_t last, int64_t panel,
                    float* c) {
-    const int64_t width = args.weight->panel_columns(panel);
-    for (int64_t row = first; row < last; ++row, c += kPanelColumns) {
-        if (args.adapter_slots[row] < 0) continue;
-        const AdapterSlot& slot = args.adapters->slot(args.adapter_slots[row]);
+    constexpr int64_t kTile = W == 4 ? 1 : 4;
+    const int64_t width = args.weight->panel_columns(panel), stride = args.adapters->max_ranks();
+    const int64_t* slots = args.adapter_slots;
+    for (int64_t row = first, count = 1; row < last; row += count) {
+        for (count = 1; row + count < last && count < kTile && slots[row + count] == slots[row];) ++count;
+        if (count < kTile) count = 1;
+        if (row + count < last && slots[row + count] != slots[row]) prefetch_strips(args, row + count, panel);
+        if (slots[row] < 0) continue;
+        const AdapterSlot& slot = args.adapters->slot(slots[row]);
         if (!slot.ranks) continue;
-        const F share = f_set(scales ? 1.0f / scales[row] : 1.0f);
-        for (int64_t column = 0; column < width; column += kColumnMultiple) {
-            const AdapterStrip& strip = slot.strips[(panel * kPanelColumns + column) / kColumnMultiple];
-            const float* own = h + row * args.adapters->max_ranks() + strip.first_rank;
-            F sums[kColumnMultiple / W];
-            for (F& sum : sums) sum = f_zero();
-            for (int64_t rank = 0; rank < strip.ranks; ++rank) {
-                const F value = f_set(own[rank]);
-                for (int v = 0; v < kColumnMultiple / W; ++v) {
-                    const int64_t at = strip.offset + rank * kColumnMultiple + v * W;
-                    sums[v] = f_fma(load_as_float(slot.b, Type, at), value, sums[v]);
-                }
-            }
-            for (int v = 0; v < kColumnMultiple / W; ++v) {
-                float* to = c + column + v * W;
-                f_store(to, f_fma(sums[v], share, f_load(to)));
-            }
-        }
+        auto add = count == kTile ? expand_rows<Type, kTile> : expand_rows<Type, 1>;
+        add(slot, slot.strips + panel * (kPanelColumns / kColumnMultiple), h + row * stride, stride, scales ? scales + row : nullptr,
+            width, c + (row - first) * kPanelColumns);
     }
 }
 

@@ -46,7 +46,9 @@ def read_adapter(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name in reader.names():
         match = _NAME.fullmatch(name)
         if match is None:
-            raise CheckpointError(f"{path}: tensor {name} is no LoRA matrix of a linear layer; such adapters are not served")
+            raise CheckpointError(
+                f"{path}: tensor {name} is no LoRA matrix of a linear layer; such adapters are not served"
+            )
         pairs.setdefault(match["module"], {})[match["part"]] = name
     try:
         return {module: _read_pair(path, config, reader, module, names) for module, names in pairs.items()}
@@ -61,7 +63,9 @@ def _read_pair(
         raise CheckpointError(f"{path}: {module} has lora_{next(iter(names))} alone; A and B are needed")
     shapes = [reader.shape(names[part]) for part in "AB"]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
-        raise CheckpointError(f"{path}: {module} has A of shape {shapes[0]} and B of shape {shapes[1]}, which do not fit")
+        raise CheckpointError(
+            f"{path}: {module} has A of shape {shapes[0]} and B of shape {shapes[1]}, which do not fit"
+        )
     a, b = (torch.empty(shape) for shape in shapes)
     reader.read_into(names["A"], a)
     reader.read_into(names["B"], b)
@@ -82,6 +86,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     alphas = config.get("alpha_pattern") or {}
     if not isinstance(alphas, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in alphas):
         raise CheckpointError(f"{file}: alpha_pattern must give ends of module names; expressions are not read")
-    if not all(isinstance(value, (int, float)) and 0 < value < 2**31 for value in (config.get("lora_alpha", 8), *alphas.values())):
+    if not all(
+        isinstance(value, (int, float)) and 0 < value < 2**31
+        for value in (config.get("lora_alpha", 8), *alphas.values())
+    ):
         raise CheckpointError(f"{file}: lora_alpha must be a number above 0")
     return config

@@ -72,10 +72,12 @@ class Adapters:
         """Read a folder and put it into a slot.
 
         Raises:
-            RequestError: the name is taken, there is no free slot, or the folder does not fit this model; nothing changed.
+            RequestError: the name is taken, no slot is free, or the folder does not fit this model; nothing changed.
         """
         if name in self._keys:
-            raise RequestError(f"there is an adapter {name!r} already; unload it first, or take another name", "lora_name")
+            raise RequestError(
+                f"there is an adapter {name!r} already; unload it first, or take another name", "lora_name"
+            )
         if not self._free:
             raise RequestError(
                 f"{len(self._slots)} adapters are loaded, which is as many as may be (max_loras); unload one, or start "
@@ -91,9 +93,7 @@ class Adapters:
         for module in pairs:
             merged.setdefault(id(self._linears[module].packed), []).append(module)
         for modules in merged.values():
-            self._kernels.set_adapter(
-                self._linears[modules[0]].packed, slot, self._merge(modules, pairs), self._dtype
-            )
+            self._kernels.set_adapter(self._linears[modules[0]].packed, slot, self._merge(modules, pairs), self._dtype)
         self._num_loaded += 1
         self._keys[name] = key = f"{name}#{self._num_loaded}"
         self._slots[key] = slot
@@ -114,7 +114,9 @@ class Adapters:
             ends = (".".join(parts[first:]) for first in range(len(parts)))
             module = next((end for end in ends if end in self._linears), None)
             if module is None:
-                raise CheckpointError(f"the adapter changes {name}, which is no linear layer of this model that can be adapted")
+                raise CheckpointError(
+                    f"the adapter changes {name}, which is no linear layer of this model that can be adapted"
+                )
             part = self._linears[module]
             if a.shape[1] != part.num_inputs or b.shape[0] != part.num_rows:
                 raise CheckpointError(
@@ -122,7 +124,9 @@ class Adapters:
                     f"{part.num_inputs} and {part.num_rows}; they do not belong together"
                 )
             if len(a) > self._max_rank:
-                raise CheckpointError(f"the adapter's {name} has rank {len(a)}; at most {self._max_rank} (max_lora_rank)")
+                raise CheckpointError(
+                    f"the adapter's {name} has rank {len(a)}; at most {self._max_rank} (max_lora_rank)"
+                )
             found[module] = (a, b)
         if not found:
             raise CheckpointError("the adapter has no matrices")

@@ -74,7 +74,9 @@ def make_batch(
         context_lens.append(end)
         block_tables.append(tables.get(entry.request_id, blocks, entry.request is not None))
     slots_of = adapter_slots or {}
-    adapters = [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []
+    adapters = (
+        [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []
+    )
     batch = Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
         positions=torch.tensor(positions, dtype=torch.int64, device=device),
@@ -84,6 +86,8 @@ def make_batch(
         block_tables=block_tables,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         request_ids=[entry.request_id for entry in plan.entries],
-        adapter_slots=torch.tensor(adapters, dtype=torch.int64, device=device) if max(adapters, default=-1) >= 0 else None,
+        adapter_slots=torch.tensor(adapters, dtype=torch.int64, device=device)
+        if max(adapters, default=-1) >= 0
+        else None,
     )
     return batch, row_ranges

@@ -200,7 +200,7 @@ class EngineClient:
         await self._ask(LoadAdapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
-        """Refuse new requests with this adapter, wait for those that have it, and forget it. Raises as `load_adapter`."""
+        """Refuse new requests for this adapter, wait for those that use it, and forget it. Raises as `load_adapter`."""
         if name not in self.adapters:
             raise RequestError(f"there is no adapter {name!r} here", "lora_name")
         self._keep_adapters({other: path for other, path in self.adapters.items() if other != name})

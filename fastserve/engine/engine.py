@@ -73,9 +73,7 @@ class Engine:
         self.vocab_size = shape.vocab_size
         self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, folder.eos_token_ids)
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
-        self._adapters = Adapters(
-            loaded.linears, loaded.kernels, shape.dtype, config.max_loras, config.max_lora_rank
-        )
+        self._adapters = Adapters(loaded.linears, loaded.kernels, shape.dtype, config.max_loras, config.max_lora_rank)
         for name, path in config.adapters.items():
             self._adapters.load(name, path)
         max_blocks = max(self.memory.num_blocks, config.kv_cache_max_memory // self.memory.block_bytes)

@@ -112,8 +112,8 @@ class LinearAdapters:
     """Low-rank adapters of one linear: B A x is added to x W^T (LoRA, Hu et al., 2021), with other A, B in each slot.
 
     Attributes:
-        step: [T] slots of the step's tokens or None (Batch.adapter_slots), in a list that all linears of a network share;
-            whoever runs the network sets it before.
+        step: Batch.adapter_slots of the step, in a list of one that all linears of a network share; whoever runs the
+            network sets it before.
         weights: slot -> A [R, K] and B [N, R], in the reference.
         native: a backend's own object.
     """
@@ -177,13 +177,16 @@ class Kernels(Protocol):
     ) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
 
-        Where a row has an adapter (see `LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on the other rows (see the contract's precision rule). is_wide: float32 out.
+        Where a row has an adapter (see `LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on
+        the other rows (docs/decisions/0002). is_wide: float32 out.
         """
 
     def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
         """Make room for the adapters of a linear, before its network is recorded. See `LinearAdapters.step`."""
 
-    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+    def set_adapter(
+        self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
         """Put float32 A [R, K] and B [N, R] into a slot, kept in `dtype`, the type of x; or empty it (None)."""
 
     def embed(

@@ -89,7 +89,9 @@ class ReferenceKernels:
     def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
         packed.adapters = LinearAdapters(step)
 
-    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+    def set_adapter(
+        self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
         assert packed.adapters is not None
         packed.adapters.weights.pop(slot, None)
         if weights is not None:

@@ -1,4 +1,4 @@
-"""LoRA adapters by request: the tokens of merged weights, whatever else is in the batch, however the step is computed."""
+"""LoRA adapters by request: the tokens of merged weights, whatever else is in the batch, however it is computed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_a_batch_of_adapters_equals_merged_weights(tmp_path: Path, family: str, 
     assert tokens(llm, PROMPTS) == expected[""]
 
 
-@pytest.mark.parametrize("family", sorted(set(folders.FAMILIES) - {"llama", "qwen2", "gpt2", "phi3", "falcon", "gemma2"}))
+@pytest.mark.parametrize(
+    "family", sorted(set(folders.FAMILIES) - {"llama", "qwen2", "gpt2", "phi3", "falcon", "gemma2"})
+)
 def test_every_family_takes_adapters(tmp_path: Path, family: str) -> None:
     base = folders.FAMILIES[family](tmp_path / "base")
     adapter = folders.lora(tmp_path / "fox", base, rank=2)
@@ -74,7 +76,7 @@ def test_thirty_two_adapters_in_one_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_do_not_depend_on_the_batch(tmp_path: Path, kernels: str, dtype: str) -> None:
-    """Chunks of five tokens, preemption in a cache of few blocks, prefix hits: always the tokens of the adapter alone."""
+    """Chunks of five tokens, preemption in a cache of few blocks, prefix hits: always the adapter's own tokens."""
     if (kernels, dtype) == ("reference", "bfloat16"):
         pytest.skip("plain PyTorch in bfloat16 is not the same in every batch, with or without adapters")
     base = folders.llama(tmp_path / "base")
@@ -83,9 +85,7 @@ def test_tokens_do_not_depend_on_the_batch(tmp_path: Path, kernels: str, dtype: 
     options: dict[str, Any] = {"kernels": kernels, "dtype": dtype, "lora": lora}
     llm = open_llm(base, **options)
     alone = [tokens(llm, [prompt], name)[0] for prompt, name in zip(PROMPTS, names, strict=True)]
-    small = open_llm(
-        base, **options, max_batch_tokens=5, max_batch_sequences=4, kv_cache_memory=0, max_model_len=68
-    )
+    small = open_llm(base, **options, max_batch_tokens=5, max_batch_sequences=4, kv_cache_memory=0, max_model_len=68)
     small.engine.resize_kv_cache(22 * small.engine.memory.block_bytes)
     assert tokens(small, PROMPTS, names) == alone
     assert small.engine.stats().num_preemptions > 0
@@ -147,7 +147,9 @@ def test_prompt_scores_are_those_of_the_adapter(tmp_path: Path) -> None:
     merged = open_llm(folders.merge_lora(tmp_path / "merged", base, fox))
     params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0)
     expected = merged.generate([PROMPTS[1]], params, use_tqdm=False)[0].prompt_logprobs
-    found = open_llm(base, lora=f"fox={fox}").generate([PROMPTS[1]], params, lora="fox", use_tqdm=False)[0].prompt_logprobs
+    found = (
+        open_llm(base, lora=f"fox={fox}").generate([PROMPTS[1]], params, lora="fox", use_tqdm=False)[0].prompt_logprobs
+    )
     assert expected is not None and found is not None
     for one, other in zip(expected[1:], found[1:], strict=True):
         assert one is not None and other is not None

@@ -129,7 +129,9 @@ class CPUKernels(ReferenceKernels):
         native = importlib.import_module("fastserve.kernels.cpu._native")
         packed.adapters = LinearAdapters(step, native=native.Adapters(packed.native, num_slots))
 
-    def set_adapter(self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+    def set_adapter(
+        self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
         assert packed.adapters is not None
         if weights is None:
             packed.adapters.native.clear(slot)

@@ -18,7 +18,9 @@ A, B = torch.ones(2, 8), torch.ones(6, 2)
 
 def write(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config) -> Path:
     folder.mkdir()
-    save_file(tensors or {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B}, folder / "adapter_model.safetensors")
+    save_file(
+        tensors or {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B}, folder / "adapter_model.safetensors"
+    )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder

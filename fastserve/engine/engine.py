@@ -21,6 +21,7 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
+from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.adapters import Adapters
 from fastserve.engine.executor import Executor, LocalExecutor
 from fastserve.engine.grammar import GrammarCompiler
@@ -113,6 +114,8 @@ class Engine:
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
         self._device = loaded.model.device
+        self._has_own_cache = loaded.model.has_own_cache
+        self._max_sequences = config.max_batch_sequences
         self._elastic = ElasticSize(
             self.memory.block_bytes,
             self._scheduler.min_blocks,
@@ -146,11 +149,20 @@ class Engine:
         ids = (*prompt, *sampling.stop_token_ids, *(sampling.logit_bias or ()))
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
+        self._check_beams(sampling)
         self._stats.prompt_tokens += len(prompt)
         if sampling.structured_outputs is not None:
             self._compiling[request.request_id] = (request, self._grammars.submit(sampling.structured_outputs))
         else:
             self._scheduler.add(request, self._clock())
+
+    def _check_beams(self, sampling: SamplingParams) -> None:
+        most = min(self._max_sequences, self.vocab_size // 4)
+        if sampling.num_beams > 1 and (self._has_own_cache or sampling.num_beams > most):
+            reason = f"at most {most} here (max_batch_sequences)"
+            if self._has_own_cache:
+                reason = "1: this model keeps its own cache, which beams cannot share"
+            raise RequestError(f"num_beams must be {reason}, not {sampling.num_beams}", "num_beams")
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
@@ -191,7 +203,8 @@ class Engine:
         outputs = self._scheduler.update(plan, result, ended - started, ended)
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
-        self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
+        for output in outputs:
+            self._stats.generation_tokens += sum(len(answer.token_ids) for answer in output.as_answers())
         return outputs
 
     def _take_compiled(self) -> list[TokenOutput]:

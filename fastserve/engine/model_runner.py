@@ -187,7 +187,7 @@ class ModelRunner:
     def _add_logprobs(
         self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
+        wanted = [self._states[entry.request_id].num_logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
             rows = [first_rows[place] for place in places]

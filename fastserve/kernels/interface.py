@@ -177,7 +177,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
 
-        Where a row has an adapter (see `LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on
+        Where a row has an adapter (`LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on
         the other rows (docs/decisions/0002). is_wide: float32 out.
         """
 

@@ -100,6 +100,23 @@ class LLM:
             output.prompt = text
         return outputs
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        num_beams: int = 4,
+        *,
+        lora: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """The most probable answers to each prompt that a beam search finds, the best first, with their scores.
+
+        Args:
+            options: fields of SamplingParams that a search may have: n (all beams by default), max_tokens,
+                length_penalty, early_stopping, ignore_eos, stop_token_ids.
+        """
+        options = {"n": num_beams, "temperature": 0.0, **options}
+        return self.generate(prompts, SamplingParams(num_beams=num_beams, **options), lora=lora)
+
     def load_lora(self, name: str, path: str) -> None:
         """Make a LoRA adapter folder known under a name, within max_loras.
 
@@ -135,28 +152,32 @@ class LLM:
             for number, single in enumerate(fork(sampling)):
                 name = f"{self._num_calls}-{index}-{number}"
                 request = Request(name, prompt_ids, single, time.monotonic(), adapter=adapter)
-                job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
+                for _ in range(single.n):  # 1, but for the answers of a beam search
+                    job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
             jobs.append(job)
         return jobs
 
     def _run(self, jobs: list[_Job], advance: Any) -> None:
-        live: dict[str, tuple[_Job, _Stream]] = {}
+        live: dict[str, tuple[_Job, list[_Stream]]] = {}
         for job in jobs:
             for stream in job.streams:
-                self.engine.add(stream.request)
-                live[stream.request.request_id] = (job, stream)
+                request_id = stream.request.request_id
+                if request_id not in live:
+                    self.engine.add(stream.request)
+                live.setdefault(request_id, (job, []))[1].append(stream)
         while live:
             for output in self.engine.step():
-                job, stream = live[output.request_id]
+                job, streams = live[output.request_id]
                 if output.finish_reason == FINISH_ERROR:
                     raise RequestError(output.error or "the engine refused this request")
-                stream.take(output)
-                if stream.finish_reason is None:
+                for stream, answer in zip(streams, output.as_answers(), strict=True):
+                    stream.take(answer)
+                if streams[0].finish_reason is None:
                     continue
                 if output.finish_reason is None:
                     self.engine.abort([output.request_id])
                 del live[output.request_id]
-                job.num_finished += 1
+                job.num_finished += len(streams)
                 if job.num_finished == len(job.streams):
                     advance()
 
@@ -173,6 +194,7 @@ class LLM:
                 finish_reason=stream.finish_reason,
                 stop_reason=stream.stop_reason,
                 logprobs=[self._named(item) for item in stream.logprobs] if stream.logprobs else None,
+                score=stream.score,
             )
             for index, stream in enumerate(job.streams)
         ]
@@ -207,6 +229,7 @@ class _Stream:
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
 
     def take(self, output: TokenOutput) -> None:
         self.token_ids.extend(output.token_ids)
@@ -215,7 +238,7 @@ class _Stream:
             self.prompt_logprobs = output.prompt_logprobs
             self.num_cached_tokens = output.num_cached_tokens
         self.text.push(output.token_ids, output.finish_reason is not None, output.stop_token_id)
-        self.finish_reason = output.finish_reason
+        self.finish_reason, self.score = output.finish_reason, output.score
         if self.text.stop_reason is not None:
             self.finish_reason, self.stop_reason = FINISH_STOP, self.text.stop_reason
         elif output.stop_token_id in self.request.sampling.stop_token_ids:

@@ -112,6 +112,15 @@ class BlockPool:
         self.num_used += num_blocks
         return taken
 
+    def share(self, block_ids: SequenceOf[int]) -> None:
+        """Hold blocks once more that somebody holds."""
+        for block_id in block_ids:
+            assert self._references[block_id] > 0, "only held blocks can be shared"
+            self._references[block_id] += 1
+
+    def num_holders(self, block_id: int) -> int:
+        return self._references[block_id]
+
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """Make a full, computed block findable. The first block with a given content wins."""
         assert self._references[block_id] > 0, "only held blocks can be published"

@@ -29,7 +29,7 @@ class Loads:
 
     def __init__(self) -> None:
         self._by_block: dict[int, Load] = {}
-        self._live: dict[int, Load] = {}
+        self._live: dict[float, Load] = {}
 
     def __len__(self) -> int:
         return len(self._live)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from fastserve.core.request import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -19,6 +21,7 @@ from fastserve.core.request import (
     TokenLogprobs,
     TokenOutput,
 )
+from fastserve.scheduler.beams import BeamGroup, BeamSearch
 from fastserve.scheduler.block_pool import BlockPool, hash_block
 from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.drafts import Drafter
@@ -41,7 +44,7 @@ class StepResult:
         tokens: request id -> sampled token, for entries with `samples`.
         further: request id -> the tokens after that one, where guesses were right.
         errors: request id -> why the request cannot go on; it has no token.
-        logprobs: request id -> its log probabilities, where asked for.
+        logprobs: request id -> its log probabilities, where asked for, and those of beams (their token is not used).
         prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
         loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
     """
@@ -110,6 +113,7 @@ class Scheduler:
         self._mean_output = 0.0
         self._num_finished = 0
         self._freed: list[str] = []
+        self._copies: list[tuple[int, int]] = []  # in this plan; the sources are held until it is carried out
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
     @property
@@ -147,6 +151,11 @@ class Scheduler:
         assert 0 < len(request.prompt_ids) < self._max_model_len
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
+        if request.sampling.num_beams > 1:
+            sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
+            end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
+            search = BeamSearch(sampling, end_ids, min(room, sampling.max_tokens or room))
+            sequence.group = BeamGroup(request.request_id, search, [sequence])
         self._sequences[request.request_id] = sequence
         sequence.num_cached_expected = self._count_cached(sequence)
         self._policy.on_arrival(sequence, now)
@@ -161,7 +170,8 @@ class Scheduler:
         for request_id in request_ids:
             sequence = self._sequences.get(request_id)
             if sequence is not None:
-                self._finish(sequence)
+                for one in sequence.group.members if sequence.group is not None else [sequence]:
+                    self._finish(one)
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work. An empty plan means that there is nothing to do."""
@@ -219,18 +229,21 @@ class Scheduler:
         num_blocks = self.block_pool.num_reachable
         is_same, self._planned_blocks = num_blocks == self._planned_blocks, num_blocks
         freed, self._freed = self._freed, []
-        return StepPlan(entries, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
+        return StepPlan(entries, self._copies, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
         shares = self.cost.account(plan, seconds)
         block_size = self.block_pool.block_size
+        self.block_pool.free([source for source, _ in self._copies])
+        self._copies = []
+        searches: dict[BeamGroup, None] = {}
         for entry, share in zip(plan.entries, shares, strict=True):
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            made = self._made(sequence, result) if entry.samples else []
+            made = self._made(sequence, result) if entry.samples and sequence.group is None else []
             sequence.token_ids.extend(made[:-1])
             num_tokens = len(entry.token_ids) - entry.num_drafts + len(made[:-1])
             sequence.num_computed = entry.start + num_tokens
@@ -240,8 +253,14 @@ class Scheduler:
             if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
                 kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
                 kept.extend(result.prompt_logprobs[entry.request_id])
-            if entry.samples:
+            if entry.samples and sequence.group is not None:
+                sequence.group.candidates[sequence.request_id] = result.logprobs[sequence.request_id]
+                sequence.first_token_time = sequence.first_token_time or now
+                searches[sequence.group] = None
+            elif entry.samples:
                 outputs.append(self._append(sequence, made, result, now))
+        for group in searches:
+            outputs += self._advance(group, now)
         for block_id, is_good, load_seconds in result.loaded:
             self._take_block(block_id, is_good, load_seconds, now)
         return outputs
@@ -293,6 +312,9 @@ class Scheduler:
     def _pause(self, sequence: Sequence, now: float) -> None:
         """Back to a queue; what it holds stays its own."""
         self.num_pauses += 1
+        self._enqueue(sequence, now)
+
+    def _enqueue(self, sequence: Sequence, now: float) -> None:
         sequence.status = Status.WAITING
         queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
         queue.push(sequence, now)
@@ -408,10 +430,13 @@ class Scheduler:
         Returns False when it was itself the worst and had to go back to the queue, or must wait. Nothing new is placed
         in a step that dropped for this reason.
         """
-        if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
+        held, pool = sequence.block_ids, self.block_pool
+        first = sequence.num_computed // pool.block_size  # the first that is written
+        is_shared = sequence.group is not None and first < len(held) and self._is_shared(held[first])
+        if sequence.num_computed + take <= len(held) * pool.block_size and not is_shared:
             return True
-        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
-        while (blocks := self.block_pool.allocate(missing)) is None:
+        missing = max(0, self._num_blocks(sequence.num_computed + take) - len(held)) + is_shared
+        while (blocks := pool.allocate(missing)) is None:
             self._may_place = False
             victim = self._worst_holder()
             if victim is None and len(self._loads) > 0:
@@ -421,8 +446,16 @@ class Scheduler:
                 self._drop(sequence, now)
                 return False
             self._drop(victim.sequence, now)
-        sequence.block_ids.extend(blocks)
+        if is_shared:
+            self._copies.append((held[first], blocks[-1]))
+            held[first] = blocks.pop()
+            sequence.is_known = False
+        held.extend(blocks)
         return True
+
+    def _is_shared(self, block_id: int) -> bool:
+        """Whether others will read this block after this plan is carried out."""
+        return self.block_pool.num_holders(block_id) - sum(source == block_id for source, _ in self._copies) > 1
 
     def _worst_holder(self) -> Ranked | None:
         """The worst-ranked sequence with blocks that this step has not chosen."""
@@ -433,13 +466,21 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence, now: float) -> None:
         """Free the blocks; the sequence waits, and what is gone when it returns is computed again from its tokens."""
+        self._give_up(sequence)
+        self._has_dropped = True
+        if self._pending and self._pending[0].sequence is sequence:
+            del self._pending[0]
+        self._paused.discard(sequence)
+        self._pause(sequence, now)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Free the blocks of a sequence that goes on later."""
         self.block_pool.free(sequence.block_ids)
         sequence.num_lost = sequence.num_computed
         sequence.num_cached_expected = 0
         if self.block_pool.tiers is not None:
             sequence.num_cached_expected = sequence.num_published * self.block_pool.block_size
             self._away[sequence.request_id] = sequence
-        self._has_dropped = True
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_published = 0
@@ -448,10 +489,6 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._prompt_logprobs.pop(sequence.request_id, None)
-        if self._pending and self._pending[0].sequence is sequence:
-            del self._pending[0]
-        self._paused.discard(sequence)
-        self._pause(sequence, now)
 
     def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
@@ -487,12 +524,79 @@ class Scheduler:
             self.block_pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
         sequence.num_published = max(sequence.num_published, num_full)
 
+    # -- beams ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, group: BeamGroup, now: float) -> list[TokenOutput]:
+        """New beams of a search whose beams have all found their next tokens; those that must wait give up their
+        memory (what is cached of it comes back)."""
+        if not group.is_complete:
+            for member in group.members:
+                if member.request_id in group.candidates and member.status is Status.RUNNING:
+                    self._stop_running(member)
+                    self._give_up(member)
+            return []
+        root = group.members[0]
+        kept = group.advance()
+        if not kept:
+            for member in group.members:
+                self._finish(member)
+            answers = group.search.answers()
+            return [
+                TokenOutput(
+                    group.request_id,
+                    [],
+                    answers[0].finish_reason,
+                    num_cached_tokens=root.num_cached_tokens,
+                    scheduled_time=root.scheduled_time or now,
+                    beams=answers,
+                )
+            ]
+        self._fork(group, kept, now)
+        return []
+
+    def _fork(self, group: BeamGroup, kept: list[tuple[int, int]], now: float) -> None:
+        """Make the members the new beams: an old beam that goes on keeps its sequence, one that goes on twice gets that
+        of one that does not, or a new one."""
+        old, first_of = group.members, {parent: place for place, (parent, _) in reversed([*enumerate(kept)])}
+        spare = [member for index, member in enumerate(old) if index not in first_of]
+        group.members = []
+        for place, (parent, _) in enumerate(kept):
+            member = old[parent]
+            if first_of[parent] != place:
+                member = spare.pop() if spare else self._new_beam(group, old[parent], now)
+                self.block_pool.free(member.block_ids)
+                member.take_over(old[parent])
+                self.block_pool.share(member.block_ids)
+            group.members.append(member)
+        assert not spare, "a search that goes on has all its beams"
+        for member, (_, token_id) in zip(group.members, kept, strict=True):
+            member.token_ids.append(token_id)
+            if member.status is Status.WAITING or member.residency is not Residency.DEVICE:
+                self._stop_running(member)
+                self._enqueue(member, now)
+
+    def _new_beam(self, group: BeamGroup, parent: Sequence, now: float) -> Sequence:
+        request_id = f"{group.request_id}+beam-{group.num_made}"
+        request = msgspec.structs.replace(parent.request, request_id=request_id)
+        order = int(parent.arrival_order) + group.num_made / 1024  # behind each other, before the next request
+        group.num_made += 1
+        sequence = self._sequences[request_id] = Sequence.from_request(request, order)
+        sequence.group, sequence.scheduled_time, sequence.first_token_time = group, parent.scheduled_time, now
+        sequence.num_cached_tokens = parent.num_cached_tokens
+        self._policy.on_arrival(sequence, now)
+        return sequence
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running = [item for item in self._running if item.sequence is not sequence]
+            sequence.status = Status.WAITING
+
     # -- tokens --------------------------------------------------------------------------------------------------
 
     def _draft(self, sequence: Sequence, room: int) -> list[int]:
         """Guesses for a sequence that decodes: at most `room`, within its limits, into blocks that nobody needs."""
         sampling = sequence.request.sampling
-        if not sequence.is_decoding or sampling.logprobs is not None or self._drafter is None:
+        if not sequence.is_decoding or sampling.logprobs is not None or sequence.group or self._drafter is None:
             return []
         num_tokens = len(sequence.token_ids)
         room = min(room, self._max_model_len - num_tokens - 1)
@@ -564,12 +668,10 @@ class Scheduler:
         return output
 
     def _finish(self, sequence: Sequence) -> None:
-        if sequence.status is Status.RUNNING:
-            self._running = [item for item in self._running if item.sequence is not sequence]
-        else:
-            self._fresh.discard(sequence)
-            self._paused.discard(sequence)
-            self._away.pop(sequence.request_id, None)
+        self._stop_running(sequence)
+        self._fresh.discard(sequence)
+        self._paused.discard(sequence)
+        self._away.pop(sequence.request_id, None)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
             self.block_pool.free(sequence.block_ids)

@@ -1,4 +1,4 @@
-"""LoRA adapters through the whole server: `--lora`, load and unload, the `openai` client."""
+"""LoRA adapters and beam search through the whole server, by the `openai` client and plain HTTP."""
 
 from __future__ import annotations
 
@@ -37,3 +37,28 @@ def test_adapters_of_a_server(tiny_model: Path, tmp_path: Path) -> None:
         assert full.status_code == 400 and "max_loras" in full.json()["error"]["message"]
         httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "fox"}).raise_for_status()
         assert [model.id for model in client.models.list()] == ["tiny-llama", "bear"]
+
+
+def test_beam_search_of_a_server(tiny_model: Path) -> None:
+    from fastserve import LLM
+
+    [expected] = LLM(str(tiny_model), num_threads=1, kv_cache_memory="4MiB").beam_search(
+        "Once upon", 3, max_tokens=10, ignore_eos=True
+    )
+    with started([*FASTSERVE, "serve", str(tiny_model), "--port", "0", *SMALL]) as server:
+        body = {"model": "tiny-llama", "prompt": "Once upon", "max_tokens": 10, "ignore_eos": True}
+        for beams in (
+            {"n": 3, "use_beam_search": True},
+            {"n": 2, "best_of": 3, "use_beam_search": True},
+            {"num_beams": 3},
+        ):
+            reply = httpx.post(f"{server.url}/v1/completions", json={**body, **beams}, timeout=60).json()
+            texts = [choice["text"] for choice in reply["choices"]]
+            assert texts == [answer.text for answer in expected.outputs[: beams.get("n", 1)]]
+            assert reply["usage"]["completion_tokens"] == 10 * len(texts)
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**body, "num_beams": 3, "stream": True}
+        ) as stream:
+            assert "[DONE]" in stream.read().decode()
+        refused = httpx.post(f"{server.url}/v1/completions", json={**body, "num_beams": 3, "temperature": 0.5})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.adapter import read_adapter
 from fastserve.core.errors import CheckpointError, ConfigError, RequestError
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 from fastserve.models.parameters import LinearPart
 
 _Pairs = dict[str, tuple[Tensor, Tensor]]

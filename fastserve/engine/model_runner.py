@@ -18,11 +18,11 @@ from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs
 from fastserve.engine.speculation import sample_verified
-from fastserve.kernels.interface import Batch, Kernels, RecordedStep
+from fastserve.kernels.interface import Batch, RecordedStep
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
-from fastserve.scheduler.plan import PlanEntry, StepPlan
-from fastserve.scheduler.scheduler import StepResult
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 
 _LOGIT_ROWS_AT_ONCE = 256  # bounds memory when a whole prompt's log probabilities are asked for
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
-from fastserve.kernels.interface import Kernels, RowSampling
+from fastserve.kernels.interface import RowSampling
+from fastserve.kernels.reference import Kernels
 from fastserve.scheduler.beams import num_candidates
 
 _MASK = (1 << 64) - 1

@@ -14,7 +14,8 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.kernels import select
-from fastserve.kernels.interface import Kernels, KernelSpec
+from fastserve.kernels.interface import KernelSpec
+from fastserve.kernels.reference import Kernels
 from fastserve.models.decoder import Decoder, DecoderConfig
 from fastserve.models.families import FAMILIES, Family
 from fastserve.models.model import ServingModel

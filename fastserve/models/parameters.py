@@ -18,8 +18,9 @@ from torch import Tensor
 from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
-from fastserve.kernels.interface import Kernels, PackedLinear, Weight
+from fastserve.kernels.interface import PackedLinear, Weight
 from fastserve.kernels.quant import QuantizedWeight, reordered
+from fastserve.kernels.reference import Kernels
 from fastserve.models.quantized import read_quantized
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import CheckpointError
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.model import ModelShape
 from fastserve.models.transformers_network import Network, Probe

@@ -6,12 +6,16 @@ and scores are the same. The scheduler computes a search's beams as sequences th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from heapq import nlargest
 
-from fastserve.core.request import FINISH_LENGTH, FINISH_STOP, Beam, TokenLogprobs
+import msgspec
+
+from fastserve.core.request import FINISH_LENGTH, FINISH_STOP, Beam, TokenLogprobs, TokenOutput
 from fastserve.core.sampling_params import SamplingParams
+from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.sequence import Sequence
 
 
@@ -112,3 +116,48 @@ class BeamGroup:
         found = [self.candidates[member.request_id] for member in self.members]
         self.candidates = {}
         return self.search.advance(found)
+
+    def fork(self, kept: SequenceOf[tuple[int, int]], pool: BlockPool, arrive: Callable[[Sequence], None]) -> None:
+        """Make the members the new beams: an old beam that goes on keeps its sequence, one that goes on twice gets that
+        of one that does not, or a new one, for which `arrive` is called."""
+        old, first_of = self.members, {parent: place for place, (parent, _) in reversed([*enumerate(kept)])}
+        spare = [member for index, member in enumerate(old) if index not in first_of]
+        self.members = []
+        for place, (parent, _) in enumerate(kept):
+            member = old[parent]
+            if first_of[parent] != place:
+                member = spare.pop() if spare else self._new_member(arrive)
+                pool.free(member.block_ids)
+                member.take_over(old[parent])
+                pool.share(member.block_ids)
+            self.members.append(member)
+        assert not spare, "a search that goes on has all its beams"
+        for member, (_, token_id) in zip(self.members, kept, strict=True):
+            member.token_ids.append(token_id)
+
+    def output(self) -> TokenOutput:
+        """What the search found."""
+        answers, first = self.search.answers(), self.members[0]
+        return TokenOutput(
+            self.request_id,
+            [],
+            answers[0].finish_reason,
+            num_cached_tokens=first.num_cached_tokens,
+            scheduled_time=first.scheduled_time or 0.0,
+            beams=answers,
+        )
+
+    def _new_member(self, arrive: Callable[[Sequence], None]) -> Sequence:
+        first = self.members[0]  # the best beam went on in its own
+        request = msgspec.structs.replace(first.request, request_id=f"{self.request_id}+beam-{self.num_made}")
+        order = int(first.arrival_order) + self.num_made / 1024  # behind each other, before the next request
+        self.num_made += 1
+        member = Sequence.from_request(request, order)
+        member.group, member.scheduled_time, member.first_token_time = (
+            self,
+            first.scheduled_time,
+            first.first_token_time,
+        )
+        member.num_cached_tokens = first.num_cached_tokens
+        arrive(member)
+        return member

@@ -9,52 +9,24 @@ near, the rest is computed again. Pure Python over integers; the clock is an arg
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-import msgspec
 
 from fastserve.core.request import (
-    FINISH_ERROR,
-    FINISH_LENGTH,
-    FINISH_STOP,
     Request,
-    TokenLogprobs,
     TokenOutput,
 )
+from fastserve.scheduler.answers import Answers
 from fastserve.scheduler.beams import BeamGroup, BeamSearch
-from fastserve.scheduler.block_pool import BlockPool, hash_block
+from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
-from fastserve.scheduler.plan import PlanEntry, StepPlan
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 from fastserve.scheduler.turns import order_by_next_turn
 
-_MEMORY = 0.02  # weight of the newest request in means
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What the executor made of a plan.
-
-    Attributes:
-        tokens: request id -> sampled token, for entries with `samples`.
-        further: request id -> the tokens after that one, where guesses were right.
-        errors: request id -> why the request cannot go on; it has no token.
-        logprobs: request id -> its log probabilities, where asked for, and those of beams (their token is not used).
-        prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
-        loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
-    """
-
-    tokens: dict[str, int]
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    loaded: list[tuple[int, bool, float]] = field(default_factory=list)
-    further: dict[str, list[int]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -97,24 +69,20 @@ class Scheduler:
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._target_tpot = target_tpot
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._answers = Answers(eos_token_ids, max_model_len)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
         self._fresh = WaitingQueue(policy)  # waiting without memory
         self._paused = WaitingQueue(policy)  # waiting, but holding blocks
-        self._loads = Loads()
+        self._loads = Loads(block_pool, self.cost)
         self._away: dict[str, Sequence] = {}  # in `_fresh`: lost their memory, but tiers may have the content
         self._may_place = True
         self._has_dropped = False
         self._planned_blocks = block_pool.num_blocks
         self._num_arrived = 0
-        self._mean_prompt = 0.0  # tokens to compute, of late
-        self._mean_output = 0.0
-        self._num_finished = 0
         self._freed: list[str] = []
         self._copies: list[tuple[int, int]] = []  # in this plan; the sources are held until it is carried out
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
     @property
     def num_running(self) -> int:
@@ -132,10 +100,10 @@ class Scheduler:
     @property
     def request_seconds(self) -> float:
         """Time of the engine that one request takes when the batch is full; 0 before any has finished."""
-        if self._mean_output == 0.0:
+        prompt, output = self._answers.mean_prompt, self._answers.mean_output
+        if output == 0.0:
             return 0.0
-        decoding = self.cost.decode_seconds(self._mean_output, self._mean_prompt, self._max_sequences)
-        return self.cost.prefill_seconds(int(self._mean_prompt)) + decoding
+        return self.cost.prefill_seconds(int(prompt)) + self.cost.decode_seconds(output, prompt, self._max_sequences)
 
     def has_work(self) -> bool:
         return bool(self._sequences) or len(self._loads) > 0
@@ -153,13 +121,15 @@ class Scheduler:
         sequence = Sequence.from_request(request, self._num_arrived)
         if request.sampling.num_beams > 1:
             sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
-            end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
-            search = BeamSearch(sampling, end_ids, min(room, sampling.max_tokens or room))
+            search = BeamSearch(sampling, self._answers.end_ids(sampling), min(room, sampling.max_tokens or room))
             sequence.group = BeamGroup(request.request_id, search, [sequence])
-        self._sequences[request.request_id] = sequence
-        sequence.num_cached_expected = self._count_cached(sequence)
-        self._policy.on_arrival(sequence, now)
+        sequence.num_cached_expected = self.block_pool.count_cached(sequence)
+        self._arrive(sequence, now)
         self._fresh.push(sequence, now)
+
+    def _arrive(self, sequence: Sequence, now: float) -> None:
+        self._sequences[sequence.request_id] = sequence
+        self._policy.on_arrival(sequence, now)
 
     def uses(self, adapter: str) -> bool:
         """Whether a live sequence has this adapter."""
@@ -243,26 +213,31 @@ class Scheduler:
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            made = self._made(sequence, result) if entry.samples and sequence.group is None else []
+            makes_tokens = entry.samples and sequence.group is None
+            made = self._answers.made(sequence, result) if makes_tokens else []
             sequence.token_ids.extend(made[:-1])
             num_tokens = len(entry.token_ids) - entry.num_drafts + len(made[:-1])
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
-                self._publish_full_blocks(sequence)
+                self.block_pool.publish_computed(sequence)
             self._policy.on_service(sequence, num_tokens, share, now)
-            if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
-                kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
-                kept.extend(result.prompt_logprobs[entry.request_id])
-            if entry.samples and sequence.group is not None:
+            if entry.request_id in result.prompt_logprobs:
+                sequence.prompt_logprobs.extend(result.prompt_logprobs[entry.request_id])
+            if makes_tokens:
+                outputs.append(self._answers.append(sequence, made, result, now))
+                if outputs[-1].finish_reason is not None:
+                    self._finish(sequence)
+            elif entry.samples and sequence.group is not None:
                 sequence.group.candidates[sequence.request_id] = result.logprobs[sequence.request_id]
                 sequence.first_token_time = sequence.first_token_time or now
                 searches[sequence.group] = None
-            elif entry.samples:
-                outputs.append(self._append(sequence, made, result, now))
         for group in searches:
             outputs += self._advance(group, now)
         for block_id, is_good, load_seconds in result.loaded:
-            self._take_block(block_id, is_good, load_seconds, now)
+            loaded = self._loads.arrive(block_id, is_good, load_seconds)
+            if loaded is not None:
+                self._settle(loaded)
+                self._paused.push(loaded, now)
         return outputs
 
     def _token_budget(self) -> int:
@@ -328,7 +303,7 @@ class Scheduler:
         """Take a sequence out of `_fresh` and give it the cached prefix, or start to load it, if all its tokens so far
         fit beside what those who hold memory still need (and `num_spare` blocks)."""
         sequence = item.sequence
-        hashes = self._prefix_hashes(sequence)
+        hashes = self.block_pool.prefix_hashes(sequence)
         matched, from_free = self.block_pool.count_free_matches(hashes)
         needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free + num_spare
         for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
@@ -341,7 +316,7 @@ class Scheduler:
         sequence.block_ids = self.block_pool.match_prefix(hashes)
         self._fresh.discard(sequence)
         self._away.pop(sequence.request_id, None)
-        if not self._load(sequence, hashes):
+        if not self._loads.begin(sequence, hashes):
             self._settle(sequence)
         return True
 
@@ -349,48 +324,6 @@ class Scheduler:
     def _may_evict(self) -> bool:
         """With tiers, order may take memory from others: little of what was computed is lost."""
         return self._policy.evicts or (self._policy.preemptive and self.block_pool.tiers is not None)
-
-    def _load(self, sequence: Sequence, hashes: list[bytes]) -> bool:
-        """Fetch what follows the blocks at hand from the tiers, when that is quicker than computing it."""
-        pool, tiers, first = self.block_pool, self.block_pool.tiers, len(sequence.block_ids)
-        found = tiers.count(hashes[first:]) if tiers is not None else 0
-        if tiers is None or found == 0:
-            return False
-        seconds = tiers.seconds(hashes[first : first + found]) * (1 + self._loads.num_blocks / found)
-        if seconds > self.cost.prefill_seconds(found * pool.block_size, first * pool.block_size):
-            return False
-        blocks = pool.allocate(found)
-        assert blocks is not None
-        found = tiers.count(hashes[first : first + found])  # making room may have cost us some
-        pool.free(blocks[found:])
-        if found == 0:
-            return False
-        for block_hash, block_id in zip(hashes[first:], blocks[:found], strict=False):
-            tiers.restore(block_hash, block_id)
-        sequence.block_ids.extend(blocks[:found])
-        sequence.residency = Residency.LOADING
-        self._loads.begin(sequence, first)
-        return True
-
-    def _take_block(self, block_id: int, is_good: bool, seconds: float, now: float) -> None:
-        """A block came from a tier. When it was a sequence's last, the sequence may go on from the first bad one."""
-        pool, sequence = self.block_pool, self._loads.find(block_id).sequence
-        assert pool.tiers is not None
-        pool.tiers.restored(sequence.block_hashes[sequence.block_ids.index(block_id)], is_good, seconds)
-        load = self._loads.arrive(block_id, is_good)
-        if load is None:
-            return
-        if sequence.status is Status.FINISHED:
-            pool.free(sequence.block_ids)
-            sequence.block_ids, sequence.residency = [], Residency.NONE
-            return
-        num_good = load.num_good
-        pool.free(sequence.block_ids[num_good:])
-        del sequence.block_ids[num_good:]
-        for index in range(load.first, num_good):
-            pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        self._settle(sequence)
-        self._paused.push(sequence, now)
 
     def _settle(self, sequence: Sequence) -> None:
         """Its blocks hold what they will before it is computed."""
@@ -402,7 +335,7 @@ class Scheduler:
         if self.block_pool.prefix_caching and sequence.scheduled_time is None:
             sequence.num_cached_tokens = sequence.num_computed
         if self.block_pool.prefix_caching:
-            self.block_pool.num_queries += len(self._prefix_hashes(sequence)) * self.block_pool.block_size
+            self.block_pool.num_queries += len(self.block_pool.prefix_hashes(sequence)) * self.block_pool.block_size
             self.block_pool.num_hits += sequence.num_computed
 
     def _move_ahead(self, now: float) -> None:
@@ -487,42 +420,8 @@ class Scheduler:
         sequence.residency = Residency.NONE
         sequence.is_known = False
         sequence.num_preemptions += 1
+        sequence.prompt_logprobs = [None]
         self.num_preemptions += 1
-        self._prompt_logprobs.pop(sequence.request_id, None)
-
-    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
-        if not self.block_pool.is_findable or sequence.request.sampling.prompt_logprobs is not None:
-            return []
-        limit = (len(sequence.token_ids) - 1) // self.block_pool.block_size
-        self._extend_hashes(sequence, limit)
-        return sequence.block_hashes[:limit]
-
-    def _count_cached(self, sequence: Sequence) -> int:
-        """Leading tokens that need not be computed."""
-        hashes = self._prefix_hashes(sequence)
-        matched, _ = self.block_pool.count_free_matches(hashes)
-        if self.block_pool.tiers is not None:
-            matched += self.block_pool.tiers.count(hashes[matched:])
-        return matched * self.block_pool.block_size
-
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
-        size = self.block_pool.block_size
-        hashes = sequence.block_hashes
-        root = sequence.request.adapter if self.block_pool.prefix_caching else sequence.request_id
-        while len(hashes) < num_blocks:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else root.encode()
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
-
-    def _publish_full_blocks(self, sequence: Sequence) -> None:
-        if not self.block_pool.is_findable:
-            return
-        num_full = sequence.num_computed // self.block_pool.block_size
-        self._extend_hashes(sequence, num_full)
-        for index in range(sequence.num_published, num_full):
-            self.block_pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
 
     # -- beams ---------------------------------------------------------------------------------------------------
 
@@ -535,56 +434,17 @@ class Scheduler:
                     self._stop_running(member)
                     self._give_up(member)
             return []
-        root = group.members[0]
         kept = group.advance()
         if not kept:
             for member in group.members:
                 self._finish(member)
-            answers = group.search.answers()
-            return [
-                TokenOutput(
-                    group.request_id,
-                    [],
-                    answers[0].finish_reason,
-                    num_cached_tokens=root.num_cached_tokens,
-                    scheduled_time=root.scheduled_time or now,
-                    beams=answers,
-                )
-            ]
-        self._fork(group, kept, now)
-        return []
-
-    def _fork(self, group: BeamGroup, kept: list[tuple[int, int]], now: float) -> None:
-        """Make the members the new beams: an old beam that goes on keeps its sequence, one that goes on twice gets that
-        of one that does not, or a new one."""
-        old, first_of = group.members, {parent: place for place, (parent, _) in reversed([*enumerate(kept)])}
-        spare = [member for index, member in enumerate(old) if index not in first_of]
-        group.members = []
-        for place, (parent, _) in enumerate(kept):
-            member = old[parent]
-            if first_of[parent] != place:
-                member = spare.pop() if spare else self._new_beam(group, old[parent], now)
-                self.block_pool.free(member.block_ids)
-                member.take_over(old[parent])
-                self.block_pool.share(member.block_ids)
-            group.members.append(member)
-        assert not spare, "a search that goes on has all its beams"
-        for member, (_, token_id) in zip(group.members, kept, strict=True):
-            member.token_ids.append(token_id)
+            return [group.output()]
+        group.fork(kept, self.block_pool, lambda member: self._arrive(member, now))
+        for member in group.members:
             if member.status is Status.WAITING or member.residency is not Residency.DEVICE:
                 self._stop_running(member)
                 self._enqueue(member, now)
-
-    def _new_beam(self, group: BeamGroup, parent: Sequence, now: float) -> Sequence:
-        request_id = f"{group.request_id}+beam-{group.num_made}"
-        request = msgspec.structs.replace(parent.request, request_id=request_id)
-        order = int(parent.arrival_order) + group.num_made / 1024  # behind each other, before the next request
-        group.num_made += 1
-        sequence = self._sequences[request_id] = Sequence.from_request(request, order)
-        sequence.group, sequence.scheduled_time, sequence.first_token_time = group, parent.scheduled_time, now
-        sequence.num_cached_tokens = parent.num_cached_tokens
-        self._policy.on_arrival(sequence, now)
-        return sequence
+        return []
 
     def _stop_running(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
@@ -626,47 +486,6 @@ class Scheduler:
             len(drafts),
         )
 
-    def _made(self, sequence: Sequence, result: StepResult) -> list[int]:
-        """The step's tokens of a sequence, up to the first that ends it; none when it cannot go on."""
-        request_id = sequence.request_id
-        if request_id in result.errors:
-            return []
-        made = [result.tokens[request_id], *result.further.get(request_id, ())]
-        for place, token_id in enumerate(made[:-1]):
-            if self._ends(sequence, token_id):
-                return made[: place + 1]
-        return made
-
-    def _ends(self, sequence: Sequence, token_id: int) -> bool:
-        sampling = sequence.request.sampling
-        is_end = not sampling.ignore_eos and token_id in self._eos_token_ids
-        return is_end or token_id in sampling.stop_token_ids
-
-    def _append(self, sequence: Sequence, made: list[int], result: StepResult, now: float) -> TokenOutput:
-        request_id = sequence.request_id
-        if not made:
-            self._finish(sequence)
-            return TokenOutput(request_id, [], FINISH_ERROR, error=result.errors[request_id])
-        token_id = made[-1]
-        sequence.token_ids.append(token_id)
-        output = TokenOutput(request_id, made)
-        if request_id in result.logprobs:
-            output.logprobs = [result.logprobs[request_id]]
-        if sequence.first_token_time is None:
-            sequence.first_token_time = now
-            output.num_cached_tokens = sequence.num_cached_tokens
-            output.scheduled_time = sequence.scheduled_time or now
-            if sequence.request.sampling.prompt_logprobs is not None:
-                output.prompt_logprobs = self._prompt_logprobs.pop(request_id, [None])
-        sampling = sequence.request.sampling
-        if self._ends(sequence, token_id):
-            output.finish_reason, output.stop_token_id = FINISH_STOP, token_id
-        elif sequence.num_output == sampling.max_tokens or len(sequence.token_ids) >= self._max_model_len:
-            output.finish_reason = FINISH_LENGTH
-        if output.finish_reason is not None:
-            self._finish(sequence)
-        return output
-
     def _finish(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         self._fresh.discard(sequence)
@@ -678,13 +497,8 @@ class Scheduler:
             sequence.block_ids = []
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)
-        if sequence.num_output > 0:
-            self._num_finished += 1
-            weight = max(_MEMORY, 1.0 / self._num_finished)
-            self._mean_output += weight * (sequence.num_output - self._mean_output)
-            self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
+        self._answers.observe_end(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence.request_id)
         self._freed.append(sequence.request_id)
-        self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastserve.core.request import Request
+from fastserve.core.request import Request, TokenLogprobs
 
 if TYPE_CHECKING:
     from fastserve.scheduler.beams import BeamGroup
@@ -51,6 +51,7 @@ class Sequence:
         num_lost: tokens that were computed when it lost its memory.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         scheduled_time, first_token_time: monotonic seconds, None until then.
+        prompt_logprobs: of the prompt so far, for requests that ask for them; the first token has none.
         group: the beam search that it is a beam of.
     """
 
@@ -71,6 +72,7 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     group: BeamGroup | None = None
 
     request_id: str = field(init=False)

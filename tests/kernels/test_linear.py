@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastserve.kernels.interface import PackedLinear
 from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize, quantize_activations
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 
 SHAPES = [(1, 1), (16, 64), (33, 70), (64, 128), (100, 200), (130, 1088), (256, 512)]  # N, K
@@ -85,7 +85,7 @@ def test_packing_keeps_every_weight(isa: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_are_one_matrix_and_its_rows_can_be_looked_up(isa: str, name: str) -> None:
-    native, reference = native_kernels(isa), ReferenceKernels()
+    native, reference = native_kernels(isa), Kernels()
     first, second, third = parts = [make_weight(name, rows, 200) for rows in (70, 33, 1)]
     if isinstance(first, QuantizedWeight) and first.codebook is not None:
         parts = [first, *(dataclasses.replace(item, codebook=first.codebook) for item in (second, third))]
@@ -143,7 +143,7 @@ def test_threads_do_not_change_a_bit(isa: str, name: str) -> None:
 @pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_fused_epilogue_is_the_reference_s(isa: str, activation: str, is_gated: bool) -> None:
-    kernels, reference = native_kernels(isa), ReferenceKernels()
+    kernels, reference = native_kernels(isa), Kernels()
     if is_gated and not activation:
         pytest.skip("a gated layer has an activation")
     for num_outputs, num_inputs in [(2, 16), (66, 100), (200, 64), (256, 128)]:
@@ -222,7 +222,7 @@ def test_adapters_are_added_before_the_epilogue(isa: str, dtype: torch.dtype, is
             pairs.append(((torch.randn(ranks, num_inputs, generator=generator) / num_inputs**0.5), b))
         slots = torch.tensor([1, 0, -1, 2, 1, 1, -1, 0, 0, 1, 2, -1, 0])
         results = []
-        for kernels in (ReferenceKernels(), native_kernels(isa)):
+        for kernels in (Kernels(), native_kernels(isa)):
             packed = kernels.pack_linear(weight, bias, is_gated)
             step: list[Tensor | None] = [slots]
             kernels.allow_adapters(packed, step, 3)

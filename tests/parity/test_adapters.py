@@ -161,7 +161,7 @@ def test_a_quantised_network_takes_adapters(tmp_path: Path) -> None:
     """8-bit activations are scaled after the product; what an adapter adds is not."""
     from fastserve.kernels.cpu import create
     from fastserve.kernels.quant import QuantizedWeight, QuantScheme
-    from fastserve.kernels.reference import ReferenceKernels
+    from fastserve.kernels.reference import Kernels
 
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 255, (96, 64), generator=generator, dtype=torch.uint8)
@@ -169,7 +169,7 @@ def test_a_quantised_network_takes_adapters(tmp_path: Path) -> None:
     a, b = torch.randn(4, 64, generator=generator), torch.randn(96, 4, generator=generator)
     x = torch.randn(7, 64, generator=generator)
     results = []
-    for kernels in (ReferenceKernels(), create()):
+    for kernels in (Kernels(), create()):
         if kernels.supports.__self__.name == "cpu" and kernels.native_backend is None:
             pytest.skip("the native library was not built")
         packed = kernels.pack_linear(weight, None)

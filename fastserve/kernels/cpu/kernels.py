@@ -20,7 +20,6 @@ from fastserve.kernels.cpu.threads import usable_cpus
 from fastserve.kernels.interface import (
     Batch,
     HeadTransform,
-    Kernels,
     KernelSpec,
     LinearAdapters,
     PackedLinear,
@@ -29,7 +28,7 @@ from fastserve.kernels.interface import (
     Weight,
 )
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES, QuantizedWeight
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 
 # Numbers of the enumerations in csrc/common.h and csrc/packed_weight.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -39,7 +38,7 @@ _ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _BYTES, _NIBBLES, _CODEBOOK = 2, 3, 4
 
 
-class CPUKernels(ReferenceKernels):
+class CPUKernels(Kernels):
     """Native kernels of one instruction set.
 
     Args:

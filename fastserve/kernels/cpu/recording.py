@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve.kernels.cpu.kernels import CPUKernels
-from fastserve.kernels.interface import Batch, Kernels, RecordedStep
+from fastserve.kernels.interface import Batch, RecordedStep
+from fastserve.kernels.reference import Kernels
 
 # Two different numbers, so that a count tells tokens from rows of logits.
 _PROBE_TOKENS, _PROBE_ROWS = 5, 3

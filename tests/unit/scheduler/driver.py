@@ -6,9 +6,9 @@ from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
-from fastserve.scheduler.plan import PlanEntry, StepPlan
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import PolicyContext, SchedulingPolicy, make_policy
-from fastserve.scheduler.scheduler import Scheduler, StepResult
+from fastserve.scheduler.scheduler import Scheduler
 
 STEP = Coefficients(step=0.006, prefill_token=0.00025, decode=0.0009)
 

@@ -17,11 +17,11 @@ from fastserve.checkpoint.text_stream import TextStream
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import RequestError
+from fastserve.core.grammars import check
 from fastserve.core.outputs import CompletionOutput, Logprob, RequestOutput
 from fastserve.core.request import FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.engine import Engine
-from fastserve.engine.grammar import check
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]

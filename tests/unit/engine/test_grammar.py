@@ -17,8 +17,8 @@ import pytest
 
 from fastserve import LLM, SamplingParams, StructuredOutputs
 from fastserve.core.errors import RequestError
+from fastserve.core.grammars import byte_tokenizer, check, compile_for, to_grammar
 from fastserve.core.request import FINISH_ERROR, Request
-from fastserve.engine.grammar import _byte_tokenizer, _compile, check, to_grammar
 from tests import folders
 
 PERSON = {
@@ -40,7 +40,7 @@ OWN = [
 
 
 def compiled(wanted: StructuredOutputs) -> Any:
-    return _compile(_byte_tokenizer(), to_grammar(wanted))
+    return compile_for(byte_tokenizer(), to_grammar(wanted))
 
 
 def accepts(matcher: Any, text: str) -> bool:

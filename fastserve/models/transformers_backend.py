@@ -27,42 +27,13 @@ from fastserve.models.transformers_network import (
     Network,
     NotPagedError,
     Probe,
+    TransformersModel,
     register_attention,
     run_body,
 )
 from fastserve.models.transformers_own_cache import OwnCacheModel
 
 _logger = logging.getLogger(__name__)
-
-
-class TransformersModel:
-    """A ServingModel around a transformers model whose attention goes through the context."""
-
-    has_own_cache = False
-
-    def __init__(self, network: Network, shape: ModelShape) -> None:
-        self.shape = shape
-        self.device = network.device
-        self._network = network
-
-    @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
-        return run_body(self._network, input_ids, positions, context)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._network.logits(hidden)
-
-    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        return self._network.logits(hidden)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        return logits
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""
 
 
 def load(

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastserve.core.request import (
-    Request,
-    TokenOutput,
-)
+from fastserve.core.request import Request, TokenOutput
 from fastserve.scheduler.answers import Answers
 from fastserve.scheduler.beams import BeamGroup, BeamSearch
 from fastserve.scheduler.block_pool import BlockPool
@@ -304,11 +301,7 @@ class Scheduler:
         fit beside what those who hold memory still need (and `num_spare` blocks)."""
         sequence = item.sequence
         hashes = self.block_pool.prefix_hashes(sequence)
-        matched, from_free = self.block_pool.count_free_matches(hashes)
-        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free + num_spare
-        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
-            needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
-        while needed > self.block_pool.num_free:
+        while self._num_needed(sequence, hashes) + num_spare > self.block_pool.num_free:
             victim = self._worst_holder() if self._may_evict and not num_spare else None
             if victim is None or victim < item:
                 return False
@@ -319,6 +312,14 @@ class Scheduler:
         if not self._loads.begin(sequence, hashes):
             self._settle(sequence)
         return True
+
+    def _num_needed(self, sequence: Sequence, hashes: list[bytes]) -> int:
+        """Free blocks that it would take, and those who hold memory for their tokens so far."""
+        matched, from_free = self.block_pool.count_free_matches(hashes)
+        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free
+        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
+            needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
+        return needed
 
     @property
     def _may_evict(self) -> bool:
@@ -365,11 +366,13 @@ class Scheduler:
         """
         held, pool = sequence.block_ids, self.block_pool
         first = sequence.num_computed // pool.block_size  # the first that is written
-        is_shared = sequence.group is not None and first < len(held) and self._is_shared(held[first])
-        if sequence.num_computed + take <= len(held) * pool.block_size and not is_shared:
-            return True
-        missing = max(0, self._num_blocks(sequence.num_computed + take) - len(held)) + is_shared
-        while (blocks := pool.allocate(missing)) is None:
+        added = max(0, self._num_blocks(sequence.num_computed + take) - len(held))
+        while True:
+            # A block that other beams read, too, is copied; dropping one of them may have made it this one's own.
+            is_shared = sequence.group is not None and first < len(held) and self._is_shared(held[first])
+            blocks = pool.allocate(added + is_shared)
+            if blocks is not None:
+                break
             self._may_place = False
             victim = self._worst_holder()
             if victim is None and len(self._loads) > 0:
@@ -400,6 +403,10 @@ class Scheduler:
     def _drop(self, sequence: Sequence, now: float) -> None:
         """Free the blocks; the sequence waits, and what is gone when it returns is computed again from its tokens."""
         self._give_up(sequence)
+        if self.block_pool.tiers is not None:
+            sequence.num_cached_expected = sequence.num_published * self.block_pool.block_size
+            self._away[sequence.request_id] = sequence
+        sequence.num_published = 0
         self._has_dropped = True
         if self._pending and self._pending[0].sequence is sequence:
             del self._pending[0]
@@ -411,12 +418,8 @@ class Scheduler:
         self.block_pool.free(sequence.block_ids)
         sequence.num_lost = sequence.num_computed
         sequence.num_cached_expected = 0
-        if self.block_pool.tiers is not None:
-            sequence.num_cached_expected = sequence.num_published * self.block_pool.block_size
-            self._away[sequence.request_id] = sequence
         sequence.block_ids = []
         sequence.num_computed = 0
-        sequence.num_published = 0
         sequence.residency = Residency.NONE
         sequence.is_known = False
         sequence.num_preemptions += 1
@@ -433,6 +436,7 @@ class Scheduler:
                 if member.request_id in group.candidates and member.status is Status.RUNNING:
                     self._stop_running(member)
                     self._give_up(member)
+                    member.num_published = 0
             return []
         kept = group.advance()
         if not kept:

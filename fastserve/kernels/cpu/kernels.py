@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.cpu.threads import usable_cpus
+from fastserve.core.machine import usable_cpus
 from fastserve.kernels.interface import (
     Batch,
     HeadTransform,

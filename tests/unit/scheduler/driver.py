@@ -58,6 +58,8 @@ class FakeMemory:
         if plan.num_blocks:
             self.num_blocks = plan.num_blocks
             self._device = {block: content for block, content in self._device.items() if block < self.num_blocks}
+        copied = [(target, self._device[source][:]) for source, target in plan.copies]
+        self._device.update(copied)
         for entry in plan.entries:
             assert max(entry.block_ids) < self.num_blocks
             self._compute(entry, tokens[entry.request_id])

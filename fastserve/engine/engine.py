@@ -21,7 +21,6 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
-from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.adapters import Adapters
 from fastserve.engine.executor import Executor, LocalExecutor
 from fastserve.engine.grammar import GrammarCompiler
@@ -114,8 +113,8 @@ class Engine:
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
         self._device = loaded.model.device
-        self._has_own_cache = loaded.model.has_own_cache
-        self._max_sequences = config.max_batch_sequences
+        # One place in the batch each; a model that keeps its own cache cannot share it.
+        self._max_beams = 1 if loaded.model.has_own_cache else min(config.max_batch_sequences, self.vocab_size // 4)
         self._elastic = ElasticSize(
             self.memory.block_bytes,
             self._scheduler.min_blocks,
@@ -149,20 +148,13 @@ class Engine:
         ids = (*prompt, *sampling.stop_token_ids, *(sampling.logit_bias or ()))
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
-        self._check_beams(sampling)
+        if sampling.num_beams > self._max_beams:
+            raise RequestError(f"num_beams may be {self._max_beams} here, not {sampling.num_beams}", "num_beams")
         self._stats.prompt_tokens += len(prompt)
         if sampling.structured_outputs is not None:
             self._compiling[request.request_id] = (request, self._grammars.submit(sampling.structured_outputs))
         else:
             self._scheduler.add(request, self._clock())
-
-    def _check_beams(self, sampling: SamplingParams) -> None:
-        most = min(self._max_sequences, self.vocab_size // 4)
-        if sampling.num_beams > 1 and (self._has_own_cache or sampling.num_beams > most):
-            reason = f"at most {most} here (max_batch_sequences)"
-            if self._has_own_cache:
-                reason = "1: this model keeps its own cache, which beams cannot share"
-            raise RequestError(f"num_beams must be {reason}, not {sampling.num_beams}", "num_beams")
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from fastserve.engine.pages import Pages
+from fastserve.core.pages import Pages
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 from fastserve.kernels.reference import Kernels
 

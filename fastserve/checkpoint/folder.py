@@ -118,7 +118,7 @@ class ModelFolder:
             return {}, files
         if self.has("adapter_config.json"):
             raise CheckpointError(
-                f"{self.path} holds an adapter, not a model; serve its base model, with the option lora name={self.path}"
+                f"{self.path} holds an adapter, not a model; serve its base model with the option lora name={self.path}"
             )
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")) or any(self.path.glob("*.pth")):
             raise CheckpointError(

@@ -113,10 +113,10 @@ def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
         if weight.zeros is not None:
             found["weight_zero_point"] = (weight.zeros ^ 128).view(torch.int8)
     else:
-        found["weight_packed"] = pack_words(weight.values, scheme)
+        found["weight_packed"] = pack_words(weight.values, scheme.weight_bits)
         found["weight_shape"] = torch.tensor(weight.values.shape)
         if weight.zeros is not None:
-            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme).t().contiguous()
+            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme.weight_bits).t().contiguous()
     if weight.codebook is not None:
         found["weight_codebook"] = weight.codebook.clone()
     return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}

@@ -149,20 +149,30 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * (1.0 / scales)).round(), scales
 
 
-def pack_words(values: Tensor, scheme: QuantScheme) -> Tensor:
-    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors."""
-    per_word = 32 // scheme.weight_bits
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
-    if scheme.weight_bits == 4:
-        values = values[:, ::2] | values[:, 1::2] << 4
-    return values.reshape(-1).view(torch.int32).view(len(values), -1)
+def pack_words(values: Tensor, num_bits: int) -> Tensor:
+    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors.
+
+    Rows are streams of bits: a value of 3 or 6 bits may lie in two words.
+    """
+    rows = torch.nn.functional.pad(values, (0, -values.shape[1] % 32))
+    if num_bits == 4:
+        rows = rows[:, ::2] | rows[:, 1::2] << 4
+    elif num_bits != 8:
+        bits = (rows.unsqueeze(-1) >> torch.arange(num_bits, dtype=torch.uint8)) & 1
+        rows = (bits.view(len(rows), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    words = rows.reshape(-1).view(torch.int32).view(len(values), -1)
+    return words[:, : -(-values.shape[1] * num_bits // 32)].contiguous()
 
 
-def unpack_words(words: Tensor, scheme: QuantScheme, num_inputs: int) -> Tensor:
+def unpack_words(words: Tensor, num_bits: int, num_inputs: int) -> Tensor:
     """The inverse of `pack_words`: [N, num_inputs] uint8."""
     values = words.reshape(-1).view(torch.uint8).view(len(words), -1)
-    if scheme.weight_bits == 4:
+    if num_bits == 4:
         values = torch.stack((values & 15, values >> 4), dim=-1).view(words.shape[0], -1)
+    elif num_bits != 8:
+        bits = (values.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = bits.view(len(words), -1)[:, : num_inputs * num_bits].view(len(words), num_inputs, num_bits)
+        values = (bits << torch.arange(num_bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return values[:, :num_inputs].contiguous()
 
 

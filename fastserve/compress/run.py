@@ -1,0 +1,101 @@
+"""Run a recipe: each step turns a model folder into another, the last one is the result.
+
+Everything that could fail for a reason the user can mend is looked at before the first step begins. Folders between
+steps lie beside the target and go when the result is whole; a run that was interrupted goes on from them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from fastserve import __version__
+from fastserve.checkpoint.folder import ModelFolder, read_json
+from fastserve.compress import calibration, quantize
+from fastserve.compress.folder_writer import CARD_FILE, FolderWriter
+from fastserve.compress.network import Network
+from fastserve.compress.quantize import Progress
+from fastserve.compress.recipe import Quantize, Recipe, Step, describe
+from fastserve.core.errors import ConfigError
+
+
+def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = None) -> ModelFolder:
+    """Run `recipe` on a folder (or hub id, or "" for the built-in model) and write the result to `out`.
+
+    Returns:
+        The new folder; its card (fastserve.json) says what was done and how much each layer lost.
+
+    Raises:
+        ConfigError: the recipe does not fit the model, or `out` holds something.
+        CheckpointError: the folder is damaged, holds values that are not finite, or has an unknown architecture.
+    """
+    say = progress or (lambda *_: None)
+    source = ModelFolder.open(model)
+    _check(source, recipe, say)
+    current = source
+    between: list[Path] = []
+    for number, step in enumerate(recipe.steps, 1):
+        is_last = number == len(recipe.steps)
+        target = out if is_last else out.with_name(f"{out.name}.step{number}")
+        between += [] if is_last else [target]
+        if not is_last and (target / CARD_FILE).is_file():
+            current = ModelFolder.open(str(target))
+            continue
+        current = _run_step(current, target, step, recipe, source, say)
+    for folder in between:
+        shutil.rmtree(folder)
+    return current
+
+
+def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
+    """Refuse before work starts."""
+    if recipe.calibration.text and any(step.needs_text for step in recipe.steps):
+        calibration.check_text(recipe.calibration.text, "calibration.text")
+    if recipe.evaluation.text:
+        calibration.check_text(recipe.evaluation.text, "evaluation.text")
+    network = Network(source)
+    for step in recipe.steps:
+        if isinstance(step, Quantize):
+            quantize.Plan.make(network, step)
+    total = len(source.weights.names())
+    for number, _ in enumerate(network.check_finite()):
+        progress("check the weights", number + 1, total)
+
+
+def _run_step(
+    current: ModelFolder, target: Path, step: Step, recipe: Recipe, original: ModelFolder, progress: Progress
+) -> ModelFolder:
+    plain = {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
+    writer = FolderWriter(target, current, plain)
+    network = Network(current)
+    if not isinstance(step, Quantize):
+        raise ConfigError(f"{describe(step)} is not known")
+    plan = quantize.Plan.make(network, step)
+    errors = quantize.run(network, plan, _batches(network, step, recipe), writer, progress)
+    config = {**current.config, "quantization_config": quantize.quantization_config(network, plan)}
+    return writer.finish(config, make_card(current, original, plain, {"layer_errors": errors}))
+
+
+def _batches(network: Network, step: Step, recipe: Recipe) -> list[Mapping[str, Tensor]]:
+    settings = recipe.calibration
+    if not settings.text:
+        return []
+    return calibration.batches(network, calibration.windows(network.folder, settings), settings.batch_size)
+
+
+def make_card(
+    current: ModelFolder, original: ModelFolder, step: Mapping[str, Any], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """fastserve.json: the steps so far, and what the last one found."""
+    before = read_json(current.path / CARD_FILE) if current.has(CARD_FILE) else {}
+    steps = [*before.get("compressed", {}).get("steps", []), {**step, **found}]
+    return {
+        "name": f"{original.name}-compressed",
+        "made_by": f"fastserve {__version__}, fastserve compress",
+        "compressed": {"from": original.name, "steps": steps},
+    }

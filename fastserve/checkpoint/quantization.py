@@ -141,7 +141,10 @@ def _activation_bits(entry: Mapping[str, Any] | None, kind: str) -> int:
         return 16
     found = {name: entry.get(name) for name in ("num_bits", "type", "strategy", "dynamic", "symmetric")}
     usual = {"num_bits": 8, "type": kind, "symmetric": True}
-    if found not in ({**usual, "strategy": "token", "dynamic": True}, {**usual, "strategy": "tensor", "dynamic": False}):
+    if found not in (
+        {**usual, "strategy": "token", "dynamic": True},
+        {**usual, "strategy": "tensor", "dynamic": False},
+    ):
         raise _unsupported(f"activations quantised as {found}")
     return 8 if kind == "int" else 16
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ from torch import Tensor
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.compress.recipe import Calibration
 from fastserve.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fastserve.compress.network import Network
 
 GENERATED = "generated"
 _SEEDS_PER_RUN = 16  # samples that the model writes at once
@@ -71,14 +67,14 @@ def max_length(folder: ModelFolder) -> int:
     return min(found, default=1 << 20)
 
 
-def batches(network: Network, ids: Tensor, batch_size: int) -> list[Mapping[str, Tensor]]:
+def batches(folder: ModelFolder, ids: Tensor, batch_size: int) -> list[Mapping[str, Tensor]]:
     """Arguments of the network's forward for windows [S, L]."""
-    return [inputs_of(network, part) for part in ids.split(batch_size)]
+    return [inputs_of(folder, part) for part in ids.split(batch_size)]
 
 
-def inputs_of(network: Network, ids: Tensor) -> dict[str, Tensor]:
+def inputs_of(folder: ModelFolder, ids: Tensor) -> dict[str, Tensor]:
     """Arguments of the forward for windows [B, L]."""
-    if network.folder.config.get("is_encoder_decoder"):
+    if folder.config.get("is_encoder_decoder"):
         return {"input_ids": ids, "decoder_input_ids": ids}
     return {"input_ids": ids}
 

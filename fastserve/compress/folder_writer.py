@@ -82,7 +82,11 @@ class FolderWriter:
         write_json(self.work / "config.json", config)
         write_json(self.work / CARD_FILE, card)
         for other in sorted(self._source.path.iterdir()):
-            if other.is_file() and other.suffix not in (".safetensors", ".bin", ".pt") and other.name not in _NOT_COPIED:
+            if (
+                other.is_file()
+                and other.suffix not in (".safetensors", ".bin", ".pt")
+                and other.name not in _NOT_COPIED
+            ):
                 shutil.copyfile(other, self.work / other.name)
         (self.work / _FINGERPRINT).unlink()
         if self.target.exists():

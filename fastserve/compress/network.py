@@ -1,7 +1,8 @@
 """transformers' modules of a folder, without their weights: filled one block at a time, so that memory stays small.
 
 A block is one of the equal layers that a network repeats; the rest (embeddings, last norm, heads) is outside. The
-tensors keep the names that they have in the folder, which differ from the modules' names by a prefix at most.
+tensors keep the names that they have in the folder, which differ from the modules' names by a prefix at most. Weights of
+a quantised folder are read as what their values stand for.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.quantization import QuantizedFormat, read_quantization
 from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.models.quantized import read_quantized
 
 
 class Network:
-    """The network of an unquantised folder on the meta device.
+    """The network of a folder, on the meta device.
 
     Attributes:
         folder, model: where the weights lie, and the modules.
@@ -27,15 +30,14 @@ class Network:
 
     Raises:
         CheckpointError: transformers does not know the architecture, or folder and modules do not belong together.
-        ConfigError: the folder is quantised already, or accelerate is not installed.
+        ConfigError: accelerate is not installed.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        if folder.config.get("quantization_config"):
-            raise ConfigError(f"{folder.path} is quantised already; give the folder that it was made from")
         self.folder = folder
         self.model = _without_weights(folder)
         self._reader = folder.weights
+        self._quantization = read_quantization(folder.config)
         self._tensor_of = self._match_names()
         self.tied = {name for name, _ in self.model.named_parameters() if name not in self._tensor_of}
         self.others = sorted(set(self._reader.names()) - set(self._tensor_of.values()))
@@ -66,6 +68,8 @@ class Network:
     def read(self, parameter: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """A parameter's values from the folder, as `dtype` or (None) as they lie there."""
         name = self._tensor_of[parameter]
+        if self._format(name) is not None:
+            return self._dequantized(name, tuple(self.model.get_parameter(parameter).shape))
         target = torch.empty(self._reader.shape(name), dtype=dtype or self._reader.dtype(name))
         self._reader.read_into(name, target)
         return target
@@ -112,16 +116,33 @@ class Network:
                 )
             self._reader.release(name)
 
+    def _format(self, name: str) -> QuantizedFormat | None:
+        """How a weight is quantised; None when it was left as it was."""
+        module, _, suffix = name.rpartition(".")
+        if self._quantization is None or suffix != "weight":
+            return None
+        for class_name in ("Linear", "Embedding"):
+            layout = self._quantization.format_of(module, class_name)
+            if layout is not None and f"{module}.{layout.marker}" in self._reader:
+                return layout
+        return None
+
+    def _dequantized(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        layout = self._format(name)
+        assert layout is not None and len(shape) == 2
+        weight = read_quantized(self._reader, name.removesuffix(".weight"), shape, layout)
+        return weight if isinstance(weight, Tensor) else weight.dequantize()
+
     def _match_names(self) -> dict[str, str]:
         prefix = f"{self.model.base_model_prefix}."
         tied = set(self.model.all_tied_weights_keys)
         found, missing = {}, []
         for name, values in self.model.named_parameters():
             options = (name, name.removeprefix(prefix), prefix + name)
-            match = next((item for item in options if item in self._reader), None)
+            match = next((item for item in options if item in self._reader or self._format(item)), None)
             if match is None:
                 missing += [] if name in tied else [name]
-            elif self._reader.shape(match) != tuple(values.shape):
+            elif match in self._reader and self._reader.shape(match) != tuple(values.shape):
                 raise CheckpointError(
                     f"tensor {match} has shape {list(self._reader.shape(match))}, but the config asks for "
                     f"{list(values.shape)}; the config.json and the weights do not belong together"
@@ -134,6 +155,14 @@ class Network:
                 "are arranged otherwise than transformers' modules (experts, for one) cannot be compressed"
             )
         return found
+
+
+def load_dense(folder: ModelFolder) -> Any:
+    """transformers' model of a folder in float32, quantised weights as what their values stand for, in eval mode."""
+    network = Network(folder)
+    for name in ("", *network.blocks):
+        network.fill(name)
+    return network.model
 
 
 def _without_weights(folder: ModelFolder) -> Any:
@@ -152,6 +181,9 @@ def _without_weights(folder: ModelFolder) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder.path)
     with init_empty_weights(include_buffers=False):
         model = network(config)
+    for module in model.modules():  # a cache would remember what a block was given when it is run again
+        if hasattr(module, "config"):
+            module.config.use_cache = False
     return model.eval()
 
 

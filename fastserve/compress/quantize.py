@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class Plan:
         Raises:
             ConfigError: a layer that cannot be quantised as asked; the message names it.
         """
-        if found := unsupported(item for name in network.blocks for item in network.block(name).named_modules(prefix=name)):
+        if found := unsupported(
+            item for name in network.blocks for item in network.block(name).named_modules(prefix=name)
+        ):
             raise ConfigError(f"{found} holds a matrix but is no Linear; this architecture cannot be quantised")
         scheme = ModuleScheme(scheme_of(step), step.activations)
         schemes = {}
@@ -123,7 +125,7 @@ def run(
 def _probe(network: Network) -> Mapping[str, Tensor]:
     from fastserve.compress.calibration import inputs_of
 
-    return inputs_of(network, _PROBE)
+    return inputs_of(network.folder, _PROBE)
 
 
 def quantization_config(network: Network, plan: Plan) -> dict[str, Any]:
@@ -177,7 +179,9 @@ def _quantize_block(
         input_scale = None
         if scheme.activations == "static" and known is not None:
             input_scale = known.static_scale(plan.step.observer)
-        for name, quantized in zip(names, quantize_matrices(weights, plan.step, scheme.weights, dtype, known), strict=True):
+        for name, quantized in zip(
+            names, quantize_matrices(weights, plan.step, scheme.weights, dtype, known), strict=True
+        ):
             errors[name] = relative_error(linears[name].weight.data, quantized, known)
             linears[name].weight.data = quantized.dequantize()
             found.update(storage.tensors(_on_disk(network, name), quantized, scheme, input_scale))

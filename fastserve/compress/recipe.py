@@ -52,11 +52,13 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         text: a plain text file that was not calibrated on; "" leaves the comparison out.
         tokens, length: how many tokens of it, in windows of which length.
+        speed: also time prefill and decoding of both as FastServe serves them.
     """
 
     text: str = ""
     tokens: Count = 8192
     length: Count = 512
+    speed: bool = False
 
 
 class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="quantize"):
@@ -97,13 +99,15 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
     def check(self) -> None:
         """What the types cannot say; ConfigError names the key."""
         if self.method == "kmeans" and self.kind == "float":
-            raise ConfigError("method kmeans makes codebooks; leave out kind, or write kind = \"codebook\"")
+            raise ConfigError('method kmeans makes codebooks; leave out kind, or write kind = "codebook"')
         if self.activations != "none" and (self.kind == "codebook" or self.method == "kmeans"):
-            raise ConfigError("codebook weights go with 16-bit activations: activations = \"none\"")
+            raise ConfigError('codebook weights go with 16-bit activations: activations = "none"')
         if self.method == "smoothquant" and self.activations == "none":
             raise ConfigError('smoothquant is for 8-bit activations: activations = "dynamic" or "static"')
         if self.budget and (self.budget < self.bits or self.kind != "int"):
-            raise ConfigError(f"budget = {self.budget} cannot be met with {self.kind} weights of {self.bits} bits or more")
+            raise ConfigError(
+                f"budget = {self.budget} cannot be met with {self.kind} weights of {self.bits} bits or more"
+            )
 
 
 class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="prune"):

@@ -6,7 +6,9 @@ steps lie beside the target and go when the result is whole; a run that was inte
 
 from __future__ import annotations
 
+import resource
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from torch import Tensor
 
 from fastserve import __version__
 from fastserve.checkpoint.folder import ModelFolder, read_json
-from fastserve.compress import calibration, quantize
-from fastserve.compress.folder_writer import CARD_FILE, FolderWriter
+from fastserve.compress import calibration, evaluate, quantize, report, served
+from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Quantize, Recipe, Step, describe
 from fastserve.core.errors import ConfigError
+
+REPORT_FILE = "report.html"
 
 
 def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = None) -> ModelFolder:
@@ -37,6 +41,7 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
     say = progress or (lambda *_: None)
     source = ModelFolder.open(model)
     _check(source, recipe, say)
+    started = time.perf_counter()
     current = source
     between: list[Path] = []
     for number, step in enumerate(recipe.steps, 1):
@@ -49,7 +54,30 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
         current = _run_step(current, target, step, recipe, source, say)
     for folder in between:
         shutil.rmtree(folder)
+    _measure(source, current, recipe, time.perf_counter() - started, say)
     return current
+
+
+def _measure(source: ModelFolder, result: ModelFolder, recipe: Recipe, seconds: float, progress: Progress) -> None:
+    """Add to the card what was gained and lost, and write report.html beside it."""
+    card = read_json(result.path / CARD_FILE)
+    found: dict[str, Any] = card["compressed"]
+    found["bytes"] = {"original": source.weight_bytes, "compressed": result.weight_bytes}
+    found["seconds"] = round(seconds, 2)
+    found["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    settings = recipe.evaluation
+    if settings.text:
+        found["loss"] = evaluate.compare(source, result, settings, progress).as_dict()
+        if served.is_served(result):
+            ids = calibration.text_ids(source, Path(settings.text), settings.tokens).tolist()
+            prompt, before, speed_before = served.run(source, ids, settings.speed)
+            _, after, speed_after = served.run(result, ids, settings.speed)
+            found["samples"] = [{"prompt": prompt, "original": before, "compressed": after}]
+            found["speed"] = {
+                name: {"original": value, "compressed": speed_after[name]} for name, value in speed_before.items()
+            }
+    write_json(result.path / CARD_FILE, card)
+    (result.path / REPORT_FILE).write_text(report.page(found), encoding="utf-8")
 
 
 def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
@@ -58,6 +86,8 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         calibration.check_text(recipe.calibration.text, "calibration.text")
     if recipe.evaluation.text:
         calibration.check_text(recipe.evaluation.text, "evaluation.text")
+    if source.config.get("quantization_config"):
+        raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
     for step in recipe.steps:
         if isinstance(step, Quantize):
@@ -85,7 +115,7 @@ def _batches(network: Network, step: Step, recipe: Recipe) -> list[Mapping[str, 
     settings = recipe.calibration
     if not settings.text:
         return []
-    return calibration.batches(network, calibration.windows(network.folder, settings), settings.batch_size)
+    return calibration.batches(network.folder, calibration.windows(network.folder, settings), settings.batch_size)
 
 
 def make_card(

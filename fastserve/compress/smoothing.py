@@ -56,9 +56,7 @@ class Fold:
     head_size: int = 1
 
 
-def find_folds(
-    block: nn.Module, name: str, linears: Mapping[str, nn.Linear], groups: list[list[str]]
-) -> list[Fold]:
+def find_folds(block: nn.Module, name: str, linears: Mapping[str, nn.Linear], groups: list[list[str]]) -> list[Fold]:
     """What may be scaled in a block; `groups` are the linears by what they read."""
     modules = dict(block.named_modules())
     folds, taken = [], set()

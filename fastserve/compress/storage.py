@@ -34,7 +34,9 @@ class ModuleScheme:
         return "int-quantized" if self.activations != "none" and self.weights.bits == 8 else "pack-quantized"
 
 
-def tensors(module: str, weight: Quantized, scheme: ModuleScheme, input_scale: float | None = None) -> dict[str, Tensor]:
+def tensors(
+    module: str, weight: Quantized, scheme: ModuleScheme, input_scale: float | None = None
+) -> dict[str, Tensor]:
     """Name -> tensor for one module; `input_scale` is that of static activations."""
     grid = weight.scheme
     scales = weight.scales[:1, 0].clone() if grid.group_size < 0 else weight.scales

@@ -1,7 +1,7 @@
 """Tensors of a quantised module -> `QuantizedWeight`, for every layout on disk that is supported.
 
-Values become unsigned bytes, one per weight; scales keep their type. Weights of 2 or 3 bits are held in 4, those of 5 to
-7 in 8, and what no kernel has as floats. The packing for a backend comes after (`Kernels.pack_linear`). N output
+Values become unsigned bytes, one per weight; scales keep their type. Weights of 2 or 3 bits are held in 4, those of 5
+to 7 in 8, and what no kernel has as floats. The packing for a backend comes after (`Kernels.pack_linear`). N output
 features, K input features, G groups along K; a word is 32 bits of a row.
 """
 
@@ -68,7 +68,9 @@ def read_quantized(
         values = unpack_words(words, layout.bits, num_inputs)
     if is_codebook:
         codebook = read("weight_codebook", (1 << layout.bits,)).float()
-        return QuantizedWeight(scheme, values, scales, codebook=torch.nn.functional.pad(codebook, (0, 16 - len(codebook))))
+        return QuantizedWeight(
+            scheme, values, scales, codebook=torch.nn.functional.pad(codebook, (0, 16 - len(codebook)))
+        )
     zeros = None if scheme.is_symmetric else _read_zeros(reader, read, module, layout, scale_shape) + lift
     if layout.is_dense:
         centre = torch.full(scale_shape, scheme.centre) if zeros is None else zeros

@@ -1,0 +1,106 @@
+"""`fastserve compress`: a model folder in, a smaller one out, with a report of what it lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastserve.cli.options import Model
+from fastserve.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastserve.compress.recipe import Recipe
+
+
+def compress(
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with the steps; instead of the flags below.")] = None,
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, kmeans or smoothquant.")] = "rtn",
+    kind: Annotated[str, typer.Option(help="int, codebook or float (8 bits).")] = "int",
+    bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale; 0: a row, -1: a tensor.")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without zero points.")] = True,
+    activations: Annotated[str, typer.Option(help="none, dynamic or static 8-bit activations.")] = "none",
+    budget: Annotated[
+        float, typer.Option(help="Bits per weight on average, mixed by sensitivity; 0: all alike.")
+    ] = 0.0,
+    head: Annotated[str, typer.Option(help="int8: also the output projection.")] = "",
+    calibration: Annotated[str, typer.Option(help='Text file, or "generated" by the model.')] = "",
+    samples: Annotated[int, typer.Option(help="Windows of calibration.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    evaluation: Annotated[str, typer.Option(help="Text file on which the report compares both models.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the report says as one JSON object.")] = False,
+) -> None:
+    """Make a model smaller and faster, and measure the loss.
+
+    Writes a folder that serves like any other, with report.html and the same figures in its card. A run that was
+    interrupted goes on when the same command is given again.
+    """
+    if out is None:
+        raise ConfigError("name the new folder: --out DIR")
+    from fastserve.compress.recipe import make_recipe, read_recipe
+
+    if recipe is not None:
+        chosen = read_recipe(recipe)
+    else:
+        step: dict[str, Any] = {"do": "quantize", "method": method, "kind": kind, "bits": bits, "symmetric": symmetric}
+        step |= {"activations": activations, "budget": budget, "head": head}
+        step |= {} if group_size is None else {"group_size": group_size}
+        texts = {"calibration": {"text": calibration, "samples": samples, "length": length}}
+        chosen = make_recipe({"steps": [step], **texts, "evaluation": {"text": evaluation}})
+    _run(model or "", out, chosen, as_json)
+
+
+def _run(model: str, out: Path, recipe: Recipe, as_json: bool) -> None:
+    from fastserve.compress.report import as_text
+    from fastserve.compress.run import compress as run
+
+    with _progress() as progress:
+        folder = run(model, out, recipe, progress)
+    card = json.loads((folder.path / "fastserve.json").read_text(encoding="utf-8"))["compressed"]
+    print(json.dumps(card) if as_json else as_text(folder, card))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on a terminal, else a line per tenth, on stderr."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    last: dict[str, int] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if last.get(stage) != tenth:
+            last[stage] = tenth
+            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

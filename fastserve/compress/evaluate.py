@@ -80,10 +80,11 @@ def compare(original: ModelFolder, compressed: ModelFolder, settings: Evaluation
     return Loss(math.exp(min(loss, 700)), math.exp(original_loss), kl, same, count)
 
 
-def task(folder: ModelFolder, windows: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
-    """The forward's arguments for windows [B, L], and which token belongs at each place [B, L'], -1 where none counts.
+def task(folder: ModelFolder, windows: Tensor, seed: int = 0) -> tuple[Mapping[str, Tensor], Tensor]:
+    """The forward's arguments for windows [B, L], and the token that belongs at each place [B, L'], -1 for none.
 
-    Decoders tell the next token; encoder-decoders the second half of a window from the first; others masked tokens.
+    Decoders tell the next token; encoder-decoders the second half of a window from the first; others masked tokens,
+    which `seed` chooses.
     """
     if folder.config.get("is_encoder_decoder"):
         half = windows.shape[1] // 2
@@ -91,7 +92,7 @@ def task(folder: ModelFolder, windows: Tensor) -> tuple[Mapping[str, Tensor], Te
         begun = torch.cat([torch.full((len(windows), 1), start), windows[:, half:-1]], dim=1)
         return {"input_ids": windows[:, :half], "decoder_input_ids": begun}, windows[:, half:]
     if folder.architecture.endswith("ForMaskedLM"):
-        draw = torch.rand(windows.shape, generator=torch.Generator().manual_seed(0)) < _MASKED_SHARE
+        draw = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)) < _MASKED_SHARE
         draw[:, 0] = True
         mask = int(folder.config.get("mask_token_id") or 103)
         size = int(folder.config["vocab_size"])

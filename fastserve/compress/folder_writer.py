@@ -62,6 +62,15 @@ class FolderWriter:
         """What was noted when the shard was written; not part of the folder."""
         return read_json(self._file(shard).with_suffix(".json"))
 
+    def remember(self, file: str, values: Mapping[str, Any]) -> None:
+        """Keep what was found out until the folder is finished, for a run that goes on with it."""
+        write_json(self.work / f"kept-{file}", values)
+
+    def recall(self, file: str) -> dict[str, Any] | None:
+        """What was kept under this name, or None."""
+        kept = self.work / f"kept-{file}"
+        return read_json(kept) if kept.is_file() else None
+
     def shard(self, shard: str) -> WeightReader:
         """A shard that was written."""
         return WeightReader([self._file(shard)])
@@ -88,7 +97,8 @@ class FolderWriter:
                 and other.name not in _NOT_COPIED
             ):
                 shutil.copyfile(other, self.work / other.name)
-        (self.work / _FINGERPRINT).unlink()
+        for file in (self.work / _FINGERPRINT, *self.work.glob("kept-*")):
+            file.unlink()
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.work, self.target)
@@ -102,7 +112,8 @@ class FolderWriter:
         if self.work.exists() and any(self.work.iterdir()):
             if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("recipe") != mark:
                 raise ConfigError(
-                    f"{self.work} holds work that was begun with another recipe or model; remove it, or name another --out"
+                    f"{self.work} holds work that was begun with another recipe or model; remove it, or name "
+                    "another --out"
                 )
             return
         self.work.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """transformers' modules of a folder, without their weights: filled one block at a time, so that memory stays small.
 
 A block is one of the equal layers that a network repeats; the rest (embeddings, last norm, heads) is outside. The
-tensors keep the names that they have in the folder, which differ from the modules' names by a prefix at most. Weights of
-a quantised folder are read as what their values stand for.
+tensors keep the names that they have in the folder, which differ from the modules' names by a prefix at most. Weights
+of a quantised folder are read as what their values stand for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Network:
         self._tensor_of = self._match_names()
         self.tied = {name for name, _ in self.model.named_parameters() if name not in self._tensor_of}
         self.others = sorted(set(self._reader.names()) - set(self._tensor_of.values()))
-        self.blocks = _find_blocks(self.model)
+        self.blocks = find_blocks(self.model)
         if not self.blocks:
             raise CheckpointError(f"{folder.architecture} repeats no layers that could be compressed one by one")
 
@@ -151,8 +151,8 @@ class Network:
                 found[name] = match
         if missing:
             raise CheckpointError(
-                f"{self.folder.path} has no tensor for {missing[0]} of {self.folder.architecture}; folders whose tensors "
-                "are arranged otherwise than transformers' modules (experts, for one) cannot be compressed"
+                f"{self.folder.path} has no tensor for {missing[0]} of {self.folder.architecture}; folders whose "
+                "tensors are arranged otherwise than transformers' modules (experts, for one) cannot be compressed"
             )
         return found
 
@@ -187,7 +187,7 @@ def _without_weights(folder: ModelFolder) -> Any:
     return model.eval()
 
 
-def _find_blocks(model: nn.Module) -> list[str]:
+def find_blocks(model: nn.Module) -> list[str]:
     """Children of the outermost module lists whose members are all of one class."""
     names: list[str] = []
     for name, module in model.named_modules():

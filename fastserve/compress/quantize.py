@@ -1,8 +1,8 @@
 """The step "quantize": every linear of every block on a grid, one block in memory at a time.
 
-What could fail is looked at first (`Plan.make`); then each block is filled, its inputs observed, its matrices rounded by
-the step's method and written, and the next block sees what the rounded one puts out. Work that was interrupted reads
-back the shards that are there, and ends with the same bytes.
+What could fail is looked at first (`Plan.make`); then each block is filled, its inputs observed, its matrices rounded
+by the step's method and written, and the next block sees what the rounded one puts out. Work that was interrupted
+reads back the shards that are there, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def quantize_matrices(
     scale_dtype: torch.dtype = torch.float32,
     known: InputStatistics | None = None,
 ) -> Iterator[Quantized]:
-    """Round matrices [N, K] that read the same inputs by a step's method; known: those inputs, for methods that look."""
+    """Round matrices [N, K] that read the same inputs by a step's method; known: those inputs, or None."""
     importance = None if known is None else known.importance
     if scheme.kind == "codebook":
         grids = codebook.fit(weights, scheme, scale_dtype, importance)

@@ -114,17 +114,15 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     """Weights set to zero, or whole parts left out.
 
     Attributes:
-        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers or vocabulary (parts).
+        method: magnitude, wanda or sparsegpt (single weights); channels, heads or layers (parts).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).
-        keep_text: for vocabulary: the file whose tokens stay; the calibration text when left out.
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "layers", "vocabulary"] = "magnitude"
+    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "layers"] = "magnitude"
     ratio: Share = 0.5
     pattern: Literal["", "2:4"] = ""
-    keep_text: str = ""
     ignore: tuple[str, ...] = ()
 
     @property
@@ -136,23 +134,6 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
             raise ConfigError(f"pattern = {self.pattern!r} is for single weights: magnitude, wanda or sparsegpt")
 
 
-class LowRank(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="low-rank"):
-    """Feed-forward matrices replaced by their best approximation of a lower rank, weighted by the inputs.
-
-    Attributes:
-        ratio: share of each matrix's parameters that stays.
-    """
-
-    ratio: Share = 0.5
-
-    @property
-    def needs_text(self) -> bool:
-        return True
-
-    def check(self) -> None:
-        pass
-
-
 class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="distill"):
     """A model trained to answer as the original does: the result of the step before, or a smaller student.
 
@@ -160,17 +141,20 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
         teacher: folder; the model that the recipe began with when left out.
         student: folder to begin with; the result of the step before when left out.
         layers: begin with these layers of the student alone.
+        shape: begin with random weights, in the teacher's architecture with these keys of config.json changed.
         text: training text; the calibration text when left out.
         steps, batch_size, length, learning_rate: of the training.
         temperature: of both sides' probabilities.
         soft, hard, hidden, attention: weights of the losses: the teacher's probabilities, the text itself, hidden
-            states through a projection, relations among queries, keys and values of the last layer (MiniLM).
+            states through a projection, and relations among the last layer's queries, keys and values (MiniLM).
+        bits, group_size: round the weights in every pass, as "quantize" by rtn with search = false does; 0: not.
         seed: of the order of windows and of projections.
     """
 
     teacher: str = ""
     student: str = ""
     layers: tuple[int, ...] = ()
+    shape: dict[str, int] = {}
     text: str = ""
     steps: Count = 200
     batch_size: Count = 8
@@ -181,6 +165,8 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
     hard: Annotated[float, Meta(ge=0)] = 0.5
     hidden: Annotated[float, Meta(ge=0)] = 0.0
     attention: Annotated[float, Meta(ge=0)] = 0.0
+    bits: Literal[0, 2, 3, 4, 6, 8] = 0
+    group_size: Annotated[int, Meta(ge=0)] = 0
     seed: int = 0
 
     @property
@@ -190,6 +176,8 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
     def check(self) -> None:
         if not (self.soft or self.hard or self.hidden or self.attention):
             raise ConfigError("distill: all weights of losses are 0; give soft, hard, hidden or attention one")
+        if self.shape and (self.student or self.layers):
+            raise ConfigError("distill: shape begins with random weights; leave out student and layers, or shape")
 
 
 Step = Quantize | Prune | Distill

@@ -1,4 +1,4 @@
-"""The report of a compression: figures in the card (fastserve.json), the same with plots in report.html, text for the end.
+"""The report of a compression: the card's figures as text, and with plots as report.html.
 
 Plots are SVG in the page itself: nothing is fetched, nothing is run. What is measured is `evaluate.py` and `run.py`.
 """
@@ -59,7 +59,8 @@ def page(card: Mapping[str, Any]) -> str:
         texts = "".join(f"<h3>{who}</h3><pre>{html.escape(sample[who])}</pre>" for who in ("original", "compressed"))
         parts.append(f"<h2>{html.escape(sample['prompt'])}</h2>{texts}")
     body = "\n".join(parts)
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Compression report</title><style>{_STYLE}</style>{body}</html>\n'
+    head = f'<meta charset="utf-8"><title>Compression report</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
 def bars(errors: Mapping[str, float]) -> str:

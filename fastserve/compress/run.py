@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastserve import __version__
 from fastserve.checkpoint.folder import ModelFolder, read_json
-from fastserve.compress import calibration, evaluate, quantize, report, served
+from fastserve.compress import calibration, distill, evaluate, mixed, prune, quantize, report, served
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
-from fastserve.compress.recipe import Quantize, Recipe, Step, describe
+from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Step
 from fastserve.core.errors import ConfigError
 
 REPORT_FILE = "report.html"
@@ -92,6 +92,11 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
     for step in recipe.steps:
         if isinstance(step, Quantize):
             quantize.Plan.make(network, step)
+        elif isinstance(step, Prune):
+            prune.check(network, step)
+        else:
+            teacher = ModelFolder.open(step.teacher) if step.teacher else source
+            distill.check(teacher, step, step.text or recipe.calibration.text)
     total = len(source.weights.names())
     for number, _ in enumerate(network.check_finite()):
         progress("check the weights", number + 1, total)
@@ -102,18 +107,51 @@ def _run_step(
 ) -> ModelFolder:
     plain = {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
     writer = FolderWriter(target, current, plain)
+    if isinstance(step, Distill):
+        return _distill(current, step, recipe, original, writer, plain, progress)
     network = Network(current)
-    if not isinstance(step, Quantize):
-        raise ConfigError(f"{describe(step)} is not known")
+    if isinstance(step, Prune):
+        changes, found = prune.run(network, step, _batches(network, step, recipe), writer, progress)
+        return writer.finish({**current.config, **changes}, make_card(current, original, plain, found))
     plan = quantize.Plan.make(network, step)
-    errors = quantize.run(network, plan, _batches(network, step, recipe), writer, progress)
+    batches = _batches(network, step, recipe)
+    if step.budget:
+        plan = mixed.plan(network, plan, batches, writer, progress)
+        network = Network(current)
+    errors = quantize.run(network, plan, batches, writer, progress)
     config = {**current.config, "quantization_config": quantize.quantization_config(network, plan)}
     return writer.finish(config, make_card(current, original, plain, {"layer_errors": errors}))
 
 
+def _distill(
+    current: ModelFolder,
+    step: Distill,
+    recipe: Recipe,
+    original: ModelFolder,
+    writer: FolderWriter,
+    plain: Mapping[str, Any],
+    progress: Progress,
+) -> ModelFolder:
+    student = ModelFolder.open(step.student) if step.student else current
+    if step.layers:
+        short = writer.target.with_name(f"{writer.target.name}.student")
+        if not short.exists():
+            network, layers = Network(student), FolderWriter(short, student, plain)
+            changes = prune.write_layers(network, list(step.layers), layers)
+            layers.finish({**student.config, **changes}, {})
+        student = ModelFolder.open(str(short))
+    teacher = ModelFolder.open(step.teacher) if step.teacher else original
+    text = Path(step.text or recipe.calibration.text)
+    changes, found = distill.run(teacher, student, step, text, writer, progress)
+    result = writer.finish({**student.config, **changes}, make_card(current, original, plain, found))
+    if step.layers:
+        shutil.rmtree(student.path)
+    return result
+
+
 def _batches(network: Network, step: Step, recipe: Recipe) -> list[Mapping[str, Tensor]]:
     settings = recipe.calibration
-    if not settings.text:
+    if not settings.text or (isinstance(step, Prune) and not step.needs_text):
         return []
     return calibration.batches(network.folder, calibration.windows(network.folder, settings), settings.batch_size)
 

@@ -1,8 +1,8 @@
 """Scale the inputs of linear layers, feature by feature, without changing what the network computes.
 
-A norm or a linear before the layer is divided by the scales, the layer's columns are multiplied with them. Features that
-matter much get finer steps (AWQ: Lin et al. 2023), or those that are large become small where activations are rounded
-(SmoothQuant: Xiao et al. 2022). N outputs, K inputs.
+A norm or a linear before the layer is divided by the scales, the layer's columns are multiplied with them. Features
+that matter much get finer steps (AWQ: Lin et al. 2023), or those that are large become small where activations are
+rounded (SmoothQuant: Xiao et al. 2022). N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -92,10 +92,11 @@ def apply(fold: Fold, scales: Tensor, statistics: Mapping[str, InputStatistics],
         fold.source.weight.data.div_(rows.unsqueeze(1))
     else:
         offset = 1.0 if type(fold.source).__name__.startswith("Gemma") else 0.0
-        old = fold.source.weight.data + offset
+        weight: Tensor = fold.source.get_parameter("weight").data
+        old = weight + offset
         new = (old / scales - offset).to(dtype).float()
         scales = rows = torch.where(new + offset != 0, old / (new + offset), 1.0)
-        fold.source.weight.data = new
+        fold.source.get_parameter("weight").data = new
     bias = getattr(fold.source, "bias", None)
     if bias is not None:
         bias.data.div_(rows)

@@ -12,7 +12,7 @@ import torch
 from tests import folders
 
 WORDS = (
-    "the", "fox", "and", "bear", "went", "to", "a", "river", "where", "old", "king", "of", "north", "wind", "sat", "down"
+    "the", "fox", "and", "bear", "went", "to", "a", "river", "where", "old", "king", "of", "north", "wind", "sat"
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def inputs(rows: int = 512, size: int = 64) -> Tensor:
     """Features that depend on each other and differ in size, as those of a network do."""
     base = torch.randn(rows, size, generator=GENERATOR)
     mixed = base @ torch.randn(size, size, generator=GENERATOR) / 8 + base
-    return mixed * torch.logspace(-1, 0.5, size)
+    return mixed * torch.logspace(-1, 0.5, size)[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
 
 
 def make(weight: Tensor, scheme: WeightScheme, **options: object) -> Grid:

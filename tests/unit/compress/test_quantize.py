@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.compress.calibration import inputs_of
+from fastserve.compress.mixed import Sensitivity, distribute
 from fastserve.compress.network import Network, load_dense
 from fastserve.compress.recipe import make_recipe, read_recipe
 from fastserve.compress.run import compress
@@ -257,3 +258,38 @@ def test_an_unknown_architecture(models: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "odd/config.json").write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))
     with pytest.raises(CheckpointError, match="OddForCausalLM"):
         compress(str(tmp_path / "odd"), tmp_path / "out", recipe(None, group_size=32))
+
+
+def test_bits_go_where_they_help() -> None:
+    small = Sensitivity(("a",), 100, {4: 0.1, 8: 0.0}, {4: 4.0, 8: 8.0})
+    large = Sensitivity(("b", "c"), 100, {4: 0.9, 8: 0.1}, {4: 4.0, 8: 8.0})
+    assert distribute([small, large], 6.0) == {"a": 4, "b": 8, "c": 8}
+    assert distribute([small, large], 8.0) == {"a": 8, "b": 8, "c": 8}
+    assert distribute([small, large], 5.0) == {"a": 4, "b": 4, "c": 4}
+    with pytest.raises(ConfigError, match=r"take 4\.000 per weight"):
+        distribute([small, large], 3.9)
+
+
+def test_mixed_precision_keeps_its_budget(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    wanted = recipe(text, bits=3, group_size=32, budget=5.0)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantize", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models["llama"]), tmp_path / "out", wanted, interrupt)
+    folder = compress(str(models["llama"]), tmp_path / "out", wanted)
+    assert not list(folder.path.glob("kept*"))
+    groups = folder.config["quantization_config"]["config_groups"].values()
+    assert len(groups) > 1
+    layers = [
+        name for name in folder.weights.names() if ".layers." in name and "weight_" in name and "shape" not in name
+    ]
+    info = [folder.weights.info(name) for name in layers]
+    num_weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    scales = sum((item.end - item.start) for name, item in zip(layers, info, strict=True) if name.endswith("scale"))
+    bits = 8 * (sum(item.end - item.start for item in info) - scales / 2) / num_weights  # scales count as 16 bits
+    assert 4.0 < bits <= 5.0
+    dense = logits(load_dense(folder), folder)
+    assert (served_logits(folder.path)[-1] - dense[-1]).abs().max() < 2e-3 * dense.abs().max()

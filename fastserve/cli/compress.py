@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastserve.cli.options import Model
+from fastserve.core.config import parse_bytes
 from fastserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastserve.compress.recipe import Recipe
+    from fastserve.checkpoint.folder import ModelFolder
 
 
 def compress(
@@ -36,6 +37,9 @@ def compress(
     samples: Annotated[int, typer.Option(help="Windows of calibration.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     evaluation: Annotated[str, typer.Option(help="Text file on which the report compares both models.")] = "",
+    auto: Annotated[bool, typer.Option("--auto", help="Try several ways and keep the best within one limit.")] = False,
+    max_size: Annotated[str, typer.Option(help="With --auto: most bytes of weights, such as 300MB.")] = "",
+    max_loss: Annotated[float, typer.Option(help="With --auto: most growth of perplexity; 0.01 is a hundredth.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the report says as one JSON object.")] = False,
 ) -> None:
     """Make a model smaller and faster, and measure the loss.
@@ -45,8 +49,17 @@ def compress(
     """
     if out is None:
         raise ConfigError("name the new folder: --out DIR")
-    from fastserve.compress.recipe import make_recipe, read_recipe
+    if not auto and (max_size or max_loss):
+        raise ConfigError("--max-size and --max-loss go with --auto")
+    from fastserve.compress.recipe import Calibration, Evaluation, make_recipe, read_recipe
 
+    if auto:
+        from fastserve.compress.search import search
+
+        looked_at, judged = Calibration(calibration, samples, length), Evaluation(evaluation)
+        size = parse_bytes(max_size) if max_size else 0
+        _show(as_json, lambda progress: search(model or "", out, looked_at, judged, size, max_loss, progress))
+        return
     if recipe is not None:
         chosen = read_recipe(recipe)
     else:
@@ -55,15 +68,16 @@ def compress(
         step |= {} if group_size is None else {"group_size": group_size}
         texts = {"calibration": {"text": calibration, "samples": samples, "length": length}}
         chosen = make_recipe({"steps": [step], **texts, "evaluation": {"text": evaluation}})
-    _run(model or "", out, chosen, as_json)
-
-
-def _run(model: str, out: Path, recipe: Recipe, as_json: bool) -> None:
-    from fastserve.compress.report import as_text
     from fastserve.compress.run import compress as run
 
+    _show(as_json, lambda progress: run(model or "", out, chosen, progress))
+
+
+def _show(as_json: bool, work: Callable[[Callable[[str, int, int], None]], ModelFolder]) -> None:
+    from fastserve.compress.report import as_text
+
     with _progress() as progress:
-        folder = run(model, out, recipe, progress)
+        folder = work(progress)
     card = json.loads((folder.path / "fastserve.json").read_text(encoding="utf-8"))["compressed"]
     print(json.dumps(card) if as_json else as_text(folder, card))
 

@@ -98,7 +98,8 @@ def main() -> None:
         sys.exit(f"there is no {missing[0]}; give --text and --calibration, or set FASTSERVE_SHARED")
     source = ModelFolder.open(arguments.model)
     prompts = windows(source, arguments.text, arguments.tokens, 512)
-    report = Report("compress_quality", config={key: str(value) for key, value in vars(arguments).items()})
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    report = Report("compress_quality", config=plain)
     report.config |= {"weights": "as named", "kv_cache": "float32", "lm_head": str(source.config.get("dtype"))}
 
     def add(name: str, folder: ModelFolder) -> None:

@@ -110,8 +110,7 @@ def main() -> None:
 
 def _make(source: ModelFolder, scratch: Path, arguments: argparse.Namespace, report: Report) -> dict[str, Path]:
     text = scratch / "text.txt"
-    words = WORDS.split()
-    text.write_text(" ".join(words[index * index % len(words)] for index in range(4 * arguments.length + 2000)))
+    text.write_text(" ".join(WORDS[index * index % len(WORDS)] for index in range(4 * arguments.length + 2000)))
     idle = run_measured([sys.executable, "-c", "import torch, transformers.models.qwen3"])[1]
     folders = {}
     for name, content in recipes(text, arguments.samples, arguments.length).items():

@@ -96,6 +96,11 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
     def needs_text(self) -> bool:
         return self.method in _CALIBRATED or self.activations == "static" or self.budget > 0
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether activations change the result, where there are any to look at."""
+        return self.needs_text or self.search or self.method == "kmeans" or self.kind == "codebook"
+
     def check(self) -> None:
         """What the types cannot say; ConfigError names the key."""
         if self.method == "kmeans" and self.kind == "float":
@@ -128,6 +133,10 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     @property
     def needs_text(self) -> bool:
         return self.method != "magnitude"
+
+    @property
+    def uses_text(self) -> bool:
+        return self.needs_text
 
     def check(self) -> None:
         if self.pattern and self.method not in ("magnitude", "wanda", "sparsegpt"):

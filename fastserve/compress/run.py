@@ -149,9 +149,9 @@ def _distill(
     return result
 
 
-def _batches(network: Network, step: Step, recipe: Recipe) -> list[Mapping[str, Tensor]]:
+def _batches(network: Network, step: Quantize | Prune, recipe: Recipe) -> list[Mapping[str, Tensor]]:
     settings = recipe.calibration
-    if not settings.text or (isinstance(step, Prune) and not step.needs_text):
+    if not settings.text or not step.uses_text:
         return []
     return calibration.batches(network.folder, calibration.windows(network.folder, settings), settings.batch_size)
 

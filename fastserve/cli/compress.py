@@ -76,8 +76,12 @@ def compress(
 def _show(as_json: bool, work: Callable[[Callable[[str, int, int], None]], ModelFolder]) -> None:
     from fastserve.compress.report import as_text
 
-    with _progress() as progress:
-        folder = work(progress)
+    try:
+        with _progress() as progress:
+            folder = work(progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     card = json.loads((folder.path / "fastserve.json").read_text(encoding="utf-8"))["compressed"]
     print(json.dumps(card) if as_json else as_text(folder, card))
 

@@ -30,8 +30,13 @@ def check(network: Network, step: Prune) -> None:
     blocks = (item for name in network.blocks for item in network.block(name).named_modules(prefix=name))
     if step.method != "layers" and (found := unsupported(blocks)):
         raise ConfigError(f"{found} holds a matrix but is no Linear; of this architecture only layers can be left out")
+    if step.method in ("heads", "kv-heads"):
+        for name in network.blocks:
+            structure.check_attention(network.block(name), name)
     if step.method == "heads":
         structure.HeadPlan.make(config, step.ratio)
+    elif step.method == "kv-heads":
+        structure.kept_kv_heads(config, step.ratio)
     elif step.method == "channels":
         for name in network.blocks:
             structure.feed_forward(name, network.linears(name))
@@ -77,6 +82,8 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
     config = network.folder.config
     if step.method == "heads":
         return dict(structure.HeadPlan.make(config, step.ratio).new_config())
+    if step.method == "kv-heads":
+        return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
         first = network.blocks[0]
         key = structure.feed_forward(first, network.linears(first)).key
@@ -96,6 +103,9 @@ def _prune_block(network: Network, visit: Visit, step: Prune) -> None:
     if step.method == "heads":
         plan = structure.HeadPlan.make(config, step.ratio)
         structure.prune_heads(visit.module, visit.block, linears, known[f"{visit.block}.self_attn.o_proj"], plan)
+        return
+    if step.method == "kv-heads":
+        structure.merge_kv_heads(visit.module, visit.block, linears, structure.kept_kv_heads(config, step.ratio))
         return
     is_2_of_4 = step.pattern == "2:4"
     for name, linear in linears.items():

@@ -119,20 +119,21 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     """Weights set to zero, or whole parts left out.
 
     Attributes:
-        method: magnitude, wanda or sparsegpt (single weights); channels, heads or layers (parts).
+        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts) or
+            kv-heads (keys and values of neighbouring heads become their mean).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "layers"] = "magnitude"
+    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers"] = "magnitude"
     ratio: Share = 0.5
     pattern: Literal["", "2:4"] = ""
     ignore: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
-        return self.method != "magnitude"
+        return self.method not in ("magnitude", "kv-heads")
 
     @property
     def uses_text(self) -> bool:

@@ -102,17 +102,22 @@ class HeadPlan:
         }
 
 
+def check_attention(block: nn.Module, name: str) -> None:
+    """ConfigError unless a block's attention is made as Llama's: matrices of their own, heads in groups."""
+    attention = getattr(block, "self_attn", None)
+    parts = [f"{role}_proj" for role in "qkvo"] + ["num_key_value_groups", "head_dim"]
+    if missing := [part for part in parts if not hasattr(attention, part)]:
+        raise ConfigError(
+            f"{name} has no self_attn.{missing[0]}; heads can be left out or merged in attention like Llama's alone. "
+            "Prune channels or layers instead"
+        )
+
+
 def prune_heads(
     module: nn.Module, block: str, linears: Mapping[str, nn.Linear], known: InputStatistics, plan: HeadPlan
 ) -> None:
-    """Keep the heads that do most; known: inputs of the output projection.
-
-    Raises:
-        ConfigError: the attention has other matrices than Llama's.
-    """
+    """Keep the heads that do most; known: inputs of the output projection."""
     names = {role: f"{block}.self_attn.{role}_proj" for role in "qkvo"}
-    if missing := [name for name in names.values() if name not in linears]:
-        raise ConfigError(f"{block} has no {missing[0]}; heads can be left out of attention with q, k, v and o alone")
     output = linears[names["o"]]
     effects = known.importance * output.weight.data.square().sum(0)
     by_head = effects.view(plan.num_groups, plan.group_size, plan.head_size).sum(-1)
@@ -126,6 +131,29 @@ def prune_heads(
         keep_rows(linears[names[role]], _rows_of(groups, plan.head_size))
     attention: Any = module.get_submodule("self_attn")
     attention.num_key_value_groups = plan.kept_in_group
+
+
+def kept_kv_heads(config: Mapping[str, Any], ratio: float) -> int:
+    """How many heads of keys and values stay, a divisor of how many there are; ConfigError when that is all."""
+    heads = config.get("num_key_value_heads")
+    if not heads or config.get("is_encoder_decoder"):
+        raise ConfigError("kv-heads can be merged where config.json has num_key_value_heads (Llama and its relatives)")
+    kept = max(count for count in range(1, heads + 1) if heads % count == 0 and count <= max(1, (1 - ratio) * heads))
+    if kept == heads:
+        raise ConfigError(f"there is one head of keys and values already; {ratio:.0%} of it cannot go")
+    return kept
+
+
+def merge_kv_heads(module: nn.Module, block: str, linears: Mapping[str, nn.Linear], kept: int) -> None:
+    """Keys and values of neighbouring heads become one, their mean (Ainslie et al., "GQA", 2023)."""
+    attention: Any = module.get_submodule("self_attn")
+    head_size = int(attention.head_dim)
+    for role in "kv":
+        name = f"{block}.self_attn.{role}_proj"
+        for values in linears[name].parameters(recurse=False):
+            merged = values.data.view(kept, -1, head_size, *values.shape[1:]).mean(1)
+            values.data = merged.reshape(kept * head_size, *values.shape[1:])
+        linears[name].out_features = kept * head_size
 
 
 def _rows_of(heads: Tensor, head_size: int) -> Tensor:

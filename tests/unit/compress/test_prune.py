@@ -98,8 +98,27 @@ def test_fewer_heads(models: dict[str, Path], text: Path, tmp_path: Path) -> Non
         after = logits(load_dense(folder), folder)
         assert torch.allclose(served_logits(folder.path)[-1], after[-1], atol=1e-3)
     for kind in ("bert", "t5"):
-        with pytest.raises(ConfigError, match="head_dim of its own"):
+        with pytest.raises(ConfigError, match="like Llama's alone"):
             compress(str(models[kind]), tmp_path / kind, recipe(text, {"do": "prune", "method": "heads"}))
+
+
+def test_merged_keys_and_values(text: Path, tmp_path: Path) -> None:
+    """Where two heads have the same keys and values already, one does as well."""
+    from safetensors.torch import load_file, save_file
+
+    source = folders.llama(tmp_path / "source", num_attention_heads=4, num_key_value_heads=4)
+    tensors = load_file(source / "model.safetensors")
+    for name, values in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = values.view(2, 2, 16, -1)
+            heads[:, 1] = heads[:, 0]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    step = {"do": "prune", "method": "kv-heads", "ratio": 0.5}
+    folder = compress(str(source), tmp_path / "out", recipe(None, step))
+    assert folder.config["num_key_value_heads"] == 2
+    assert torch.allclose(served_logits(source)[-1], served_logits(folder.path)[-1], atol=1e-3)
+    with pytest.raises(ConfigError, match=r"model\.decoder\.layers\.0 has no self_attn\.o_proj"):
+        compress(str(folders.FAMILIES["opt"](tmp_path / "opt")), tmp_path / "none", recipe(None, step))
 
 
 def test_the_layer_that_does_nothing_goes(text: Path, tmp_path: Path) -> None:

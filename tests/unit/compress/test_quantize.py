@@ -136,7 +136,11 @@ def test_a_walk_sees_what_a_forward_sees(models: dict[str, Path], kind: str) -> 
     with torch.no_grad():
         for batch in batches:
             whole(**batch)
-    seen = {visit.block: [first(output) for output in visit.outputs()] for visit in walk(network, batches)}
+    seen = {}
+    for visit in walk(network, batches):
+        seen[visit.block] = [first(output) for output in visit.outputs()]
+        filled = [name for name in network.blocks if not next(network.block(name).parameters()).is_meta]
+        assert filled == [visit.block]  # one block in memory
     assert list(seen) == network.blocks
     for name, outputs in seen.items():
         for mine, other in zip(outputs, expected[name], strict=True):

@@ -16,7 +16,7 @@ from fastserve.core.errors import ConfigError
 
 _SHRINKS = [1.0 - step / 20 for step in range(13)]  # factors on the widest range that a search tries
 _FLOAT8_MAX = 448.0
-_MOST_SEARCHED = 1 << 22  # weights whose ranges are searched at once
+_MOST_AT_ONCE = 1 << 22  # weights that are looked at together: what bounds the memory for large embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,13 @@ class Grid:
 
 def nearest(weight: Tensor, grid: Grid) -> Quantized:
     """weight [N, K], each value rounded to the nearest one of the grid."""
-    scales, zeros = grid.rows(weight.shape[1])
-    return grid.quantized(grid.indices(weight.float(), scales, zeros))
+    parts, step = [], max(1, _MOST_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        own = replace(grid, scales=grid.scales[rows], zeros=None if grid.zeros is None else grid.zeros[rows])
+        indices = own.indices(weight[rows].float(), *own.rows(weight.shape[1]))
+        parts.append(indices if grid.scheme.kind == "float" else indices.to(torch.uint8))
+    return grid.quantized(torch.cat(parts))
 
 
 def fit(
@@ -148,9 +153,8 @@ def fit(
     Args:
         importance: [K], a weight on each input's squared error, such as its mean square.
     """
-    weight = weight.float()
     if scheme.kind == "float":
-        top = weight.abs().amax(-1, keepdim=True)
+        top = weight.float().abs().amax(-1, keepdim=True)
         return Grid(scheme, _positive(top / _FLOAT8_MAX, scale_dtype))
     if scheme.group_size < 0:
         grid = fit(weight.reshape(1, -1), replace(scheme, group_size=0), scale_dtype, is_searched=is_searched)
@@ -159,9 +163,11 @@ def fit(
     group = scheme.group(weight.shape[1])
     assert weight.shape[1] % group == 0, "checked before work starts"
     importance = torch.ones(weight.shape[1]) if importance is None else importance.float()
-    step = max(1, _MOST_SEARCHED // weight.shape[1])
+    step = max(1, _MOST_AT_ONCE // weight.shape[1])
     parts = [
-        _fit_groups(rows.view(len(rows), -1, group), importance.view(-1, group), scheme, scale_dtype, is_searched)
+        _fit_groups(
+            rows.float().view(len(rows), -1, group), importance.view(-1, group), scheme, scale_dtype, is_searched
+        )
         for rows in weight.split(step)
     ]
     zeros = None if scheme.is_symmetric else torch.cat([part[1] for part in parts]).to(torch.uint8)

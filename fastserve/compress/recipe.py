@@ -144,6 +144,23 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
             raise ConfigError(f"pattern = {self.pattern!r} is for single weights: magnitude, wanda or sparsegpt")
 
 
+class Rotate(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="rotate"):
+    """The residual stream turned, so that no feature stands out; what the network computes stays the same.
+
+    Attributes:
+        seed: of the rotation.
+    """
+
+    seed: int = 0
+
+    @property
+    def needs_text(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Nothing to add to the types."""
+
+
 class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="distill"):
     """A model trained to answer as the original does: the result of the step before, or a smaller student.
 
@@ -190,7 +207,7 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
             raise ConfigError("distill: shape begins with random weights; leave out student and layers, or shape")
 
 
-Step = Quantize | Prune | Distill
+Step = Quantize | Prune | Rotate | Distill
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
@@ -234,4 +251,4 @@ def describe(step: Step) -> str:
     """A few words for people."""
     if isinstance(step, Quantize):
         return f"quantize {step.method} {step.kind}{step.bits}"
-    return f"prune {step.method}" if isinstance(step, Prune) else "distill"
+    return f"prune {step.method}" if isinstance(step, Prune) else type(step).__name__.lower()

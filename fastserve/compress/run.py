@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastserve import __version__
 from fastserve.checkpoint.folder import ModelFolder, read_json
-from fastserve.compress import calibration, distill, evaluate, mixed, prune, quantize, report, served
+from fastserve.compress import calibration, distill, evaluate, mixed, prune, quantize, report, rotate, served
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
-from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Step
+from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step
 from fastserve.core.errors import ConfigError
 
 REPORT_FILE = "report.html"
@@ -94,6 +94,8 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
             quantize.Plan.make(network, step)
         elif isinstance(step, Prune):
             prune.check(network, step)
+        elif isinstance(step, Rotate):
+            rotate.check(network)
         else:
             teacher = ModelFolder.open(step.teacher) if step.teacher else source
             distill.check(teacher, step, step.text or recipe.calibration.text)
@@ -110,6 +112,9 @@ def _run_step(
     if isinstance(step, Distill):
         return _distill(current, step, recipe, original, writer, plain, progress)
     network = Network(current)
+    if isinstance(step, Rotate):
+        changes = rotate.run(network, step, writer, progress)
+        return writer.finish({**current.config, **changes}, make_card(current, original, plain, {}))
     if isinstance(step, Prune):
         changes, found = prune.run(network, step, _batches(network, step, recipe), writer, progress)
         return writer.finish({**current.config, **changes}, make_card(current, original, plain, found))

@@ -14,7 +14,7 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.cli.main import app
 from fastserve.compress import search as search_module
 from fastserve.compress.evaluate import compare
-from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize
+from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate
 from fastserve.compress.report import front, page
 from fastserve.compress.search import search
 from fastserve.core.errors import ConfigError
@@ -81,9 +81,13 @@ def test_a_model_does_not_differ_from_itself(models: dict[str, Path], text: Path
 
 def test_every_key_and_flag_is_documented(repository: Path) -> None:
     page_text = (repository / "docs/compression.md").read_text(encoding="utf-8")
-    keys = {key for section in (Calibration, Evaluation, Quantize, Prune, Distill) for key in section.__struct_fields__}
+    keys = {
+        key
+        for section in (Calibration, Evaluation, Quantize, Prune, Rotate, Distill)
+        for key in section.__struct_fields__
+    }
     assert [key for key in sorted(keys) if not re.search(rf"`{key}`|^{key} = ", page_text, re.MULTILINE)] == []
-    flags = [flag for flag in re.findall(r"--[a-z-]+", runner.invoke(app, ["compress", "--help"]).output)]
+    flags = re.findall(r"--[a-z-]+", runner.invoke(app, ["compress", "--help"]).output)
     unknown = {"--help", "--symmetric"}
     assert [flag for flag in flags if flag not in page_text and flag not in unknown] == []
 

@@ -85,10 +85,20 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
     if step.method == "kv-heads":
         return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
-        first = network.blocks[0]
-        key = structure.feed_forward(first, network.linears(first)).key
-        return {key: structure.kept_channels(config, key, step.ratio)}
+        return {_channels_key(network): num_channels(network, step)}
     return {}
+
+
+def num_channels(network: Network, step: Prune) -> int:
+    """Channels of the feed-forwards that the step leaves; 0 when it is not about them."""
+    if step.method != "channels":
+        return 0
+    return structure.kept_channels(network.folder.config, _channels_key(network), step.ratio)
+
+
+def _channels_key(network: Network) -> str:
+    first = network.blocks[0]
+    return structure.feed_forward(first, network.linears(first)).key
 
 
 def _prune_block(network: Network, visit: Visit, step: Prune) -> None:

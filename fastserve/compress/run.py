@@ -89,11 +89,19 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
     if source.config.get("quantization_config"):
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
+    num_channels = 0  # that a step before leaves
     for step in recipe.steps:
         if isinstance(step, Quantize):
-            quantize.Plan.make(network, step)
+            plan = quantize.Plan.make(network, step)
+            group = next(iter(plan.schemes.values())).weights.group_size
+            if group > 0 and num_channels % group:
+                raise ConfigError(
+                    f"the steps before leave {num_channels} channels, which groups of {group} do not divide; choose "
+                    "another group_size (0: one scale per row) or another ratio"
+                )
         elif isinstance(step, Prune):
             prune.check(network, step)
+            num_channels = prune.num_channels(network, step) or num_channels
         elif isinstance(step, Rotate):
             rotate.check(network)
         else:

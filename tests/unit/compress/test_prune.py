@@ -158,6 +158,15 @@ def test_steps_in_a_row_go_on_where_they_stopped(models: dict[str, Path], text: 
     served_logits(again.path)
 
 
+def test_groups_that_no_longer_divide_are_refused_before_work(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    steps = [{"do": "prune", "method": "channels", "ratio": 0.25}, {"do": "quantize", "group_size": 64}]
+    with pytest.raises(ConfigError, match="leave 96 channels, which groups of 64"):
+        compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [

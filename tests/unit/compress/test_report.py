@@ -14,8 +14,9 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.cli.main import app
 from fastserve.compress import search as search_module
 from fastserve.compress.evaluate import compare
-from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate
-from fastserve.compress.report import front, page
+from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate, make_recipe
+from fastserve.compress.report import as_text, front, page
+from fastserve.compress.run import compress
 from fastserve.compress.search import search
 from fastserve.core.errors import ConfigError
 
@@ -77,6 +78,18 @@ def test_a_model_does_not_differ_from_itself(models: dict[str, Path], text: Path
     found = compare(folder, folder, Evaluation(str(text), tokens=200, length=40), lambda *_: None)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.same_top == 1 and found.increase == 0
     assert found.tokens == {"llama": 195, "t5": 100}.get(kind, found.tokens)
+
+
+def test_calibration_by_the_model_itself_and_speed(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"steps": [{"do": "quantize", "method": "gptq", "group_size": 32}]}
+    values["calibration"] = {"text": "generated", "samples": 3, "length": 24}
+    values["evaluation"] = {"text": str(text), "tokens": 400, "length": 40, "speed": True}
+    folders = [compress(str(models["llama"]), tmp_path / name, make_recipe(values)) for name in ("a", "b")]
+    first, second = ([file.read_bytes() for file in folder.shards] for folder in folders)
+    assert first == second
+    card = json.loads((folders[0].path / "fastserve.json").read_text())["compressed"]
+    assert all(min(pair.values()) > 0 for pair in card["speed"].values()) and len(card["speed"]) == 2
+    assert "decode, tokens/s" in as_text(folders[0], card)
 
 
 def test_every_key_and_flag_is_documented(repository: Path) -> None:

@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from peers import ENGINES, interpreter
 from precision import perplexity, windows
 from shared_data import shared_folder
 
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.compress.recipe import make_recipe
+from fastserve.compress.calibration import windows as calibration_windows
+from fastserve.compress.recipe import Calibration, make_recipe
 from fastserve.compress.run import compress
 
 _QUANTIZE: dict[str, dict[str, Any]] = {
@@ -60,8 +64,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"do": "distill", "steps": 300, "learning_rate": 3e-4},
     ],
 }
+# Of llm-compressor, when benchmarks/peers.py installed it: the same grid and the same windows as our method.
+PEER_METHODS = ("rtn", "gptq", "awq")
 SMOKE = ("rtn-int4-g128", "gptq-int4-g128")
 PEERS = ("llm-compressor", "gptqmodel", "llama.cpp")
+COMPRESSOR = ENGINES / "compress_llm_compressor.py"
 
 
 def bits_per_weight(folder: ModelFolder) -> float:
@@ -77,6 +84,15 @@ def bits_per_weight(folder: ModelFolder) -> float:
             stored += 8 * (info.end - info.start)
     weights = config["num_hidden_layers"] * (2 * size * head * (heads + groups) + 3 * size * inner)
     return stored / weights
+
+
+def by_llm_compressor(source: ModelFolder, method: str, settings: Calibration, scratch: Path) -> ModelFolder:
+    """The peer's folder, calibrated on the windows that ours were."""
+    ids, out = scratch / "ids.json", scratch / "out"
+    ids.write_text(json.dumps(calibration_windows(source, settings).tolist()))
+    command = [str(interpreter("llm-compressor")), str(COMPRESSOR), method, str(ids), str(source.path), str(out)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return ModelFolder.open(str(out))
 
 
 def main() -> None:
@@ -121,13 +137,16 @@ def main() -> None:
             recipe = make_recipe({"steps": VARIANTS[name], "calibration": calibration})
             add(name, compress(arguments.model, Path(scratch) / "out", recipe))
             report.metrics[f"seconds.{name}"] = rounded(time.perf_counter() - start, 3)
+    settings = Calibration(str(arguments.calibration), arguments.samples, arguments.length)
+    for method in PEER_METHODS if interpreter("llm-compressor") else ():
+        with tempfile.TemporaryDirectory() as scratch:
+            add(f"llm-compressor-{method}-int4-g128", by_llm_compressor(source, method, settings, Path(scratch)))
     for item in arguments.folder:
         name, _, path = item.partition("=")
         add(name, ModelFolder.open(path))
-    given = [item.partition("=")[0] for item in arguments.folder]
     for peer in PEERS:
-        if not any(name.startswith(peer) for name in given):
-            report.skipped[peer] = f"no folder of it was given (--folder {peer}-...=PATH)"
+        if not any(name.startswith(f"perplexity.{peer}") for name in report.metrics):
+            report.skipped[peer] = f"not installed, and no folder of it was given (--folder {peer}-...=PATH)"
     emit(report.as_dict())
 
 

@@ -80,7 +80,8 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
 
 
 def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> Iterator[tuple[str, torch.Tensor]]:
-    from fastserve.kernels.quant import QuantScheme, quantize
+    from fastserve.bench.rounding import quantize
+    from fastserve.kernels.quant import QuantScheme
 
     reader = source.weights
     levels: dict[str, torch.Tensor] = {}  # modules of one parent share a codebook, so that they can be merged

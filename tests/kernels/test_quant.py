@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastserve.bench.rounding import quantize
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.quant import QuantScheme, pack_words, quantize, quantize_activations, unpack_words
+from fastserve.kernels.quant import QuantScheme, pack_words, quantize_activations, unpack_words
 
 WEIGHT = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""What a quantised weight is: integers, scales and zero points, how they are turned to floats, and how words are packed.
+"""What a quantised weight is: integers, scales and zero points; turned back to floats, and packed into words.
 
 One form for every scheme: `values` are unsigned (0..255 or 0..15) and a weight is scale * (value - zero), or a
 codebook's entry times scale. Model folders have several layouts on disk; what reads one makes a `QuantizedWeight`, and

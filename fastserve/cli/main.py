@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, generate, info, serve
+from fastserve.cli import bench, chat, compress, generate, info, serve
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ for function, example in (
     (chat.chat, "fastserve chat ./my-model, or: fastserve chat --url http://127.0.0.1:8000"),
     (generate.generate, 'fastserve generate -p "Once upon a time" --max-tokens 50 --temperature 0'),
     (info.info, "fastserve info ./my-model --json"),
+    (compress.compress, "fastserve compress ./my-model --out ./my-model-int4 --method gptq --calibration stories.txt"),
 ):
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
 app.add_typer(bench.app, name="bench")

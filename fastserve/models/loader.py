@@ -77,6 +77,9 @@ def load_model(
         torch_device.type, torch_dtype, config.num_heads, config.num_kv_heads, config.head_size, block_size
     )
     chosen, lines = select.select(kernels, spec)
+    quantization = read_quantization(folder.config)
+    if quantization is not None and any(item.is_dense for item in quantization.formats):
+        report.append("quantised weights that no kernel has (8-bit floats, groups of 5 to 8 bits) are held as floats")
     model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device)
     return LoadedModel(model, chosen, [*report, *lines], linears)
 

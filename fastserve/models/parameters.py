@@ -206,7 +206,8 @@ class ParameterLoader:
         if role in self._transposed:
             raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
         self._used.update(name for name in self._reader.names_of(module) if not name.endswith(".bias"))
-        return read_quantized(self._reader, module, shape, layout)
+        weight = read_quantized(self._reader, module, shape, layout)
+        return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
     def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
         """How the module is quantised; None when it was left as it was, whatever the config says of others."""

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastserve.bench.rounding import quantize
 from fastserve.kernels.interface import PackedLinear
-from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize, quantize_activations
+from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize_activations
 from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastserve.core.sampling_params import SamplingParams
     from fastserve.core.structured_outputs import StructuredOutputs
     from fastserve.offline.llm import LLM
+    from fastserve.offline.pipeline import pipeline
 
 __version__ = "0.1.0"
 
@@ -23,9 +24,18 @@ _LAZY = {
     "StructuredOutputs": "fastserve.core.structured_outputs",
     "RequestOutput": "fastserve.core.outputs",
     "CompletionOutput": "fastserve.core.outputs",
+    "pipeline": "fastserve.offline.pipeline",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+    "pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The seam between a network and its memory: a model calls `attend`, a context decides what that reads and writes.
 
 `PagedContext` serves (keys and values live in paged caches); `VarlenContext` serves encoders (whole sequences, seen in
-both directions); `DenseContext` runs whole sequences without a cache, for tests and for measuring. Models get the context as an argument; nothing is global.
+both directions); `DenseContext` runs whole sequences without a cache, for tests and for measuring. Models get the
+context as an argument; nothing is global.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ class RaggedBatch:
             [position for ids in sequences for position in range(len(ids))],
             [kind for given in types for kind in given],
         )
-        return cls(*torch.tensor(rows, dtype=torch.int64, device=device).unbind(), starts)
+        token_ids, positions, kinds = torch.tensor(rows, dtype=torch.int64, device=device).unbind()
+        return cls(token_ids, positions, kinds, starts)
 
 
 class EncoderLayer:
@@ -143,7 +144,7 @@ class EncoderLayer:
 
         self._norms_first = config.norms_first
         has_norm = config.first_norm or not config.norms_first or layer > 0
-        self._attention_norm = norm("attention_norm") if has_norm else None
+        self._attention_norm: Any = norm("attention_norm") if has_norm else None
         self._attention = Attention(parameters, config.attention_shape(), layer, config.windows[layer])
         self._mlp = MLPS[config.mlp](parameters, config.mlp_shape(), layer)
         self._mlp_norm = norm("mlp_norm")
@@ -249,7 +250,7 @@ class Head:
             x = self._norm(x, kernels)
         if self._output is not None:
             return kernels.linear(self._output, x, is_wide=True)
-        assert isinstance(embedding, PackedLinear)
+        assert isinstance(embedding, PackedLinear) and self._output_bias is not None
         return kernels.linear(embedding, x, is_wide=True) + self._output_bias
 
 

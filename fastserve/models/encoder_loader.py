@@ -1,4 +1,4 @@
-"""From a model folder to an encoder ready to serve. The counterpart of `loader.py` for networks that do not generate."""
+"""From a model folder to an encoder ready to serve: the counterpart of `loader.py`, which is for what generates."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.arrays import ModelInfo
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
@@ -27,6 +28,7 @@ from fastserve.serve.admission import Admission
 from fastserve.serve.batches import BatchesApi, BatchRunner
 from fastserve.serve.completions import best_of, fill_in_prompt, without_text
 from fastserve.serve.docs import render_docs
+from fastserve.serve.encoders import Encoders
 from fastserve.serve.errors import ApiError
 from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
 from fastserve.serve.generation import Answer, Generation, Generator
@@ -81,6 +83,7 @@ class Api:
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
+        self.encoders = Encoders(client, self.generator.check_open, options.request_timeout)
         self._created = int(time.time())
 
     @property
@@ -91,9 +94,11 @@ class Api:
     def router(self) -> APIRouter:
         """The routes, in the order of the documentation."""
         router = APIRouter(default_response_class=Response)
-        router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
-        router.post("/v1/completions", summary="Continue a text")(self.completions)
-        self._responses.add_routes(router)
+        if self.client.generates:
+            router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
+            router.post("/v1/completions", summary="Continue a text")(self.completions)
+            self._responses.add_routes(router)
+        self.encoders.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
         router.get("/v1/models/{model:path}", summary="Describe a model")(self.model)
         router.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
@@ -181,11 +186,14 @@ class Api:
         )
 
     async def models(self) -> Response:
-        """The one model that is served."""
-        return _json({"object": "list", "data": [self._describe_model()]})
+        """The models that are served; the one that generates comes first."""
+        own = [self._describe_model()] if self.client.generates else []
+        return _json({"object": "list", "data": [*own, *map(self._describe_other, self.client.arrays.models.values())]})
 
     async def model(self, model: str) -> Response:
         """The model of this name."""
+        if model in self.client.arrays.models:
+            return _json(self._describe_other(self.client.arrays.models[model]))
         self.check_model(model)
         return _json(self._describe_model())
 
@@ -254,6 +262,10 @@ class Api:
             "owned_by": "fastserve",
             "max_model_len": None if ready is None else ready.max_model_len,
         }
+
+    def _describe_other(self, info: ModelInfo) -> dict[str, Any]:
+        described = {"id": info.name, "object": "model", "created": self._created, "owned_by": "fastserve"}
+        return {**described, "max_model_len": info.max_len or None, "kind": info.kind}
 
     def chat_sampling(self, body: GenerationBody, prompt: str, use: ToolUse | None = None) -> SamplingParams:
         """How the answer to a conversation is sampled: a form of it begins after the model's thoughts.

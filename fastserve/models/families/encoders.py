@@ -317,7 +317,7 @@ ENCODERS: dict[str, EncoderFamily] = {
 
 
 def find_encoder(architecture: str) -> tuple[EncoderFamily, str] | None:
-    """The family of a class name such as BertForQuestionAnswering, and its suffix; None for what is not in the table."""
+    """The family of a class name such as BertForQuestionAnswering, and its suffix; None if it has none."""
     for suffix in (*BARE, MASKED, QUESTION, SEQUENCE, TOKENS):
         family = ENCODERS.get(architecture.removesuffix(suffix))
         if family is not None and architecture.endswith(suffix) and (suffix in BARE or suffix in family.heads):

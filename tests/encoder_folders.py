@@ -51,6 +51,8 @@ def encoder(folder: Path, family: str, head: str = "Model", *, seed: int = 0, **
     import transformers
 
     fields = {**_COMMON, **_FAMILIES[family], **options}
+    if "id2label" in options:
+        del fields["num_labels"]
     if head == "ForQuestionAnswering":
         fields["num_labels"] = 2
     if family == "DistilBert":
@@ -69,17 +71,19 @@ def encoder(folder: Path, family: str, head: str = "Model", *, seed: int = 0, **
     return write_tokenizer(folder)
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A WordPiece tokenizer of at most VOCAB_SIZE tokens: BERT's normalisation, single and pair templates."""
+def write_tokenizer(folder: Path, texts: list[str] | None = None, vocab_size: int = VOCAB_SIZE) -> Path:
+    """A WordPiece tokenizer of at most so many tokens: BERT's normalisation, single and pair templates."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False)
-    tokenizer.train_from_iterator([*_CORPUS, "abcdefghijklmnopqrstuvwxyz 0123456789 , . : ? ! ' - \" ( )"], trainer)
-    assert tokenizer.get_vocab_size() <= VOCAB_SIZE
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(
+        texts or [*_CORPUS, "abcdefghijklmnopqrstuvwxyz 0123456789 , . : ? ! ' - \" ( )"], trainer
+    )
+    assert tokenizer.get_vocab_size() <= vocab_size
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
     )

@@ -116,8 +116,9 @@ class Tokenizer:
                 f"{max_length}; shorten it, or lower stride"
             )
         parts[-1].truncate(room, stride=stride)
-        whole = self._backend.post_process(parts[0], None if second is None else parts[-1])
-        return [whole, *whole.overflowing]
+        process = self._backend.post_process  # one by one: types of what overflows would be wrong (tokenizers 0.23)
+        windows = (parts[-1], *parts[-1].overflowing)
+        return [process(part) if second is None else process(parts[0], part) for part in windows]
 
     @property
     def has_subword_prefix(self) -> bool:

@@ -69,8 +69,8 @@ class PoolingRuntime:
             raise RequestError(f"{self.info.name} takes 1 to {self.info.max_len} tokens, not {len(ids)}", "input")
         if max(ids) >= self._vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self._vocab_size - 1}", "input")
-        num_types = self._model.config.num_types  # one without types has no use for them
-        if types and num_types and (len(types) != len(ids) or min(types) < 0 or max(types) >= num_types):
+        num_types = self._model.config.num_types  # a single one says nothing
+        if types and num_types > 1 and (len(types) != len(ids) or min(types) < 0 or max(types) >= num_types):
             raise RequestError(f"token types must be as many as tokens, between 0 and {num_types - 1}", "input")
         head = self._model.head_config
         if request.head == "scores" and head is None:
@@ -98,7 +98,7 @@ class PoolingRuntime:
         requests = self._take()
         batch = RaggedBatch.of(
             [request.input_ids for request in requests],
-            [request.type_ids if self._model.config.num_types else [] for request in requests],
+            [request.type_ids if self._model.config.num_types > 1 else [] for request in requests],
             self._model.device,
         )
         self.num_tokens += batch.starts[-1]

@@ -56,7 +56,7 @@ def _best(
     shares = softmax(row)
     among = np.arange(len(row)) if candidates is None else np.array(candidates)
     order = among[np.argsort(-shares[among], kind="stable")[:top_k]]
-    special = text.tokenizer.special_ids
+    shown = ids.count(ids[place]) > 1  # as transformers: the other masks are seen, and all special tokens with them
     results = []
     for token_id in map(int, order):
         filled = [*ids[:place], token_id, *ids[place + 1 :]]
@@ -65,7 +65,7 @@ def _best(
                 "score": float(shares[token_id]),
                 "token": token_id,
                 "token_str": text.tokenizer.decode([token_id], skip_special_tokens=False),
-                "sequence": text.tokenizer.decode([item for item in filled if item not in special]),
+                "sequence": text.tokenizer.decode(filled, skip_special_tokens=not shown),
             }
         )
     return results

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastserve.core.outputs import CompletionOutput, RequestOutput
     from fastserve.core.sampling_params import SamplingParams
     from fastserve.core.structured_outputs import StructuredOutputs
+    from fastserve.models.servable import Servable
     from fastserve.offline.llm import LLM
     from fastserve.offline.pipeline import pipeline
 
@@ -24,6 +25,7 @@ _LAZY = {
     "StructuredOutputs": "fastserve.core.structured_outputs",
     "RequestOutput": "fastserve.core.outputs",
     "CompletionOutput": "fastserve.core.outputs",
+    "Servable": "fastserve.models.servable",
     "pipeline": "fastserve.offline.pipeline",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
+    "Servable",
     "StructuredOutputs",
     "__version__",
     "pipeline",

@@ -36,6 +36,12 @@ ENCODER_TASKS = {
 }
 _GENERATING = ("LMHeadModel", "MTModel", "DoubleHeadsModel")
 TEXT_GENERATION = "text-generation"
+_SERVABLE = re.compile(r".+\.(onnx|pt2)|[^:]+:\w+")
+
+
+def is_servable(name: str) -> bool:
+    """Whether a model's name is a user's own network: FILE.onnx, FILE.pt2, FILE.py:object or package.module:object."""
+    return _SERVABLE.fullmatch(name) is not None
 
 
 class ModelFolder:

@@ -86,6 +86,11 @@ class Tokenizer:
             templates = (find_template(folder), find_template(folder, has_tools=True))
         return cls(_load_backend(folder), _special_tokens(folder), templates)
 
+    @classmethod
+    def without_model(cls) -> Self:
+        """One that knows no text, for a server without a model that reads any."""
+        return cls(tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, "")), {}, ("", ""))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the tokens that the model expects around it, unless told otherwise."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -6,9 +6,12 @@ frames; an array is its bytes. Text, labels and spans exist above the client onl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+from fastserve.core.errors import RequestError
 
 # What a PoolingRequest asks of an encoder: its head's scores, one vector for the text, or every token's hidden state.
 HEADS = ("scores", "embed", "hidden")
@@ -112,3 +115,27 @@ class ModelInfo(msgspec.Struct, frozen=True):
     report: str = ""
     inputs: dict[str, TensorSpec] = {}
     outputs: dict[str, TensorSpec] = {}
+
+
+def signature(specs: Mapping[str, TensorSpec]) -> str:
+    """Inputs or outputs for people, such as `age: float32[-1, 1], name: bytes[-1, 1]`."""
+    return ", ".join(f"{name}: {spec.dtype}{spec.shape}" for name, spec in specs.items())
+
+
+def check_inputs(info: ModelInfo, inputs: Mapping[str, Array]) -> None:
+    """Compare what a client sends with what the network takes.
+
+    Raises:
+        RequestError: wrong names, types or shapes; the message has the expected signature.
+    """
+    expected = f"{info.name} takes {signature(info.inputs)}"
+    for title, names in (("lacks", info.inputs.keys() - inputs), ("has unknown", inputs.keys() - info.inputs)):
+        if names:
+            raise RequestError(f"the request {title} {', '.join(sorted(names))}; {expected}", "inputs")
+    for name, spec in info.inputs.items():
+        given = inputs[name]
+        fits = len(given.shape) == len(spec.shape) and all(
+            wanted in (-1, size) for size, wanted in zip(given.shape, spec.shape, strict=False)
+        )
+        if given.dtype != spec.dtype or not fits:
+            raise RequestError(f"{name} is {given.dtype}{given.shape}; {expected}", name)

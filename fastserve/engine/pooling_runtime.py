@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.sentence import SentenceModules
-from fastserve.core.arrays import HEADS, Array, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec, PoolingRequest
+from fastserve.core.arrays import HEADS, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec, PoolingRequest
 from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import MemoryPlanError, RequestError
+from fastserve.engine.array_codec import from_numpy
 from fastserve.engine.memory import free_memory
 from fastserve.models.encoder import RaggedBatch
 from fastserve.models.encoder_loader import load_encoder
@@ -106,7 +106,7 @@ class PoolingRuntime:
         hidden = self._model.forward(batch)
         results = self._finish(requests[0].head, hidden, batch, requests)
         return [
-            ArrayOutput(request.request_id, {"": _as_array(result)})
+            ArrayOutput(request.request_id, {"": from_numpy(result.float().cpu().numpy())})
             for request, result in zip(requests, results, strict=True)
         ]
 
@@ -142,11 +142,6 @@ class PoolingRuntime:
         ]
         rows = torch.tensor([place for item in places for place in item], device=hidden.device)
         return list(self._model.scores(hidden, batch, rows).split([len(item) for item in places]))
-
-
-def _as_array(tensor: Tensor) -> Array:
-    values: np.ndarray = tensor.float().cpu().contiguous().numpy()
-    return Array("float32", list(values.shape), values.tobytes())
 
 
 def _check_memory(folder: ModelFolder, config: EngineConfig) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from fastserve.checkpoint.folder import is_servable
 from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import Request, TokenOutput
@@ -62,9 +63,10 @@ def load_runtime(spec: ModelSpec) -> Runtime:
     import torch
 
     from fastserve.engine.pooling_runtime import PoolingRuntime
+    from fastserve.engine.servable_runtime import ServableRuntime
 
     torch.set_num_threads(int(spec.options.get("num_threads") or 0) or len(os.sched_getaffinity(0)))
-    return PoolingRuntime(spec)
+    return ServableRuntime(spec) if is_servable(str(spec.options["model"])) else PoolingRuntime(spec)
 
 
 class Runtimes:

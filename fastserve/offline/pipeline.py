@@ -13,11 +13,12 @@ from typing import Any
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.arrays import ModelSpec, PoolingRequest
 from fastserve.core.errors import ConfigError, RequestError
+from fastserve.engine.array_codec import to_numpy
 from fastserve.offline.tasks.classification import classify, labelled
 from fastserve.offline.tasks.embeddings import embed
 from fastserve.offline.tasks.fill_mask import fill_mask
 from fastserve.offline.tasks.question_answering import AnswerRules, answer_question
-from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece, as_floats
+from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece
 from fastserve.offline.tasks.token_classification import find_entities
 
 # Other names of the tasks.
@@ -89,7 +90,7 @@ class EncoderPipeline:
             self._runtime.add(PoolingRequest(name, "", piece.input_ids, piece.type_ids, piece.head, piece.rows))
         while self._runtime.has_work():
             for output in self._runtime.step():
-                arrays[output.request_id] = as_floats(output.arrays[""])
+                arrays[output.request_id] = to_numpy(output.arrays[""])
         return job.finish([arrays[name] for name in names])
 
 

@@ -32,6 +32,7 @@ from fastserve.serve.encoders import Encoders
 from fastserve.serve.errors import ApiError
 from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
 from fastserve.serve.generation import Answer, Generation, Generator
+from fastserve.serve.kserve import KServe
 from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit
 from fastserve.serve.metrics import Metrics
 from fastserve.serve.openai import (
@@ -84,6 +85,13 @@ class Api:
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
         self.encoders = Encoders(client, self.generator.check_open, options.request_timeout)
+        self.kserve = KServe(
+            client,
+            self.generator.check_open,
+            self.encoders.forget,
+            options.model_repository,
+            options.request_timeout,
+        )
         self._created = int(time.time())
 
     @property
@@ -99,6 +107,7 @@ class Api:
             router.post("/v1/completions", summary="Continue a text")(self.completions)
             self._responses.add_routes(router)
         self.encoders.add_routes(router)
+        self.kserve.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
         router.get("/v1/models/{model:path}", summary="Describe a model")(self.model)
         router.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
@@ -315,6 +324,7 @@ class AppOptions:
     request_timeout: float = 0.0
     response_store_bytes: int = 64 * 1024 * 1024
     state_folder: str = ""
+    model_repository: str = ""
     max_state_bytes: int = 1024 * 1024 * 1024
     metrics_compat: str = "none"
     tool_call_format: str = "auto"

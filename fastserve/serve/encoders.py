@@ -17,13 +17,14 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.core.arrays import ArrayRequest, PoolingRequest
+from fastserve.core.arrays import ArrayOutput, ArrayRequest, PoolingRequest
+from fastserve.engine.array_codec import to_numpy
 from fastserve.engine.client import EngineClient
 from fastserve.offline.tasks.classification import classify, labelled, score_pairs
 from fastserve.offline.tasks.embeddings import embed
 from fastserve.offline.tasks.fill_mask import fill_mask
 from fastserve.offline.tasks.question_answering import AnswerRules, answer_question
-from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece, as_floats
+from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece
 from fastserve.offline.tasks.token_classification import find_entities
 from fastserve.serve.encoder_bodies import (
     ClassifyBody,
@@ -240,22 +241,31 @@ class Encoders:
             )
             for index, piece in enumerate(job.pieces)
         ]
-        self._client.check_count(len(requests))
-        try:
-            async with asyncio.timeout(self._max_seconds or None):
-                outputs = await while_connected(request.receive, self._client.run(requests))
-        except TimeoutError as error:
-            raise ApiError(
-                f"the answer was not ready within {self._max_seconds:g} s", 504, code="deadline_exceeded"
-            ) from error
-        except ClientGoneError as error:
-            raise ApiError("the client went away", _CLIENT_CLOSED_REQUEST) from error
-        arrays: list[Floats] = [as_floats(output.arrays[""]) for output in outputs]
+        outputs = await run_connected(self._client, request, requests, self._max_seconds)
+        arrays: list[Floats] = [to_numpy(output.arrays[""]) for output in outputs]
         usage = {"prompt_tokens": job.num_tokens, "total_tokens": job.num_tokens}
         return job.finish(arrays), usage
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
+
+
+async def run_connected(
+    client: EngineClient, request: Request, asked: list[ArrayRequest], max_seconds: float
+) -> list[ArrayOutput]:
+    """The engine's answers, while the one who asked is still there.
+
+    Raises:
+        ApiError: time is over, or the client went away.
+        FastServeError: see `EngineClient.run`.
+    """
+    try:
+        async with asyncio.timeout(max_seconds or None):
+            return await while_connected(request.receive, client.run(asked))
+    except TimeoutError as error:
+        raise ApiError(f"the answer was not ready within {max_seconds:g} s", 504, code="deadline_exceeded") from error
+    except ClientGoneError as error:
+        raise ApiError("the client went away", _CLIENT_CLOSED_REQUEST) from error
 
 
 def _embed(text: EncoderText, body: EmbeddingsBody) -> Job:

@@ -167,12 +167,13 @@ class _Server:
             def capture_signals(self) -> Iterator[None]:
                 yield
 
+        folder = self._models.folder
         app = create_app(
             client,
-            Tokenizer.load(self._models.folder, self._config.chat_template),
+            Tokenizer.load(folder, self._config.chat_template) if folder is not None else Tokenizer.without_model(),
             model_name=self._models.name,
             aliases=frozenset({self._config.model} - {""}) if self._models.generates else frozenset(),
-            defaults=sampling_defaults(self._models.folder),
+            defaults=sampling_defaults(folder) if folder is not None and self._models.generates else {},
             options=AppOptions(
                 keys=self._keys,
                 **{item.name: getattr(self._config, item.name) for item in fields(AppOptions) if item.name != "keys"},
@@ -258,6 +259,8 @@ class _Server:
         return [*([self._models.name] if self._models.generates else []), *(spec.name for spec in self._models.others)]
 
     def _curl(self, url: str, has_chat: bool) -> str:
+        if self._models.folder is None:
+            return f"curl -N {url}/v2/models/{self._models.name}"
         if not self._models.generates:
             path, ask = _FIRST_CALLS[self._models.folder.task]
         elif has_chat:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastserve.checkpoint.folder import TEXT_GENERATION, ModelFolder
+from fastserve.checkpoint.folder import TEXT_GENERATION, ModelFolder, is_servable
 from fastserve.core.arrays import ModelSpec
 from fastserve.core.config import EngineConfig, ServeConfig
 from fastserve.core.errors import ConfigError
@@ -22,13 +22,13 @@ class ServedModels:
 
     Attributes:
         engine: options of the model that generates, or the server's own when there is none.
-        folder, name: of the model that generates, or of the first.
+        folder, name: of the model that generates, or of the first; no folder when all are networks of the user's own.
         generates: whether there is one that does.
         others: those that do not.
     """
 
     engine: EngineConfig
-    folder: ModelFolder
+    folder: ModelFolder | None
     name: str
     generates: bool
     others: tuple[ModelSpec, ...] = ()
@@ -46,16 +46,19 @@ class ServedModels:
         if len(names) > len(given):
             raise ConfigError(f"name has {len(names)} names for {len(given)} models; give at most one for each")
         base = config.engine()
-        generator: tuple[EngineConfig, ModelFolder, str] | None = None
-        first: tuple[EngineConfig, ModelFolder, str] | None = None
+        generator: tuple[EngineConfig, ModelFolder | None, str] | None = None
+        first: tuple[EngineConfig, ModelFolder | None, str] | None = None
         others: list[ModelSpec] = []
         for index, text in enumerate(given):
             options, weight = _read(text)
-            folder = ModelFolder.open(options["model"])
-            name = names[index] if index < len(names) and names[index] else folder.name
-            settings = EngineConfig.from_options({**asdict(base), **options, "model": str(folder.path)})
-            first = first or (settings, folder, name)
-            if folder.task != TEXT_GENERATION:
+            folder = None if is_servable(options["model"]) else ModelFolder.open(options["model"])
+            own_name = Path(options["model"].partition(":")[0]).stem if folder is None else folder.name
+            name = names[index] if index < len(names) and names[index] else own_name
+            path = options["model"] if folder is None else str(folder.path)
+            settings = EngineConfig.from_options({**asdict(base), **options, "model": path})
+            if first is None or first[1] is None:
+                first = (settings, folder, name)
+            if folder is None or folder.task != TEXT_GENERATION:
                 others.append(ModelSpec(name, asdict(settings), weight))
             elif generator is None:
                 generator = (settings, folder, name)
@@ -83,7 +86,7 @@ def repository_spec(repository: str, name: str, base: EngineConfig, options: dic
     if not repository:
         raise ConfigError("this server loads no models while it runs; start it with --model-repository FOLDER")
     folder = Path(repository) / name
-    if Path(name).name != name or not folder.is_dir():
+    if name in ("", ".", "..") or Path(name).name != name or not folder.is_dir():
         raise ConfigError(f"the model repository has no folder {name!r}")
     weight = _weight(options.pop("weight", 1.0))
     opened = ModelFolder.open(str(folder))

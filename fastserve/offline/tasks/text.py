@@ -12,7 +12,6 @@ import tokenizers
 from fastserve.checkpoint.folder import ModelFolder, read_json
 from fastserve.checkpoint.sentence import SentenceModules
 from fastserve.checkpoint.tokenizer import Tokenizer
-from fastserve.core.arrays import Array
 from fastserve.core.errors import RequestError
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -100,12 +99,6 @@ def piece(encoding: tokenizers.Encoding, head: str = "scores", rows: list[int] |
     """An encoding as a piece; types are left out where all are 0."""
     types = list(encoding.type_ids)
     return Piece(list(encoding.ids), types if any(types) else [], head, rows or [])
-
-
-def as_floats(array: Array) -> Floats:
-    """An array of the engine's as numpy's."""
-    assert array.dtype == "float32"
-    return np.frombuffer(array.data, dtype=np.float32).reshape(array.shape)
 
 
 def softmax(scores: Floats) -> Floats:

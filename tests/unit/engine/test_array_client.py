@@ -1,4 +1,4 @@
-"""Requests that are answered once, across answers, refusals, deaths of the engine, cancelling, loading and unloading."""
+"""Requests that are answered once: answers, refusals, deaths of the engine, cancelling, loading and unloading."""
 
 from __future__ import annotations
 

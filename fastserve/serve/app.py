@@ -25,6 +25,7 @@ from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
 from fastserve.serve.admission import Admission
+from fastserve.serve.array_requests import ArrayRequests
 from fastserve.serve.batches import BatchesApi, BatchRunner
 from fastserve.serve.completions import best_of, fill_in_prompt, without_text
 from fastserve.serve.docs import render_docs
@@ -84,14 +85,9 @@ class Api:
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
-        self.encoders = Encoders(client, self.generator.check_open, options.request_timeout)
-        self.kserve = KServe(
-            client,
-            self.generator.check_open,
-            self.encoders.forget,
-            options.model_repository,
-            options.request_timeout,
-        )
+        requests = ArrayRequests(client, admission, self.generator.check_open, options.request_timeout)
+        self.encoders = Encoders(requests)
+        self.kserve = KServe(requests, self.encoders.forget, options.model_repository)
         self._created = int(time.time())
 
     @property

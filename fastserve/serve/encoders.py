@@ -17,15 +17,15 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, PoolingRequest
+from fastserve.core.arrays import ArrayRequest, PoolingRequest
 from fastserve.engine.array_codec import to_numpy
-from fastserve.engine.client import EngineClient
 from fastserve.offline.tasks.classification import classify, labelled, score_pairs
 from fastserve.offline.tasks.embeddings import embed
 from fastserve.offline.tasks.fill_mask import fill_mask
 from fastserve.offline.tasks.question_answering import AnswerRules, answer_question
 from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece
 from fastserve.offline.tasks.token_classification import find_entities
+from fastserve.serve.array_requests import ArrayRequests
 from fastserve.serve.encoder_bodies import (
     ClassifyBody,
     EmbeddingsBody,
@@ -39,10 +39,8 @@ from fastserve.serve.encoder_bodies import (
     pairs,
 )
 from fastserve.serve.errors import ApiError
-from fastserve.serve.stream import ClientGoneError, while_connected
 from fastserve.serve.tenants import tenant_of
 
-_CLIENT_CLOSED_REQUEST = 499
 _LONG_TEXT = 20_000  # characters; what is longer is tokenised in a thread
 _EMBEDDING = ("feature-extraction", "fill-mask")
 
@@ -51,15 +49,12 @@ class Encoders:
     """The encoders of a server.
 
     Args:
-        client: the engine.
-        check_open: raises ApiError while nothing can be taken.
-        max_seconds: longest time for any request; 0 is no limit.
+        requests: the way to the engine.
     """
 
-    def __init__(self, client: EngineClient, check_open: Callable[[], None], max_seconds: float = 0.0) -> None:
-        self._client = client
-        self._check_open = check_open
-        self._max_seconds = max_seconds
+    def __init__(self, requests: ArrayRequests) -> None:
+        self._requests = requests
+        self._arrays = requests.client.arrays
         self._texts: dict[str, EncoderText] = {}
 
     def add_routes(self, router: APIRouter) -> None:
@@ -197,8 +192,8 @@ class Encoders:
         self, name: str | None, *tasks: str, any_task: bool = False, text_for: str = ""
     ) -> tuple[str, EncoderText]:
         """The model of this name, or the first for one of `tasks` (any, without tasks or with any_task)."""
-        self._check_open()
-        models = [info.name for info in self._client.arrays.models.values() if info.kind == "encoder"]
+        self._requests.check_open()
+        models = [info.name for info in self._arrays.models.values() if info.kind == "encoder"]
         if name is not None and name not in models:
             listed = f"its encoders are {', '.join(map(repr, models))}" if models else "it has no encoders"
             raise ApiError(f"there is no encoder {name!r} here; {listed}", 404, param="model", code="model_not_found")
@@ -214,8 +209,8 @@ class Encoders:
         raise ApiError(f"this server has no model for {wanted}", 404, param="model", code="model_not_found")
 
     def _open(self, name: str) -> EncoderText:
-        folder = str(self._client.arrays.specs[name].options["model"])
-        return EncoderText(ModelFolder.open(folder), self._client.arrays.models[name].max_len)
+        folder = str(self._arrays.specs[name].options["model"])
+        return EncoderText(ModelFolder.open(folder), self._arrays.models[name].max_len)
 
     def forget(self, name: str) -> None:
         """`name` was unloaded."""
@@ -241,31 +236,13 @@ class Encoders:
             )
             for index, piece in enumerate(job.pieces)
         ]
-        outputs = await run_connected(self._client, request, requests, self._max_seconds)
+        outputs = await self._requests.run(request, requests, job.num_tokens)
         arrays: list[Floats] = [to_numpy(output.arrays[""]) for output in outputs]
         usage = {"prompt_tokens": job.num_tokens, "total_tokens": job.num_tokens}
         return job.finish(arrays), usage
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
-
-
-async def run_connected(
-    client: EngineClient, request: Request, asked: list[ArrayRequest], max_seconds: float
-) -> list[ArrayOutput]:
-    """The engine's answers, while the one who asked is still there.
-
-    Raises:
-        ApiError: time is over, or the client went away.
-        FastServeError: see `EngineClient.run`.
-    """
-    try:
-        async with asyncio.timeout(max_seconds or None):
-            return await while_connected(request.receive, client.run(asked))
-    except TimeoutError as error:
-        raise ApiError(f"the answer was not ready within {max_seconds:g} s", 504, code="deadline_exceeded") from error
-    except ClientGoneError as error:
-        raise ApiError("the client went away", _CLIENT_CLOSED_REQUEST) from error
 
 
 def _embed(text: EncoderText, body: EmbeddingsBody) -> Job:

@@ -21,8 +21,8 @@ from fastserve.core.arrays import Array, ArrayRequest, ModelInfo, TensorRequest,
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import FastServeError, RequestError
 from fastserve.engine.array_codec import join_bytes, split_bytes
-from fastserve.engine.client import EngineClient, EngineState
-from fastserve.serve.encoders import run_connected
+from fastserve.engine.client import EngineState
+from fastserve.serve.array_requests import ArrayRequests
 from fastserve.serve.errors import ApiError, as_api_error
 from fastserve.serve.models import repository_spec
 from fastserve.serve.tenants import tenant_of
@@ -70,26 +70,16 @@ class KServe:
     """The endpoints below /v2.
 
     Args:
-        client: the engine.
-        check_open: raises ApiError while nothing can be taken.
+        requests: the way to the engine.
         on_unload: told the name of a model that is no more.
         repository: folder that models may be loaded from; "": none.
-        max_seconds: longest time for any request; 0 is no limit.
     """
 
-    def __init__(
-        self,
-        client: EngineClient,
-        check_open: Callable[[], None],
-        on_unload: Callable[[str], None],
-        repository: str,
-        max_seconds: float = 0.0,
-    ) -> None:
-        self._client = client
-        self._check_open = check_open
+    def __init__(self, requests: ArrayRequests, on_unload: Callable[[str], None], repository: str) -> None:
+        self._requests = requests
+        self._client = requests.client
         self._on_unload = on_unload
         self._repository = repository
-        self._max_seconds = max_seconds
 
     def add_routes(self, router: APIRouter) -> None:
         """The routes, in the order of the protocol."""
@@ -131,7 +121,7 @@ class KServe:
 
     async def infer(self, request: Request) -> Response:
         """One request; it may be joined with others of its time."""
-        self._check_open()
+        self._requests.check_open()
         info = self._info(request)
         if info.kind != "tensors":
             raise ApiError(f"{info.name} takes text, not tensors; see /docs for its endpoint", 400)
@@ -146,7 +136,7 @@ class KServe:
         asked: list[ArrayRequest] = [
             TensorRequest(name, info.name, arrays, time.monotonic(), tenant=tenant_of(request))
         ]
-        [output] = await run_connected(self._client, request, asked, self._max_seconds)
+        [output] = await self._requests.run(request, asked, cost=0)
         wishes = {wish.name: wish.parameters for wish in body.outputs}
         all_binary = body.parameters.get("binary_data_output") is True
         binary = {item for item in names if wishes.get(item, {}).get("binary_data", all_binary) is True}
@@ -159,7 +149,7 @@ class KServe:
 
     async def load(self, request: Request) -> Response:
         """Load a folder of the model repository by its name; `parameters.config` is JSON of engine options."""
-        self._check_open()
+        self._requests.check_open()
         parameters = (msgspec.json.decode(await request.body() or b"{}", type=dict[str, Any])).get("parameters") or {}
         options = msgspec.json.decode(parameters.get("config") or "{}", type=dict[str, Any])
         base: EngineConfig = self._client.config

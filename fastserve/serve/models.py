@@ -60,6 +60,8 @@ class ServedModels:
                 first = (settings, folder, name)
             if folder is None or folder.task != TEXT_GENERATION:
                 others.append(ModelSpec(name, asdict(settings), weight))
+            elif weight != 1.0:
+                raise ConfigError(f"{name} generates text, and its weight is 1; give the other models theirs by it")
             elif generator is None:
                 generator = (settings, folder, name)
             else:

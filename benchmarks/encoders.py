@@ -30,6 +30,7 @@ from shared_data import shared_folder
 
 from fastserve.bench import random_model
 from fastserve.bench.report import Report, emit, rounded
+from fastserve.core.cache import cache_folder
 
 WORKER = Path(__file__).resolve().parent / "peer_engines" / "run_encoder.py"
 BATCH_SIZES = (4, 8, 32)
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if reason:
                     report.skipped[f"{name}.{precision}"] = reason
                     continue
-                onnx = random_model.cache_folder() / "onnx" / "bert-base.onnx"
+                onnx = cache_folder() / "onnx" / "bert-base.onnx"
                 model = folder
                 if not name.startswith("transformers"):
                     raw, fused = export_onnx(folder, onnx)

@@ -11,7 +11,7 @@ from fastserve.core.config import EngineConfig, ServeConfig
 
 Models = Annotated[
     list[str] | None,
-    typer.Argument(help="Model folders or hub ids; the built-in model without any.", metavar="[MODEL]..."),
+    typer.Argument(help="Model folders or hub ids; the built-in model without any.", metavar="MODEL"),
 ]
 
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from fastserve.core.outputs import CompletionOutput, RequestOutput
     from fastserve.core.sampling_params import SamplingParams
     from fastserve.core.structured_outputs import StructuredOutputs
+    from fastserve.models.servable import Servable
     from fastserve.offline.llm import LLM
+    from fastserve.offline.pipeline import pipeline
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,20 @@ _LAZY = {
     "StructuredOutputs": "fastserve.core.structured_outputs",
     "RequestOutput": "fastserve.core.outputs",
     "CompletionOutput": "fastserve.core.outputs",
+    "Servable": "fastserve.models.servable",
+    "pipeline": "fastserve.offline.pipeline",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "Servable",
+    "StructuredOutputs",
+    "__version__",
+    "pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

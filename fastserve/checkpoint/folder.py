@@ -26,6 +26,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 _HUB_SKIPPED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "metal/*"]
 
+# Networks that score or embed whole texts: the end of the class's name -> what they are for, as transformers calls it.
+ENCODER_TASKS = {
+    "ForQuestionAnswering": "question-answering",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "feature-extraction",
+    "Model": "feature-extraction",
+}
+_GENERATING = ("LMHeadModel", "MTModel", "DoubleHeadsModel")
+TEXT_GENERATION = "text-generation"
+_SERVABLE = re.compile(r".+\.(onnx|pt2)|[^:]+:\w+")
+
+
+def is_servable(name: str) -> bool:
+    """Whether a model's name is a user's own network: FILE.onnx, FILE.pt2, FILE.py:object or package.module:object."""
+    return _SERVABLE.fullmatch(name) is not None
+
 
 class ModelFolder:
     """One model folder; use `ModelFolder.open`.
@@ -101,6 +119,13 @@ class ModelFolder:
         """The network's class name in transformers, such as LlamaForCausalLM; "" when the config names none."""
         names = self.config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else ""
+
+    @property
+    def task(self) -> str:
+        """What the network is for: one of ENCODER_TASKS' values, else text-generation."""
+        name = self.architecture
+        found = (task for suffix, task in ENCODER_TASKS.items() if name.endswith(suffix))
+        return TEXT_GENERATION if name.endswith(_GENERATING) else next(found, TEXT_GENERATION)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -86,9 +86,49 @@ class Tokenizer:
             templates = (find_template(folder), find_template(folder, has_tools=True))
         return cls(_load_backend(folder), _special_tokens(folder), templates)
 
+    @classmethod
+    def without_model(cls) -> Self:
+        """One that knows no text, for a server without a model that reads any."""
+        return cls(tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, "")), {}, ("", ""))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the tokens that the model expects around it, unless told otherwise."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_parts(
+        self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0
+    ) -> list[tokenizers.Encoding]:
+        """A text or a pair as an encoder takes it, with special tokens, types and places of the characters.
+
+        Args:
+            max_length: a longer input becomes several, of which each has at most this many tokens and another part of
+                the last text; 0: never.
+            stride: tokens that such parts have in common.
+
+        Raises:
+            RequestError: no room for the last text beside the first one.
+        """
+        for text in (first, second or ""):
+            check_unicode(text)
+        if not max_length:
+            return [self._backend.encode(first, second)]
+        parts = [self._backend.encode(text, add_special_tokens=False) for text in (first, second) if text is not None]
+        room = max_length - self._backend.num_special_tokens_to_add(is_pair=second is not None)
+        room -= sum(len(part) for part in parts[:-1])
+        if room <= stride:
+            raise RequestError(
+                f"{len(parts[0])} tokens of the first text leave no room for more than {stride} of the second within "
+                f"{max_length}; shorten it, or lower stride"
+            )
+        parts[-1].truncate(room, stride=stride)
+        process = self._backend.post_process  # one by one: types of what overflows would be wrong (tokenizers 0.23)
+        windows = (parts[-1], *parts[-1].overflowing)
+        return [process(part) if second is None else process(parts[0], part) for part in windows]
+
+    @property
+    def has_subword_prefix(self) -> bool:
+        """Whether tokens within a word are marked, such as ##ing."""
+        return bool(getattr(self._backend.model, "continuing_subword_prefix", None))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Ids without a token have no text."""
@@ -174,6 +214,14 @@ class Tokenizer:
         for old, new in rules.replacements:
             token = token.replace(old, new)
         return str(token).encode()
+
+
+def check_unicode(text: str) -> None:
+    """Raise RequestError for half of a surrogate pair, which JSON can write and no text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text is not valid Unicode at character {error.start}", "prompt") from error
 
 
 def strip_start(text: str, num_stripped: int) -> str:

@@ -212,7 +212,10 @@ class ServeConfig(EngineConfig):
 
     Attributes:
         host, port: where to listen; loopback unless you choose otherwise. Port 0 takes a free one.
-        name: model name that clients use; the folder's name when empty.
+        name: model name that clients use; the folder's name when empty. Of several models, names with commas between.
+        more_models: further models, with commas between: encoders and other networks that do not generate, as FOLDER or
+            FOLDER?option=value&... with options of the engine and weight (its share of step time, 1 by default).
+        model_repository: folder whose subfolders clients may load and unload as models while the server runs.
         api_key: key that clients must send; from FASTSERVE_API_KEY or api_key_file only, never from a flag.
         api_key_file: file with a key per line, as KEY or TENANT KEY.
         chat_template: file with a jinja2 chat template, in place of the model's own.
@@ -236,6 +239,8 @@ class ServeConfig(EngineConfig):
     host: str = "127.0.0.1"
     port: int = 8000
     name: str = ""
+    more_models: str = ""
+    model_repository: str = ""
     api_key: str = ""
     api_key_file: str = ""
     chat_template: str = ""

@@ -60,3 +60,11 @@ class EngineDeadError(FastServeError):
     """The engine process died or is being restarted (HTTP 503)."""
 
     http_status = 503
+
+
+def rebuild(kind: str, message: str) -> FastServeError:
+    """An error that another process told of by its class's name; one that is not ours is an EngineDeadError."""
+    known = globals().get(kind)
+    if isinstance(known, type) and issubclass(known, FastServeError):
+        return known(message)
+    return EngineDeadError(f"the engine failed: {message}")

@@ -14,29 +14,33 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 import msgspec
 
 from fastserve.core import errors
+from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelSpec
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import EngineDeadError, FastServeError, QueueFullError, RequestError
 from fastserve.core.request import Request
+from fastserve.engine.array_client import ArrayClient
 from fastserve.engine.link import EngineLink, default_command, describe_status
 from fastserve.engine.messages import (
     Abort,
     Add,
+    Answers,
     Configure,
     Done,
     EngineStats,
-    Failed,
     FromEngine,
     LoadAdapter,
+    Loaded,
     Outputs,
     Ready,
     ResizeCache,
     Shutdown,
+    ToEngine,
     UnloadAdapter,
 )
 from fastserve.engine.token_stream import TokenStream
@@ -98,6 +102,8 @@ class EngineClient:
         stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
         num_restarts: times that the process was started again.
         ready: limits and memory report of the engine, from the first time it was ready.
+        arrays: the models that do not generate, and requests for them.
+        generates: whether there is a model that does, whose options are `config`.
     """
 
     def __init__(
@@ -107,6 +113,8 @@ class EngineClient:
         command: Sequence[str] | None = None,
         stall_timeout: float = 60.0,
         restarts: RestartPolicy | None = None,
+        models: Iterable[ModelSpec] = (),
+        generates: bool = True,
     ) -> None:
         """
         Args:
@@ -114,6 +122,8 @@ class EngineClient:
             command: program of the engine process; it gets the socket's number as its last argument.
             stall_timeout: seconds without a sign of life after which a ready engine is killed and restarted.
             restarts: when to try again after a death.
+            models: the models that do not generate.
+            generates: whether there is one that does.
         """
         self.state = EngineState.STARTING
         self.stats = EngineStats()
@@ -123,6 +133,8 @@ class EngineClient:
         self._command = list(command or default_command())
         self._stall_timeout = stall_timeout
         self._restarts = restarts or RestartPolicy()
+        self.arrays = ArrayClient(models, self._send_frame, self._restarts.max_deaths_per_request)
+        self.generates = generates
         self._live: dict[str, _Live] = {}
         self._asked: deque[tuple[LoadAdapter | UnloadAdapter, asyncio.Future[None]]] = deque()
         self._finish_times: deque[float] = deque(maxlen=1000)
@@ -166,6 +178,17 @@ class EngineClient:
             stream.close()  # one that cannot be encoded must not leave the others behind
             raise
         return stream
+
+    async def run(self, requests: list[ArrayRequest]) -> list[ArrayOutput]:
+        """Answers of models that do not generate, in the order of the requests.
+
+        Raises:
+            RequestError: one cannot be served as asked, or there are more than can ever be here at once.
+            QueueFullError: too many requests wait already.
+            EngineDeadError: the engine died too often, or is being closed.
+        """
+        self._admit(len(requests))
+        return await self.arrays.run(requests)
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop these requests; ids that have finished are ignored."""
@@ -236,6 +259,7 @@ class EngineClient:
         self.abort(list(self._live))
         for live in ended:
             live.stream.fail(error)
+        self.arrays.fail_all(error)
 
     async def close(self) -> None:
         """End the engine process. Streams that still run end with EngineDeadError."""
@@ -274,12 +298,12 @@ class EngineClient:
     @property
     def num_live(self) -> int:
         """Requests that have not finished, wherever they are."""
-        return len(self._live)
+        return len(self._live) + self.arrays.num_live
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not had a token."""
-        return sum(not live.has_token for live in self._live.values())
+        """Requests that have not had a token or an answer."""
+        return sum(not live.has_token for live in self._live.values()) + self.arrays.num_live
 
     @property
     def capacity(self) -> int:
@@ -302,7 +326,7 @@ class EngineClient:
         self.check_count(count)
         waiting = self.num_waiting
         # What fits into the running batch does not wait.
-        free = max(0, self.config.max_batch_sequences - (len(self._live) - waiting))
+        free = max(0, self.config.max_batch_sequences - (self.num_live - waiting))
         if waiting + count > free + self.config.max_waiting:
             raise QueueFullError(
                 f"{waiting} requests are waiting, which is as many as may (max_waiting={self.config.max_waiting}); "
@@ -326,6 +350,13 @@ class EngineClient:
         assert self._link is not None
         self._link.send(Add(live.request))
         live.is_sent = True
+
+    def _send_frame(self, message: ToEngine) -> bool:
+        """Send to a ready engine; False when there is none."""
+        if self.state is not EngineState.READY or self._link is None:
+            return False
+        self._link.send(message)
+        return True
 
     # The life of the process
 
@@ -379,7 +410,8 @@ class EngineClient:
         watchdog = asyncio.create_task(self._watch(link), name="engine watchdog")
         reason = ""
         try:
-            link.send(Configure(dataclasses.asdict(self.config)))
+            models = list(self.arrays.specs.values())
+            link.send(Configure(dataclasses.asdict(self.config), models, self.generates))
             while True:
                 self._receive(await link.receive())
         except (EOFError, OSError):
@@ -405,12 +437,14 @@ class EngineClient:
                     del self._live[output.request_id]
                     self._finish_times.append(time.monotonic())
                 live.stream.push(output)
+        elif isinstance(message, Answers | Loaded):
+            self.arrays.take(message)
         elif isinstance(message, Ready):
             self._on_ready(message)
         elif isinstance(message, Done):
             self._on_done(message)
         else:
-            self._failure = _rebuild_error(message)
+            self._failure = errors.rebuild(message.kind, message.message)
 
     def _on_ready(self, message: Ready) -> None:
         assert self._started is not None
@@ -421,6 +455,7 @@ class EngineClient:
         self._ready_since = time.monotonic()
         for live in self._live.values():
             self._send(live)
+        self.arrays.on_ready(message)
         if not self._started.done():
             self._started.set_result(None)
 
@@ -434,6 +469,7 @@ class EngineClient:
             _, answer = self._asked.popleft()
             if not answer.done():
                 answer.set_exception(EngineDeadError("the engine died meanwhile; try again when /ready says so"))
+        self.arrays.on_death()
         for request_id, live in list(self._live.items()):
             if request_id not in self._live:
                 continue  # stopped with another one of its group
@@ -472,10 +508,3 @@ def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
     return msgspec.structs.replace(
         present, **{name: getattr(past, name) + getattr(present, name) for name in _COUNTERS}
     )
-
-
-def _rebuild_error(message: Failed) -> FastServeError:
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, FastServeError):
-        return kind(message.message)
-    return EngineDeadError(f"the engine failed: {message.message}")

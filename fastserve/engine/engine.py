@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import torch
 
-from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.folder import TEXT_GENERATION, ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import ConfigError, FastServeError, RequestError
+from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.adapters import Adapters
 from fastserve.engine.executor import Executor, LocalExecutor
@@ -266,6 +266,10 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         CheckpointError, ConfigError, MemoryPlanError: see `Engine`.
     """
     folder = ModelFolder.open(config.model)
+    if folder.task != TEXT_GENERATION:
+        raise CheckpointError(
+            f"{folder.path} is for {folder.task}, not for generating text: use fastserve.pipeline, or fastserve serve"
+        )
     loaded = load_model(
         folder,
         dtype=config.dtype,

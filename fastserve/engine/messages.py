@@ -10,6 +10,7 @@ import struct
 
 import msgspec
 
+from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.request import Request, TokenOutput
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -17,15 +18,38 @@ HEADER = struct.Struct("<I")
 
 
 class Configure(msgspec.Struct, tag=True):
-    """API -> engine, first frame: EngineConfig as a mapping."""
+    """API -> engine, first frame: EngineConfig as a mapping, and the models that do not generate.
+
+    generates: whether the options are those of a model that does.
+    """
 
     options: dict[str, object]
+    models: list[ModelSpec] = []
+    generates: bool = True
 
 
 class Add(msgspec.Struct, tag=True):
     """API -> engine: start this request."""
 
     request: Request
+
+
+class Run(msgspec.Struct, tag=True):
+    """API -> engine: start this request, which is answered once."""
+
+    request: ArrayRequest
+
+
+class Load(msgspec.Struct, tag=True):
+    """API -> engine: load a further model that does not generate. `Loaded` answers."""
+
+    model: ModelSpec
+
+
+class Unload(msgspec.Struct, tag=True):
+    """API -> engine: forget a model; requests that wait for it are not answered."""
+
+    name: str
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -99,11 +123,30 @@ class EngineStats(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Engine -> API: the model is loaded. `max_model_len` in tokens; `report` is the memory plan for people."""
+    """Engine -> API: the models are loaded. `max_model_len` in tokens; `report` is the memory plan for people.
+
+    models: those that do not generate.
+    """
 
     max_model_len: int
     vocab_size: int
     report: str
+    models: list[ModelInfo] = []
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """Engine -> API: a further model is loaded, or why not; `kind` is the error class's name."""
+
+    name: str
+    info: ModelInfo | None = None
+    error: str = ""
+    kind: str = ""
+
+
+class Answers(msgspec.Struct, tag=True):
+    """Engine -> API: answers to requests that are answered once."""
+
+    outputs: list[ArrayOutput]
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -120,8 +163,8 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
-FromEngine = Ready | Outputs | Done | Failed
+ToEngine = Configure | Add | Run | Load | Unload | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
+FromEngine = Ready | Outputs | Answers | Loaded | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -17,56 +17,43 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
+from fastserve.core.arrays import ArrayOutput
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import FastServeError
 from fastserve.core.logs import configure_logging
-from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
+from fastserve.core.request import FINISH_ERROR, TokenOutput
 from fastserve.engine.messages import (
     HEADER,
     MAX_FRAME_BYTES,
     Abort,
     Add,
+    Answers,
     Configure,
     Done,
-    EngineStats,
     Failed,
     FromEngine,
+    Load,
     LoadAdapter,
+    Loaded,
     Outputs,
     Ready,
     ResizeCache,
+    Run,
     Shutdown,
     ToEngine,
+    Unload,
     UnloadAdapter,
     encode_frame,
     to_engine_decoder,
 )
+from fastserve.engine.runtimes import RunnableEngine, Runtimes
 
 HEARTBEAT_SECONDS = 0.5
 _RECEIVE_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
-
-
-class RunnableEngine(Protocol):
-    """What this process needs of an engine (`engine.engine.Engine`; tests bring a small one)."""
-
-    max_model_len: int
-    vocab_size: int
-    report: str
-
-    def add(self, request: Request) -> None: ...
-    def abort(self, request_ids: Iterable[str]) -> None: ...
-    def has_work(self) -> bool: ...
-    def step(self) -> list[TokenOutput]: ...
-    def stats(self) -> EngineStats: ...
-    def tend(self) -> None: ...
-    def resize_kv_cache(self, num_bytes: int) -> None: ...
-    def load_adapter(self, name: str, path: str) -> None: ...
-    def unload_adapter(self, name: str) -> None: ...
 
 
 class Connection:
@@ -123,29 +110,32 @@ def build_engine(config: EngineConfig) -> RunnableEngine:
     return Engine(config)
 
 
-def run(connection: Connection, engine: RunnableEngine) -> None:
+def run(connection: Connection, engine: Runtimes) -> None:
     """Serve until told to stop or the other end closes: receive, step, send. A heartbeat goes out while idle."""
     last_sent = 0.0
     while True:
-        outputs: list[TokenOutput] = []
+        outputs: list[TokenOutput | ArrayOutput] = []
         for message in connection.receive(0.0 if engine.has_work() else HEARTBEAT_SECONDS):
             if isinstance(message, Shutdown):
                 return
-            if isinstance(message, LoadAdapter | UnloadAdapter):
-                connection.send(_change_adapters(engine, message))
-            else:
-                outputs += _apply(engine, message)
+            outputs += _apply(connection, engine, message)
         stepped = engine.has_work()
         if stepped:
             outputs += engine.step()
-        engine.tend()
+        for news in engine.tend():
+            connection.send(news)
+        answers = [output for output in outputs if isinstance(output, ArrayOutput)]
+        if answers:
+            connection.send(Answers(answers))
         now = time.monotonic()
         if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
-            connection.send(Outputs(outputs, engine.stats()))
+            tokens = [output for output in outputs if isinstance(output, TokenOutput)]
+            connection.send(Outputs(tokens, engine.stats()))
             last_sent = now
 
 
-def _apply(engine: RunnableEngine, message: ToEngine) -> list[TokenOutput]:
+def _apply(connection: Connection, engine: Runtimes, message: ToEngine) -> list[TokenOutput | ArrayOutput]:
+    """One request that cannot be served must not end the others."""
     if isinstance(message, Abort):
         engine.abort(message.request_ids)
     elif isinstance(message, ResizeCache):
@@ -154,17 +144,28 @@ def _apply(engine: RunnableEngine, message: ToEngine) -> list[TokenOutput]:
         try:
             engine.add(message.request)
         except Exception as error:
-            # One request that cannot be served must not end the others.
-            if not isinstance(error, FastServeError):
-                _log.exception("request %s was refused", message.request.request_id)
-            text = str(error) or type(error).__name__
+            text = _refusal(message.request.request_id, error)
             return [TokenOutput(message.request.request_id, [], finish_reason=FINISH_ERROR, error=text)]
+    elif isinstance(message, Run):
+        try:
+            engine.run(message.request)
+        except Exception as error:
+            text, is_refused = _refusal(message.request.request_id, error), isinstance(error, FastServeError)
+            return [ArrayOutput(message.request.request_id, error=text, is_refused=is_refused)]
+    elif isinstance(message, Load | Unload):
+        name = message.name if isinstance(message, Unload) else message.model.name
+        try:
+            engine.unload(name) if isinstance(message, Unload) else engine.load(message.model)
+        except FastServeError as error:
+            connection.send(Loaded(name, error=str(error), kind=type(error).__name__))
+    elif isinstance(message, LoadAdapter | UnloadAdapter):
+        connection.send(_change_adapters(engine, message))
     else:
         raise ValueError(f"unexpected {type(message).__name__} after the start")
     return []
 
 
-def _change_adapters(engine: RunnableEngine, message: LoadAdapter | UnloadAdapter) -> Done:
+def _change_adapters(engine: Runtimes, message: LoadAdapter | UnloadAdapter) -> Done:
     try:
         if isinstance(message, LoadAdapter):
             engine.load_adapter(message.name, message.path)
@@ -173,6 +174,12 @@ def _change_adapters(engine: RunnableEngine, message: LoadAdapter | UnloadAdapte
     except FastServeError as error:
         return Done(str(error), getattr(error, "param", None))
     return Done()
+
+
+def _refusal(request_id: str, error: Exception) -> str:
+    if not isinstance(error, FastServeError):
+        _log.error("request %s was refused", request_id, exc_info=error)
+    return str(error) or type(error).__name__
 
 
 def settle_garbage() -> None:
@@ -191,11 +198,12 @@ def main(descriptor: int, build: Callable[[EngineConfig], RunnableEngine] = buil
     os.set_inheritable(descriptor, False)
     connection = Connection(socket.socket(fileno=descriptor))
     try:
-        config = _receive_config(connection)
+        start = _receive_start(connection)
         try:
-            engine = build(config)
+            config = EngineConfig.from_options(start.options)
+            engine = Runtimes((lambda: build(config)) if start.generates else None, start.models)
             settle_garbage()
-            connection.send(Ready(engine.max_model_len, engine.vocab_size, engine.report))
+            connection.send(Ready(engine.max_model_len, engine.vocab_size, engine.report, engine.models))
             run(connection, engine)
         except (EOFError, ConnectionError):
             raise
@@ -212,14 +220,14 @@ def main(descriptor: int, build: Callable[[EngineConfig], RunnableEngine] = buil
     return 0
 
 
-def _receive_config(connection: Connection) -> EngineConfig:
+def _receive_start(connection: Connection) -> Configure:
     messages: list[ToEngine] = []
     while not messages:
         messages = connection.receive(HEARTBEAT_SECONDS)
     first = messages[0]
     if not isinstance(first, Configure) or len(messages) > 1:
         raise ValueError(f"the first frame must be Configure alone, not {type(first).__name__}")
-    return EngineConfig.from_options(first.options)
+    return first
 
 
 def _describe(error: BaseException) -> str:

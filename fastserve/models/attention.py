@@ -1,11 +1,13 @@
 """The seam between a network and its memory: a model calls `attend`, a context decides what that reads and writes.
 
-`PagedContext` serves (keys and values live in paged caches); `DenseContext` runs whole sequences without a cache, for
-tests and for measuring. Models get the context as an argument; nothing is global.
+`PagedContext` serves (keys and values live in paged caches); `VarlenContext` serves encoders (whole sequences, seen in
+both directions); `DenseContext` runs whole sequences without a cache, for tests and for measuring. Models get the
+context as an argument; nothing is global.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -76,6 +78,38 @@ class PagedContext:
         else:
             query = self.kernels.transform_and_store(query, key, value, transform, keys, values, slots)
         return self.kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap)
+
+
+class VarlenContext:
+    """Whole sequences without a cache, each token seeing all of its own sequence.
+
+    Args:
+        starts: B + 1 ints, the tokens of sequence b are starts[b] : starts[b + 1].
+        bias: [H, 2 R + 1] float32, added to scores by distance (see `Kernels.varlen_attention`).
+    """
+
+    def __init__(self, kernels: Kernels, starts: list[int], bias: Tensor | None = None) -> None:
+        self.kernels = kernels
+        self.longest = max((end - start for start, end in pairwise(starts)), default=0)
+        self._starts = starts
+        self._bias = bias
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        transform: HeadTransform | None = None,
+    ) -> Tensor:
+        assert not softcap
+        if transform is not None:
+            query = self.kernels.transform_heads(query, transform.query_norm, transform)
+            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scale, window, self._bias)
 
 
 class DenseContext:

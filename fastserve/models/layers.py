@@ -3,7 +3,8 @@
 No autograd, no padding, no cache: rows are the tokens of all sequences of the step, and attention goes through the
 context. Everything is computed by the context's kernels, never by PyTorch directly and never depending on a step's
 values, so that a network can be recorded as one plan (docs/decisions/0012). A part that ends in a linear adds the
-residual there. Parts are put together in `decoder.py`. Legend: T tokens, H query heads, G key/value heads, D head size.
+residual there. Parts are put together in `decoder.py` and
+`encoder.py`. Legend: T tokens, H query heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -36,13 +37,21 @@ class RmsNorm:
 class LayerNorm:
     """(x - mean) / deviation * weight + bias."""
 
+    has_bias = True
+
     def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
         self.weight = parameters.tensor(role, (size,), layer)
-        self._bias = parameters.tensor(role, (size,), layer, "bias")
+        self._bias = parameters.tensor(role, (size,), layer, "bias") if self.has_bias else None
         self._epsilon = epsilon
 
     def __call__(self, x: Tensor, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
         return kernels.layer_norm(x, self.weight, self._bias, self._epsilon, residual)
+
+
+class LayerNormWithoutBias(LayerNorm):
+    """(x - mean) / deviation * weight."""
+
+    has_bias = False
 
 
 class RmsNormPlusOne(RmsNorm):
@@ -53,7 +62,12 @@ class RmsNormPlusOne(RmsNorm):
         self.weight += 1.0
 
 
-NORMS: dict[str, Any] = {"rms": RmsNorm, "rms-plus-one": RmsNormPlusOne, "layer": LayerNorm}
+NORMS: dict[str, Any] = {
+    "rms": RmsNorm,
+    "rms-plus-one": RmsNormPlusOne,
+    "layer": LayerNorm,
+    "layer-no-bias": LayerNormWithoutBias,
+}
 
 
 @dataclass(frozen=True, slots=True)

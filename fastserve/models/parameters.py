@@ -23,6 +23,8 @@ from fastserve.kernels.quant import QuantizedWeight, reordered
 from fastserve.kernels.reference import Kernels
 from fastserve.models.quantized import read_quantized
 
+_OLD_SUFFIXES = {"weight": "gamma", "bias": "beta"}  # of norms, in folders made of TensorFlow checkpoints
+
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:
@@ -98,8 +100,12 @@ class ParameterLoader:
     def tensor(self, role: str, shape: tuple[int, ...], layer: int = 0, suffix: str = "weight") -> Tensor:
         """One tensor in the compute precision, such as a norm's weight."""
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self._find(f"{self._module(role, layer)}.{suffix}"):
-            self._reader.read_into(f"{self._module(role, layer)}.{suffix}", target)
+        name = f"{self._module(role, layer)}.{suffix}"
+        old_name = f"{self._module(role, layer)}.{_OLD_SUFFIXES.get(suffix, suffix)}"
+        if name not in self._reader and old_name in self._reader:
+            name = old_name
+        if self._find(name):
+            self._reader.read_into(name, target)
         self._count(target.numel(), target.nbytes)
         return target
 

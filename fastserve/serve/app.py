@@ -20,17 +20,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.arrays import ModelInfo
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
 from fastserve.serve.adapters import AdaptersApi
 from fastserve.serve.admission import Admission
+from fastserve.serve.array_requests import ArrayRequests
 from fastserve.serve.batches import BatchesApi, BatchRunner
 from fastserve.serve.completions import best_of, fill_in_prompt, without_text
 from fastserve.serve.docs import render_docs
+from fastserve.serve.encoders import Encoders
 from fastserve.serve.errors import ApiError
 from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
 from fastserve.serve.generation import Answer, Generation, Generator
+from fastserve.serve.kserve import KServe
 from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit
 from fastserve.serve.metrics import Metrics
 from fastserve.serve.openai import (
@@ -85,6 +89,9 @@ class Api:
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
+        requests = ArrayRequests(client, admission, self.generator.check_open, options.request_timeout)
+        self.encoders = Encoders(requests)
+        self.kserve = KServe(requests, self.encoders.forget, options.model_repository)
         self._created = int(time.time())
 
     @property
@@ -95,10 +102,13 @@ class Api:
     def router(self) -> APIRouter:
         """The routes, in the order of the documentation."""
         router = APIRouter(default_response_class=Response)
-        router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
-        router.post("/v1/completions", summary="Continue a text")(self.completions)
-        self._responses.add_routes(router)
-        self.adapters.add_routes(router)
+        if self.client.generates:
+            router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
+            router.post("/v1/completions", summary="Continue a text")(self.completions)
+            self._responses.add_routes(router)
+            self.adapters.add_routes(router)
+        self.encoders.add_routes(router)
+        self.kserve.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
         router.get("/v1/models/{model:path}", summary="Describe a model")(self.model)
         router.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
@@ -187,11 +197,14 @@ class Api:
         )
 
     async def models(self) -> Response:
-        """The model that is served, and its adapters."""
-        return _json({"object": "list", "data": self._describe_models()})
+        """The models that are served; the one that generates and its adapters come first."""
+        own = self._describe_models() if self.client.generates else []
+        return _json({"object": "list", "data": [*own, *map(self._describe_other, self.client.arrays.models.values())]})
 
     async def model(self, model: str) -> Response:
         """The model of this name."""
+        if model in self.client.arrays.models:
+            return _json(self._describe_other(self.client.arrays.models[model]))
         name = self.adapters.find(model) or self.model_name
         return _json(next(entry for entry in self._describe_models() if entry["id"] == name))
 
@@ -252,6 +265,10 @@ class Api:
         }
         return [model, *self.adapters.describe(model)]
 
+    def _describe_other(self, info: ModelInfo) -> dict[str, Any]:
+        described = {"id": info.name, "object": "model", "created": self._created, "owned_by": "fastserve"}
+        return {**described, "max_model_len": info.max_len or None, "kind": info.kind}
+
     def tool_use(
         self, tools: Sequence[Tool], choice: str | NamedTool | None, body: ChatBody | ResponsesBody
     ) -> ToolUse:
@@ -307,6 +324,7 @@ class AppOptions:
     request_timeout: float = 0.0
     response_store_bytes: int = 64 * 1024 * 1024
     state_folder: str = ""
+    model_repository: str = ""
     max_state_bytes: int = 1024 * 1024 * 1024
     metrics_compat: str = "none"
     tool_call_format: str = "auto"

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastserve.checkpoint.text_stream import TextStream
-from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
 from fastserve.core.errors import FastServeError, QueueFullError, RequestError
 from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
@@ -219,10 +219,7 @@ class Generator:
         Raises:
             RequestError: half of a surrogate pair, which JSON can write and no text can hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not valid Unicode at character {error.start}", "prompt") from error
+        check_unicode(text)
         if len(text) < _LONG_TEXT:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -17,15 +17,15 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.sampling_defaults import sampling_defaults
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import ServeConfig
 from fastserve.core.errors import EngineDeadError, FastServeError
 from fastserve.engine.client import EngineClient
+from fastserve.serve.models import ServedModels
 from fastserve.serve.tenants import KeyRing
 
 if TYPE_CHECKING:
@@ -41,6 +41,17 @@ _POLL_SECONDS = 0.05
 _OWN_DESCRIPTORS = 128
 # Longer than clients keep idle connections, so that they close first and none is reused while it is being closed.
 _KEEP_ALIVE_SECONDS = 75
+# What an encoder may be asked first, by its task.
+_FIRST_CALLS = {
+    "feature-extraction": ("embeddings", '"input": "A fox sleeps in the wood"'),
+    "fill-mask": ("fill-mask", '"input": "The fox sleeps in the [MASK]."'),
+    "text-classification": ("/classify", '"input": "A fox sleeps in the wood"'),
+    "token-classification": ("token-classification", '"input": "Ada Lovelace lived in London"'),
+    "question-answering": (
+        "question-answering",
+        '"question": "Who sleeps?", "context": "A fox sleeps in the wood."',
+    ),
+}
 
 
 class AddressError(FastServeError):
@@ -63,8 +74,7 @@ def serve(config: ServeConfig, announce: Callable[[str], None], *, engine_comman
     keys = KeyRing.load(config)
     _allow_connections()
     with bind(config.host, config.port) as listener:
-        folder = ModelFolder.open(config.model)
-        server = _Server(config, folder, keys, listener, announce)
+        server = _Server(config, ServedModels.of(config), keys, listener, announce)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(server.run(engine_command))
 
@@ -99,14 +109,13 @@ class _Server:
     def __init__(
         self,
         config: ServeConfig,
-        folder: ModelFolder,
+        models: ServedModels,
         keys: KeyRing,
         listener: socket.socket,
         announce: Callable[[str], None],
     ) -> None:
         self._config = config
-        self._folder = folder
-        self._model_name = config.name or folder.name
+        self._models = models
         self._keys = keys
         self._listener = listener
         self._announce = announce
@@ -114,8 +123,14 @@ class _Server:
         self._stop = asyncio.Event()
 
     async def run(self, engine_command: Sequence[str] | None) -> int:
-        engine_config = replace(self._config.engine(), model=str(self._folder.path))
-        client = EngineClient(engine_config, command=engine_command, stall_timeout=self._config.stall_timeout)
+        models = self._models
+        client = EngineClient(
+            models.engine,
+            command=engine_command,
+            stall_timeout=self._config.stall_timeout,
+            models=models.others,
+            generates=models.generates,
+        )
         with self._signals(client):
             starting = asyncio.create_task(client.start(), name="engine start")
             await asyncio.sleep(0)  # lets the process start before our own imports
@@ -152,12 +167,13 @@ class _Server:
             def capture_signals(self) -> Iterator[None]:
                 yield
 
+        folder = self._models.folder
         app = create_app(
             client,
-            Tokenizer.load(self._folder, self._config.chat_template),
-            model_name=self._model_name,
-            aliases=frozenset({self._config.model} - {""}),
-            defaults=sampling_defaults(self._folder),
+            Tokenizer.load(folder, self._config.chat_template) if folder is not None else Tokenizer.without_model(),
+            model_name=self._models.name,
+            aliases=frozenset({self._config.model} - {""}) if self._models.generates else frozenset(),
+            defaults=sampling_defaults(folder) if folder is not None and self._models.generates else {},
             options=AppOptions(
                 keys=self._keys,
                 **{item.name: getattr(self._config, item.name) for item in fields(AppOptions) if item.name != "keys"},
@@ -231,7 +247,7 @@ class _Server:
         url = f"http://{_reachable(host)}:{port}"
         lines = [
             client.ready.report,
-            f"serving {self._model_name} at {url} after {time.monotonic() - self._started:.1f} s",
+            f"serving {', '.join(self._names())} at {url} after {time.monotonic() - self._started:.1f} s",
         ]
         if not _is_loopback(host) and not self._keys:
             lines.append("warning: other machines can reach this server and no API key is set (FASTSERVE_API_KEY)")
@@ -239,14 +255,23 @@ class _Server:
             lines.append("note: requests of all keys are served in order of arrival; --scheduler fair shares equally")
         return "\n".join([*lines, "try:", f"  {self._curl(url, has_chat)}"])
 
+    def _names(self) -> list[str]:
+        return [*([self._models.name] if self._models.generates else []), *(spec.name for spec in self._models.others)]
+
     def _curl(self, url: str, has_chat: bool) -> str:
-        if has_chat:
+        if self._models.folder is None:
+            return f"curl -N {url}/v2/models/{self._models.name}"
+        if not self._models.generates:
+            path, ask = _FIRST_CALLS[self._models.folder.task]
+        elif has_chat:
             path, ask = "chat/completions", '"messages": [{"role": "user", "content": "Tell me a story about a fox"}]'
         else:
             path, ask = "completions", '"prompt": "Once upon a time", "max_tokens": 64'
-        body = f'{{"model": "{self._model_name}", "stream": true, {ask}}}'
+        ask = f'"stream": true, {ask}' if self._models.generates else ask
+        body = f'{{"model": "{self._models.name}", {ask}}}'
         key = ' -H "Authorization: Bearer $FASTSERVE_API_KEY"' if self._keys else ""
-        return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+        path = path if path.startswith("/") else f"/v1/{path}"
+        return f"curl -N {url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _allow_connections() -> None:

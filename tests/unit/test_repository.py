@@ -74,6 +74,8 @@ SERVER_OPTIONS = [
     "host",
     "port",
     "name",
+    "more_models",
+    "model_repository",
     "api_key",
     "api_key_file",
     "chat_template",

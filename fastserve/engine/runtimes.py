@@ -1,0 +1,224 @@
+"""Every model of one engine process: at most one that generates, and any number that answer with arrays.
+
+Each is a runtime with a queue of its own; the `Arbiter` says which takes the next step. Further models may be loaded
+and unloaded while the others work: loading goes on in a thread, and the memory that is left decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from fastserve.checkpoint.folder import is_servable
+from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.errors import ConfigError, FastServeError, RequestError
+from fastserve.core.request import Request, TokenOutput
+from fastserve.engine.arbiter import Arbiter
+from fastserve.engine.messages import EngineStats, FromEngine, Loaded
+
+GENERATOR = ""  # its name for the arbiter; no other model can have it
+_log = logging.getLogger(__name__)
+
+
+class RunnableEngine(Protocol):
+    """What is needed of an engine that generates (`engine.engine.Engine`; tests bring a small one)."""
+
+    max_model_len: int
+    vocab_size: int
+    report: str
+
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> list[TokenOutput]: ...
+    def stats(self) -> EngineStats: ...
+    def tend(self) -> None: ...
+    def resize_kv_cache(self, num_bytes: int) -> None: ...
+    def load_adapter(self, name: str, path: str) -> None: ...
+    def unload_adapter(self, name: str) -> None: ...
+
+
+class Runtime(Protocol):
+    """A model that answers each request once. `info` is what clients are told; `weight` its share of step time."""
+
+    info: ModelInfo
+    weight: float
+
+    @property
+    def num_waiting(self) -> int: ...
+    def add(self, request: ArrayRequest) -> None: ...
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> list[ArrayOutput]: ...
+
+
+def load_runtime(spec: ModelSpec) -> Runtime:
+    """Load a model that does not generate. Imported here because this is where torch comes in.
+
+    Raises:
+        FastServeError: it cannot be loaded or does not fit.
+    """
+    import torch
+
+    from fastserve.engine.pooling_runtime import PoolingRuntime
+    from fastserve.engine.servable_runtime import ServableRuntime
+
+    torch.set_num_threads(int(spec.options.get("num_threads") or 0) or len(os.sched_getaffinity(0)))
+    return ServableRuntime(spec) if is_servable(str(spec.options["model"])) else PoolingRuntime(spec)
+
+
+class Runtimes:
+    """The models of this process.
+
+    Args:
+        generate: makes the model that generates; None: there is none. It is made last, when the others have their
+            memory, and takes for its KV cache what is planned of the rest.
+        specs: the others.
+        load: makes one of the others.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[], RunnableEngine] | None,
+        specs: Iterable[ModelSpec] = (),
+        load: Callable[[ModelSpec], Runtime] = load_runtime,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load = load
+        self._clock = clock
+        self._arbiter = Arbiter()
+        self._others = {spec.name: load(spec) for spec in specs}
+        self._generator = generate() if generate is not None else None
+        self._loader = ThreadPoolExecutor(1, "model loader")
+        self._loading: dict[str, Future[Runtime]] = {}
+        self._stats = EngineStats()
+        self.max_model_len = self._generator.max_model_len if self._generator is not None else 0
+        self.vocab_size = self._generator.vocab_size if self._generator is not None else 0
+        reports = [runtime.info.report for runtime in self._others.values()]
+        self.report = "\n".join([*reports, *([self._generator.report] if self._generator is not None else [])])
+
+    @property
+    def models(self) -> list[ModelInfo]:
+        """Those that do not generate."""
+        return [runtime.info for runtime in self._others.values()]
+
+    def add(self, request: Request) -> None:
+        """Queue a request for the model that generates.
+
+        Raises:
+            RequestError: there is none, or it cannot serve this.
+        """
+        if self._generator is None:
+            raise RequestError("no model of this server generates text", "model")
+        self._generator.add(request)
+
+    def run(self, request: ArrayRequest) -> None:
+        """Queue a request for one of the others.
+
+        Raises:
+            RequestError: there is no such model, or it cannot serve this.
+        """
+        runtime = self._others.get(request.model)
+        if runtime is None:
+            raise RequestError(f"there is no model {request.model!r} here", "model")
+        runtime.add(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop requests; no output follows for them. Unknown ids are ignored."""
+        if self._generator is not None:
+            self._generator.abort(request_ids)
+        for runtime in self._others.values():
+            runtime.abort(request_ids)
+
+    def has_work(self) -> bool:
+        return bool(self._busy())
+
+    def step(self) -> list[TokenOutput | ArrayOutput]:
+        """One step of the model whose turn it is; there must be work."""
+        busy = self._busy()
+        name = self._arbiter.pick(busy)
+        started = self._clock()
+        runtime = self._generator if name == GENERATOR else self._others[name]
+        assert runtime is not None
+        outputs: list[TokenOutput | ArrayOutput] = [*runtime.step()]
+        seconds = self._clock() - started
+        self._arbiter.charge(name, seconds, busy[name])
+        if self._generator is None:
+            self._stats.num_steps += 1
+            self._stats.step_seconds += seconds
+        return outputs
+
+    def load(self, spec: ModelSpec) -> None:
+        """Begin to load a further model; `tend` tells when it is there.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if spec.name in self._others or spec.name in self._loading or spec.name == GENERATOR:
+            raise ConfigError(f"there is a model {spec.name!r} already; choose another name")
+        self._loading[spec.name] = self._loader.submit(self._load, spec)
+
+    def unload(self, name: str) -> None:
+        """Forget a model and what waits for it.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if self._others.pop(name, None) is None:
+            raise ConfigError(f"there is no model {name!r} that can be unloaded")
+        self._arbiter.forget(name)
+
+    def tend(self) -> list[FromEngine]:
+        """What is to be done from time to time, busy or idle; returns news of models that were being loaded."""
+        if self._generator is not None:
+            self._generator.tend()
+        news: list[FromEngine] = []
+        for name, future in list(self._loading.items()):
+            if not future.done():
+                continue
+            del self._loading[name]
+            error = future.exception()
+            if error is None:
+                self._others[name] = future.result()
+                news.append(Loaded(name, self._others[name].info))
+            else:
+                if not isinstance(error, FastServeError):
+                    _log.error("model %s could not be loaded", name, exc_info=error)
+                news.append(Loaded(name, error=str(error), kind=type(error).__name__))
+        return news
+
+    def stats(self) -> EngineStats:
+        """The generating model's, or, without one, steps of the others and what waits for them."""
+        if self._generator is not None:
+            return self._generator.stats()
+        self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())
+        return self._stats
+
+    def resize_kv_cache(self, num_bytes: int) -> None:
+        if self._generator is not None:
+            self._generator.resize_kv_cache(num_bytes)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """See `Adapters.load`."""
+        self._adapted().load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Adapters.unload`."""
+        self._adapted().unload_adapter(name)
+
+    def _adapted(self) -> RunnableEngine:
+        if self._generator is None:
+            raise RequestError("LoRA adapters need a model that generates; there is none here", "lora_name")
+        return self._generator
+
+    def _busy(self) -> dict[str, float]:
+        """Name -> weight of those that have work."""
+        busy = {name: runtime.weight for name, runtime in self._others.items() if runtime.has_work()}
+        if self._generator is not None and self._generator.has_work():
+            busy[GENERATOR] = 1.0
+        return busy

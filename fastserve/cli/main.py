@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, data, generate, info, serve
+from fastserve.cli import bench, chat, data, generate, info, serve, tokenizer
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ for function, example in (
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def main() -> None:

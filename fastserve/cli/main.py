@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, data, generate, info, serve, tokenizer
+from fastserve.cli import bench, chat, data, generate, info, pretrain, serve, tokenizer
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ for function, example in (
     (chat.chat, "fastserve chat ./my-model, or: fastserve chat --url http://127.0.0.1:8000"),
     (generate.generate, 'fastserve generate -p "Once upon a time" --max-tokens 50 --temperature 0'),
     (info.info, "fastserve info ./my-model --json"),
+    (pretrain.pretrain, "fastserve pretrain configs/bert.toml --out runs/bert --nproc 2"),
 ):
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
 app.add_typer(bench.app, name="bench")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fastserve.core.errors import ConfigError
-from fastserve.train.storyteller.chart import loss_chart, read_curves
+from fastserve.train.chart import loss_chart, read_curves
 
 REPORTS = [
     {"stage": "pretrain", "step": 10, "loss": 8.1, "tokens": 1_000_000},

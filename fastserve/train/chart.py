@@ -1,4 +1,4 @@
-"""`python -m fastserve.train.storyteller.chart LOG SVG`: draw the losses of a training log as an SVG.
+"""`python -m fastserve.train.chart LOG SVG`: draw the losses of a training log as an SVG.
 
 The log holds the JSON lines of a run.
 """
@@ -79,7 +79,7 @@ def _text(x: float, y: float, text: str, anchor: str, colour: str = "#374151") -
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m fastserve.train.storyteller.chart LOG SVG")
+        raise SystemExit("usage: python -m fastserve.train.chart LOG SVG")
     log, picture = map(Path, sys.argv[1:])
     picture.write_text(
         loss_chart(read_curves(log.read_text(encoding="utf-8").splitlines(), "pretrain")), encoding="utf-8"

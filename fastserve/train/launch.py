@@ -43,8 +43,8 @@ def launch(recipe: Path, run: Path, num_processes: int, max_restarts: int) -> No
         elastic_launch(config, sys.executable)("-m", _WORKER, str(recipe), str(run))
     except ChildFailedError as error:
         raise FastServeError(
-            f"the run failed {max_restarts + 1} times: {_reason(error)}; what went wrong is above, and the same command "
-            "goes on from the last checkpoint"
+            f"the run failed {max_restarts + 1} times: {_reason(error)}; see above for the reason; the same "
+            "command goes on from the last checkpoint"
         ) from None
 
 

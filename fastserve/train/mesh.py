@@ -35,8 +35,8 @@ class Mesh:
     def __init__(self, section: ParallelSection, rank: int, num_processes: int) -> None:
         if section.num_processes != num_processes:
             raise ConfigError(
-                f"recipe section [parallel]: {section.data} (data) x {section.shard} (shard) x {section.tensor} (tensor) "
-                f"are {section.num_processes} processes, not {num_processes}; start with --nproc {section.num_processes}"
+                f"recipe section [parallel]: data {section.data}, shard {section.shard}, tensor {section.tensor} "
+                f"make {section.num_processes} processes, not {num_processes}; start with --nproc {section.num_processes}"
             )
         self._section, self.rank, self.num_processes = section, rank, num_processes
         self.data_size = section.data * section.shard

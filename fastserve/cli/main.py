@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, data, generate, info, pretrain, serve, tokenizer
+from fastserve.cli import bench, chat, data, finetune, generate, info, pretrain, serve, tokenizer
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ for function, example in (
     (generate.generate, 'fastserve generate -p "Once upon a time" --max-tokens 50 --temperature 0'),
     (info.info, "fastserve info ./my-model --json"),
     (pretrain.pretrain, "fastserve pretrain configs/bert.toml --out runs/bert --nproc 2"),
+    (finetune.finetune, "fastserve finetune classification ./bert --data intents.csv --out runs/intents --epochs 3"),
 ):
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
 app.add_typer(bench.app, name="bench")

@@ -27,6 +27,8 @@ def launch(recipe: Path, run: Path, num_processes: int, max_restarts: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # A store of its own for every start: with a shared one, new processes meet the addresses of lost ones.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

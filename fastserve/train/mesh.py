@@ -36,7 +36,7 @@ class Mesh:
         if section.num_processes != num_processes:
             raise ConfigError(
                 f"recipe section [parallel]: data {section.data}, shard {section.shard}, tensor {section.tensor} "
-                f"make {section.num_processes} processes, not {num_processes}; start with --nproc {section.num_processes}"
+                f"make {section.num_processes} processes, not {num_processes}: give --nproc {section.num_processes}"
             )
         self._section, self.rank, self.num_processes = section, rank, num_processes
         self.data_size = section.data * section.shard

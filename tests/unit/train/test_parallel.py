@@ -114,6 +114,38 @@ def test_a_run_survives_the_loss_of_a_process(corpora: dict[str, Path], alone: P
     assert steps != sorted(set(steps)), "no step was done twice: the process was lost too late"
 
 
+_KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from fastserve.train import checkpoints
+from fastserve.train.pretrain import pretrain
+from fastserve.train.settings import read_recipe
+write, finish = HuggingFaceStorageWriter.write_data, checkpoints.Checkpoints._complete
+def killed(self, plan, planner):
+    if "00000012" in str(self.path):
+        (self.fs.mkdir(self.path), open(Path(self.path) / "shard-00001-model-00001-of-00001.safetensors", "wb").close())
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, plan, planner)
+HuggingFaceStorageWriter.write_data = killed
+pretrain(read_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(
+    corpora: dict[str, Path], alone: Path, tmp_path: Path
+) -> None:
+    recipe = write_toml(tmp_path / "recipe.toml", recipe_values(corpora["bpe"], **sections()))
+    command = [sys.executable, "-c", _KILLED_WHILE_SAVING, str(recipe), str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=REPOSITORY, timeout=200, capture_output=True, check=False)
+    assert result.returncode == -signal.SIGKILL
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000000", "step-00000006", "step-00000012.partial"]
+    assert [path.name for path in whole_checkpoints(folder)][-1] == "step-00000006"
+    pretrain(make_recipe(corpora["bpe"], **sections()), tmp_path / "run")
+    assert losses_of(tmp_path / "run") == losses_of(alone)
+
+
 def wait(seconds: float = 150) -> Iterator[None]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -221,7 +221,7 @@ def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> No
         ({"train": {"batch_tokens": 100}}, "must be a multiple of the row length 32"),
         ({"train": {"precision": "int8"}}, "train.precision"),
         ({"parallel": {"data": 3}}, "must be a multiple of the row length 32 times the 3"),
-        ({"parallel": {"shard": 2}}, "start with --nproc 2"),
+        ({"parallel": {"shard": 2}}, "give --nproc 2"),
         ({"parallel": {"data": 2, "tensor": 2}}, "combine tensor with shard"),
         ({"optimizer": {"schedule": "wsd"}}, "decay_steps"),
     ],

@@ -23,7 +23,7 @@ def answer_words(text: str) -> list[str]:
 
 
 def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`exact_match` and `f1` in percent, of each prediction against its best reference; no reference means "" is right."""
+    """`exact_match` and `f1` in percent, each prediction against its best reference; without one, "" is right."""
     exact = overlap = 0.0
     for prediction, answers in zip(predictions, references, strict=True):
         words = answer_words(prediction)

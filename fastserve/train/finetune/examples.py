@@ -16,7 +16,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_examples(path: Path) -> list[Example]:
-    """All rows of a file as dictionaries; the first line of CSV and TSV names the columns. ConfigError if there are none."""
+    """All rows of a file as dictionaries; the first line of CSV and TSV names the columns. ConfigError without rows."""
     if not path.exists():
         raise ConfigError(f"there is no file {path}")
     try:

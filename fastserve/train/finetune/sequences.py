@@ -32,7 +32,7 @@ class Sequences:
         self.use_labels(config)
 
     def use_labels(self, config: Any) -> None:
-        start = config.decoder_start_token_id
+        start = getattr(config, "decoder_start_token_id", None)
         if start is None:
             raise ConfigError("the network's config.json has no decoder_start_token_id; is it an encoder-decoder?")
         self._start = int(start)

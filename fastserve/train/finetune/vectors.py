@@ -1,4 +1,7 @@
-"""Embeddings: texts that belong together come close, others in the batch move apart (InfoNCE, van den Oord et al. 2018)."""
+"""Embeddings: texts that belong together come close, others in the batch move apart.
+
+The loss is InfoNCE (van den Oord et al. 2018).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _SCORE_BATCH = 32
 
 
 class Embedding:
-    """Rows have an anchor and a positive text, and may have a negative one. A vector is the mean over a text's tokens."""
+    """Rows have an anchor, a positive and perhaps a negative text. A vector is the mean over a text's tokens."""
 
     network_class = "AutoModel"
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, data, finetune, generate, info, pretrain, serve, tokenizer
+from fastserve.cli import bench, chat, data, evaluate, finetune, generate, info, pretrain, serve, tokenizer, tune
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -44,8 +44,12 @@ for function, example in (
     (info.info, "fastserve info ./my-model --json"),
     (pretrain.pretrain, "fastserve pretrain configs/bert.toml --out runs/bert --nproc 2"),
     (finetune.finetune, "fastserve finetune classification ./bert --data intents.csv --out runs/intents --epochs 3"),
+    (tune.tune, "fastserve tune configs/tales.toml --out runs/search --trials 20"),
 ):
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
+app.command("eval", cls=GroupedCommand, epilog="Example: fastserve eval runs/bert/model --corpus held_out.txt")(
+    guarded(evaluate.evaluate)
+)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

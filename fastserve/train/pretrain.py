@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,13 @@ _VALIDATION_ROWS = 8  # rows of a validation batch
 _FREE_SECTIONS = ("parallel", "watch", "train", "optimizer", "search")
 
 
-def pretrain(recipe: Recipe, run: Path) -> dict[str, Any]:
+def pretrain(
+    recipe: Recipe, run: Path, task: Callable[[Recipe, RunParts, Path], PretrainTask] | None = None
+) -> dict[str, Any]:
     """Run a recipe to its end in the folder `run`, from its last checkpoint if there is one; returns what was measured.
 
-    Under torchrun this is called on every process. ConfigError, before the first step, for a recipe that cannot work.
+    `task` makes what the loop runs, in place of PretrainTask. Under torchrun this is called on every
+    process. ConfigError, before the first step, for a recipe that cannot work.
     """
     parts = RunParts(recipe)
     mesh = Mesh.start(recipe.parallel)
@@ -55,11 +59,11 @@ def pretrain(recipe: Recipe, run: Path) -> dict[str, Any]:
             claim_run(run, recipe)
         mesh.wait()
         network = make_network(recipe.model, parts.config, recipe.objective.kind, recipe.seed)
-        task = PretrainTask(recipe, parts, run)
+        running = (task or PretrainTask)(recipe, parts, run)
         watch = recipe.watch
         trainer = Trainer(
             network,
-            task,
+            running,
             recipe.train,
             recipe.optimizer,
             mesh=mesh,
@@ -73,7 +77,7 @@ def pretrain(recipe: Recipe, run: Path) -> dict[str, Any]:
         trainer.run()
     finally:
         mesh.close()
-    return task.measured
+    return running.measured
 
 
 class RunParts:

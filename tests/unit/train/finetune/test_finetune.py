@@ -90,7 +90,10 @@ def score_of_folder(
 def test_classification_is_learnt_and_kept_in_the_folder(bert: Path, tmp_path: Path) -> None:
     rows = [{"text": fact["text"], "intent": fact["place"]} for fact in facts(120)]
     settings = FinetuneSettings(
-        **{**FAST, "learning_rate": 5e-3}, steps=80, label_key="intent", validation=str(write(tmp_path / "val.jsonl", rows[:30]))
+        **{**FAST, "learning_rate": 5e-3},
+        steps=80,
+        label_key="intent",
+        validation=str(write(tmp_path / "val.jsonl", rows[:30])),
     )
     found = finetune("classification", str(bert), write(tmp_path / "data.jsonl", rows), tmp_path / "run", settings)
     assert found["accuracy"] > 95 and found["before"]["accuracy"] < 60
@@ -155,7 +158,9 @@ def test_answers_are_found_in_texts_and_in_windows(bert: Path, tmp_path: Path, m
 
 
 def test_text_becomes_text(t5: Path, tmp_path: Path) -> None:
-    rows = [{"source": fact["text"], "target": f"Say the {fact['place']} by the {fact['animal']}."} for fact in facts(150)]
+    rows = [
+        {"source": fact["text"], "target": f"Say the {fact['place']} by the {fact['animal']}."} for fact in facts(150)
+    ]
     settings = FinetuneSettings(**FAST, steps=250, max_answer_tokens=14)
     found = finetune("seq2seq", str(t5), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
     assert found["bleu"] > 25 > found["before"]["bleu"] and found["rouge_l"] > 60

@@ -53,7 +53,8 @@ class Checkpoints:
     def save(self, tensors: dict[str, torch.Tensor], position: Position) -> None:
         """Begin to save; the tensors are copied before this returns, so training may go on."""
         import torch
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finish()
         target = self._folder / f"step-{position.step:08d}.partial"
@@ -79,7 +80,8 @@ class Checkpoints:
 
     def load(self, path: Path, tensors: dict[str, torch.Tensor]) -> Position:
         """Fill `tensors` in place from a checkpoint of any number of processes."""
-        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._mesh.num_processes == 1)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))

@@ -209,7 +209,7 @@ class Trainer:
         if self._average:
             self._average.update(self.named, step)
         self.position = Position(step + 1, self.position.skipped)
-        tokens = int(mesh.sum_over_data(sum(batch["labels"].size for batch in batches)))
+        tokens = int(mesh.sum_over_data(sum(batch["input_ids"].size for batch in batches)))
         self._tokens += tokens
         return Step(loss_per_label, norm, tokens)
 

@@ -14,7 +14,7 @@ from fastserve.train.settings import ModelSection
 if TYPE_CHECKING:
     import torch
 
-_CLASSES = {
+NETWORK_CLASSES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "sentence-order": "AutoModelForPreTraining",
@@ -37,7 +37,7 @@ def make_config(section: ModelSection, tokenizer: Any, objective: str, longest_r
     import transformers
 
     config = _opened_config(section) if section.folder else _new_config(section, tokenizer)
-    if type(config) not in getattr(transformers, _CLASSES[objective])._model_mapping:
+    if type(config) not in getattr(transformers, NETWORK_CLASSES[objective])._model_mapping:
         raise ConfigError(
             f"a network of type {config.model_type!r} cannot learn the objective {objective!r}; choose another"
         )
@@ -60,7 +60,7 @@ def make_network(section: ModelSection, config: Any, objective: str, seed: int) 
     import torch
     import transformers
 
-    kind = getattr(transformers, _CLASSES[objective])
+    kind = getattr(transformers, NETWORK_CLASSES[objective])
     torch.manual_seed(seed)
     try:
         if section.folder:

@@ -21,24 +21,26 @@ _RATE = "peak_learning_rate"
 
 
 def make_optimizers(network: Any, section: OptimizerSection) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or Muon and AdamW. Norms, biases and embeddings do not decay."""
+    """AdamW alone, or Muon and AdamW. Norms, biases and embeddings do not decay; the head is no hidden matrix."""
     import torch
 
     embeddings = {id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Embedding)}
+    output = getattr(network.get_output_embeddings(), "weight", None) if section.kind == "muon" else None
     matrices, others, free = [], [], []
     for parameter in network.parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             free.append(parameter)
-        elif parameter.ndim == 2:
+        elif parameter.ndim == 2 and parameter is not output:
             matrices.append(parameter)
         else:
             others.append(parameter)
-    adamw = dict(lr=section.learning_rate, betas=(section.beta_1, section.beta_2))
     if section.kind == "adamw":
         groups = [*_groups(matrices + others, section.weight_decay), *_groups(free, 0.0)]
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=section.learning_rate, betas=(section.beta_1, section.beta_2))
+        ]
     else:
         muon = torch.optim.Muon(
             matrices,
@@ -48,7 +50,7 @@ def make_optimizers(network: Any, section: OptimizerSection) -> list[torch.optim
             adjust_lr_fn="match_rms_adamw",
         )
         groups = [*_groups(others, section.weight_decay), *_groups(free, 0.0)]
-        optimizers = [muon, torch.optim.AdamW(groups, **adamw)]
+        optimizers = [muon, torch.optim.AdamW(groups, lr=section.learning_rate, betas=(section.beta_1, section.beta_2))]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group[_RATE] = group["lr"]

@@ -52,15 +52,13 @@ def plan(recipe: Recipe, config: Any, accelerator: str, utilization: float = DEF
     """The plan of a recipe whose network has the transformers configuration `config`."""
     import torch
     import transformers
-    from accelerate import init_empty_weights
 
-    from fastserve.train.network import _CLASSES
+    from fastserve.train.network import NETWORK_CLASSES
 
     if accelerator not in ACCELERATORS:
         raise ConfigError(f"accelerator must be one of {', '.join(ACCELERATORS)}, not {accelerator!r}")
-    with init_empty_weights():
-        network = getattr(transformers, _CLASSES[recipe.objective.kind]).from_config(config)
-    assert torch is not None
+    with torch.device("meta"):
+        network = getattr(transformers, NETWORK_CLASSES[recipe.objective.kind]).from_config(config)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     embeddings = network.get_input_embeddings().weight.numel()
     matrices = sum(parameter.numel() for parameter in network.parameters() if parameter.ndim == 2) - embeddings

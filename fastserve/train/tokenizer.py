@@ -224,7 +224,7 @@ def _add_encoder_template(tokenizer: Tokenizer) -> None:
         single, pair, special = "$A </s>", "$A </s> $B </s>", [("</s>", end)]
     else:
         single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
-        special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        special = [(token, int(tokenizer.token_to_id(token) or 0)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 

@@ -66,8 +66,8 @@ def check_search(recipe: Recipe) -> None:
     """ConfigError unless every key of [search] is a key of the recipe with a range or choices that it can take."""
     if not recipe.search:
         raise ConfigError(
-            'the recipe has no [search] table; write for example "optimizer.learning_rate" = { low = 1e-4, high = 1e-2, '
-            "log = true }"
+            'the recipe has no [search] table; write for example "optimizer.learning_rate" = { low = 1e-4, '
+            "high = 1e-2, log = true }"
         )
     for key, space in recipe.search.items():
         keys = set(space) if isinstance(space, dict) else set()

@@ -77,7 +77,9 @@ class QuestionAnswering:
                 offsets = all_offsets[number]
                 found = self._best_span(starts[row_in_batch], ends[row_in_batch], offsets)
                 if found[0] > best[owners[number]][0]:
-                    best[owners[number]] = (found[0], offsets[found[1]][0], offsets[found[2]][1])
+                    first, last = offsets[found[1]], offsets[found[2]]
+                    assert first is not None and last is not None  # outside the context scores are minus infinity
+                    best[owners[number]] = (found[0], first[0], last[1])
         return [row["context"][start:end] for row, (_, start, end) in zip(rows, best, strict=True)]
 
     def _best_span(self, starts: Any, ends: Any, offsets: list[tuple[int, int] | None]) -> tuple[float, int, int]:

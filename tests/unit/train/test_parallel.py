@@ -117,7 +117,7 @@ def test_a_run_survives_the_loss_of_a_process(corpora: dict[str, Path], alone: P
 _KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from fastserve.train import checkpoints
 from fastserve.train.pretrain import pretrain
 from fastserve.train.settings import read_recipe

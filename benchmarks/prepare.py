@@ -156,7 +156,7 @@ def main() -> None:
 def measure_duplicates(root: Path, report: Report, size: int) -> None:
     texts, copies = planted(size, 1)
     ours(write(root / "planted.jsonl", iter(texts)), root / "planted")
-    kept = set()
+    kept: set[str] = set()
     for path in (root / "planted" / "text").glob("*.jsonl"):
         kept.update(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
     dropped = {index for index, text in enumerate(texts) if text.strip() not in kept}

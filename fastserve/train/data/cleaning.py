@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u200b\u2060\ufe
 _SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u3000]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _ENTITY = re.compile(r"&(?:[a-z]{2,8}|#\d{1,6}|#x[0-9a-f]{1,5});", re.IGNORECASE)
-_LANGUAGE_CHARACTERS = 2000
+_LANGUAGE_CHARACTERS = 500  # enough to tell; the identifier's time goes with the length
 _CHINESE = {"wuu": "zh", "yue": "zh"}  # the identifier tells them apart by single characters: unreliable in short texts
 _IDEOGRAPH = re.compile("[\u3400-\u9fff]")
 _PERSONAL = (
@@ -53,8 +53,8 @@ def clean(raw: str, settings: PrepareSettings) -> Cleaned:
         return Cleaned(text, words, dropped_by="too short")
     if settings.max_words and len(words) > settings.max_words:
         return Cleaned(text, words, dropped_by="too long")
-    language = language_of(text)
-    if settings.languages and language not in settings.languages:
+    language = language_of(text) if settings.languages else ""
+    if language and language not in settings.languages:
         return Cleaned(text, words, language, "other language")
     rule = quality_fault(text, words) if settings.quality else ""
     return Cleaned(text, words, language, rule)
@@ -94,7 +94,7 @@ def quality_fault(text: str, words: Hashes) -> str:
     pieces = text.split()
     if _IDEOGRAPH.search(text) is None and not 2.5 <= sum(map(len, pieces)) / len(pieces) <= 12:
         return "word length"
-    if sum(map(_has_letter, pieces)) < 0.7 * len(pieces):
+    if sum(not piece.isalpha() and not any(map(str.isalpha, piece)) for piece in pieces) > 0.3 * len(pieces):
         return "words without letters"
     lines = [line for line in text.split("\n") if line]
     if len(lines) >= 3:
@@ -130,7 +130,3 @@ def _is_telephone(number: str) -> bool:
     """Ten to fifteen digits, or seven and more behind a plus sign: fewer are dates, years and prices."""
     num_digits = sum(map(str.isdigit, number))
     return 10 <= num_digits <= 15 or (number.startswith("+") and num_digits >= 7)
-
-
-def _has_letter(word: str) -> bool:
-    return any(map(str.isalpha, word))

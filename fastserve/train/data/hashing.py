@@ -17,6 +17,7 @@ SIGNATURE_LENGTH = 120
 SHINGLE_WORDS = 3
 _BLOCK = 2048  # shingles at a time: the table of products stays in the cache
 _SEPARATOR, _LETTER, _IDEOGRAPH = 0, 1, 2
+_NUM_CODES = 0x323B0  # no letter has a higher code
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _ODD_2 = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -24,7 +25,7 @@ _ODD_2 = np.uint64(0xBF58476D1CE4E5B9)
 def word_hashes(text: str) -> Hashes:
     """[W] one hash per word, in order."""
     codes = np.frombuffer(text.lower().encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
-    kinds = _kinds()[codes]
+    kinds = _kinds()[np.minimum(codes, _NUM_CODES)]
     is_start = kinds == _IDEOGRAPH
     is_start[1:] |= (kinds[1:] == _LETTER) & (kinds[:-1] != _LETTER)
     is_start[:1] |= kinds[:1] == _LETTER
@@ -82,8 +83,8 @@ def _multipliers() -> Hashes:
 
 @functools.cache
 def _kinds() -> NDArray[np.uint8]:
-    """For every code point: separator, letter or digit, ideograph."""
-    kinds = np.fromiter((chr(code).isalnum() for code in range(0x110000)), dtype=np.uint8, count=0x110000)
+    """For every code point up to _NUM_CODES, which stands for all behind: separator, letter or digit, ideograph."""
+    kinds = np.fromiter((chr(code).isalnum() for code in range(_NUM_CODES + 1)), dtype=np.uint8, count=_NUM_CODES + 1)
     for first, last in ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)):
         kinds[first : last + 1] *= _IDEOGRAPH
     return kinds

@@ -54,7 +54,8 @@ class PartCounts:
             return
         length = str(1 << max(0, num_words.bit_length() - 1))
         self.lengths[length] = self.lengths.get(length, 0) + 1
-        self.languages[language] = self.languages.get(language, 0) + 1
+        if language:
+            self.languages[language] = self.languages.get(language, 0) + 1
 
     def drop_later(self, text: str, rule: str) -> None:
         """Take back a document that was counted as staying."""

@@ -17,7 +17,7 @@ class PrepareSettings:
         text_key: key of the text in JSON lines and column of it in Parquet files and hub datasets.
         text_documents: what one document of a text file is: separator (they end with a line <|endoftext|>), blank-line
             (paragraph groups), line, file, or auto (separator where the file has one, else file).
-        languages: keep these languages only (codes such as en, zh); all when not given.
+        languages: keep these languages only (codes such as en, zh); without it all, and none is looked for.
         min_words: drop shorter documents; a Chinese or Japanese character counts as a word.
         max_words: drop longer documents; 0: no limit.
         quality: apply the quality rules (symbols, repetition, lists, words without letters).

@@ -246,3 +246,22 @@ def test_a_run_folder_is_one_run(corpora: dict[str, Path], tmp_path: Path) -> No
         pretrain(make_recipe(corpora["bpe"], seed=5), tmp_path / "run")
     with pytest.raises(ConfigError, match="not empty"):
         pretrain(make_recipe(corpora["bpe"]), tmp_path)
+
+
+def test_the_folder_is_served_as_it_is(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """The engine's greedy tokens are those that transformers gives for the exported folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastserve import LLM, SamplingParams
+
+    pretrain(make_recipe(corpora["bpe"], train={"steps": 20}), tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    [output] = LLM(str(folder), dtype="float32", kernels="reference").generate(
+        ["The fox"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer("The fox", return_tensors="pt")
+    tokens = network.generate(**ids, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    assert list(output.outputs[0].token_ids) == tokens[0, ids["input_ids"].shape[1] :].tolist()

@@ -13,6 +13,7 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 constexpr int kKeyBlock = 64;
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kTileQueryRows = 96;
+constexpr int64_t kFewRows = 12;     // rows that do not repay a panel of values
 constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
 constexpr float kNever = -3.0e38f;    // a masked score; any real one is larger
 
@@ -297,6 +298,12 @@ private:
         product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
                      s_.scores + rows.begin * kPanelColumns, count, false);
         for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
+#if defined(__AVX512BF16__)
+        if (reads_values_directly()) {
+            for (int64_t row = rows.begin; row < rows.end; row += 4) add_values(row, min_of(4, rows.end - row), keys);
+            return;
+        }
+#endif
         load_values(keys);
         const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock;
         for (int64_t panel = 0; panel < panels(); ++panel) {
@@ -305,6 +312,75 @@ private:
                          s_.out + panel * panel_stride() + rows.begin * kPanelColumns, count, true);
         }
     }
+
+#if defined(__AVX512BF16__)
+    bool reads_values_directly() const {
+        return sizes_.pairs && !product_.tile_kernel && tile_.rows <= kFewRows && args_.head_size % kPanelColumns == 0;
+    }
+
+    void add_values(int64_t row, int64_t rows, int64_t keys) {
+        switch (rows) {
+            case 1: return add_values<1>(row, keys);
+            case 2: return add_values<2>(row, keys);
+            case 3: return add_values<3>(row, keys);
+            default: return add_values<4>(row, keys);
+        }
+    }
+
+    // out += probabilities x values, read where they lie; the same products in the same order as over a panel.
+    template <int R> void add_values(int64_t row, int64_t keys) {
+        constexpr int kVectors = kPanelColumns / W;
+        const int64_t* places = places_[now_].values;
+        const char* probs = s_.probs + row * kKeyBlock * 2;
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            float* out = s_.out + panel * panel_stride() + row * kPanelColumns;
+            F acc[R][kVectors];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) acc[r][v] = f_load(out + r * kPanelColumns + v * W);
+            }
+            // A pair without keys adds zero, and once is as good as often.
+            const int64_t pairs = min_of(kKeyBlock / 2, (keys + 1) / 2 + 1);
+            for (int64_t pair = 0; pair < pairs; ++pair) {
+                const int64_t first = 2 * pair < keys ? places[2 * pair] : -1;
+                const int64_t second = 2 * pair + 1 < keys ? places[2 * pair + 1] : -1;
+                I words[kVectors];
+                value_words(first, second, panel * kPanelColumns, words);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    int32_t two;
+                    std::memcpy(&two, probs + r * kKeyBlock * 2 + pair * 4, 4);
+                    const I a = i_set(two);
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) acc[r][v] = f_dot(acc[r][v], words[v], a);
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) f_store(out + r * kPanelColumns + v * W, acc[r][v]);
+            }
+        }
+    }
+
+    // 64 columns of two values, a bfloat16 of each in a word; 0 for one that is not there (-1).
+    FASTSERVE_INLINE void value_words(int64_t first, int64_t second, int64_t column, I* words) const {
+        if (!is_s8()) {
+            const uint16_t* values = static_cast<const uint16_t*>(args_.values) + column;
+            for (int half = 0; half < 2; ++half) {
+                const I a = first < 0 ? i_set(0) : i_load(values + first + 32 * half);
+                const I b = second < 0 ? i_set(0) : i_load(values + second + 32 * half);
+                interleave_halves(a, b, words[2 * half], words[2 * half + 1]);
+            }
+            return;
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelColumns / W; ++v) {
+            words[v] = i_or(i_shr<16>(i_bits(value_lanes(first, column + v * W))), i_bits(value_lanes(second, column + v * W)));
+        }
+    }
+#endif
 
     // Scores of one row -> probabilities relative to the running maximum; the row's sums are brought to it.
     void soften(int64_t row, int64_t first_key, int64_t keys) {

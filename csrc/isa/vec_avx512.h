@@ -140,6 +140,14 @@ static inline void transpose_words(const char* const* rows, int64_t word, uint32
 // acc + the two products of bfloat16 per word.
 static inline F f_dot(F acc, I w, I a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
 
+// Half-words of a and b side by side, a's low: a0 b0 a1 b1 ... in `low`, from the middle on in `high`.
+static inline void interleave_halves(I a, I b, I& low, I& high) {
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    low = _mm512_permutex2var_epi16(a, order, b);
+    high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b);
+}
+
 // Sixteen bfloat16, looked up by the low four bits of each half-word; the fifth bit, which the instruction also takes,
 // does not matter since the table is held twice.
 struct PairTable {

@@ -73,8 +73,19 @@ REQUEST_METRICS = (
     Metric("request_generation_tokens", "histogram", "Completion length in tokens.", _TOKENS),
 )
 
-CATALOGUE = ENGINE_METRICS + REQUEST_METRICS
+# With API keys only: who asks for how much. There are as many tenants as the key file names.
+TENANT_METRICS = (
+    Metric("tenant_requests", "counter", "Sequences that were taken in.", labels=("tenant",)),
+    Metric("tenant_requests_refused", "counter", "Sequences that found no room (429).", labels=("tenant",)),
+    Metric("tenant_prompt_tokens", "counter", "Prompt tokens of sequences that were taken in.", labels=("tenant",)),
+    Metric("tenant_generation_tokens", "counter", "Tokens made.", labels=("tenant",)),
+)
+
+CATALOGUE = ENGINE_METRICS + REQUEST_METRICS + TENANT_METRICS
 
 # With --metrics-compat vllm, all but these are exported under vLLM's names as well: its prefix, the same suffixes.
 VLLM_PREFIX = "vllm:"
-NOT_IN_VLLM = frozenset({"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready"})
+NOT_IN_VLLM = frozenset(
+    {"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready"}
+    | {metric.name for metric in TENANT_METRICS}
+)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from fastserve.checkpoint.text_stream import TextStream
 from fastserve.checkpoint.tokenizer import Tokenizer
-from fastserve.core.errors import FastServeError, RequestError
+from fastserve.core.errors import FastServeError, QueueFullError, RequestError
 from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient
@@ -266,12 +266,17 @@ class Generator:
                 choices.append(Choice(index, prompt_index, request, text_stream))
         cost = sum(len(choice.request.prompt_ids) + (choice.request.sampling.max_tokens or 0) for choice in choices)
         full_batch = self._client.config.max_batch_sequences * self.max_model_len
-        leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
         try:
-            stream = self._client.stream(*(choice.request for choice in choices))
-        except BaseException:
-            leave()
+            leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
+            try:
+                stream = self._client.stream(*(choice.request for choice in choices))
+            except BaseException:
+                leave()
+                raise
+        except QueueFullError:
+            self._metrics.observe_refusal(tenant, len(choices))
             raise
+        self._metrics.observe_admission(tenant, len(choices), sum(len(choice.request.prompt_ids) for choice in choices))
         generation = Generation(choices, stream, self._metrics, leave)
         limit = min(filter(None, (seconds, self._max_seconds)), default=0.0)
         if limit:

@@ -13,7 +13,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastserve.core.metrics import CATALOGUE, ENGINE_METRICS, NOT_IN_VLLM, PREFIX, REQUEST_METRICS, VLLM_PREFIX
+from fastserve.core.metrics import (
+    CATALOGUE,
+    ENGINE_METRICS,
+    NOT_IN_VLLM,
+    PREFIX,
+    REQUEST_METRICS,
+    TENANT_METRICS,
+    VLLM_PREFIX,
+)
 from fastserve.core.request import FINISH_ABORT
 from fastserve.engine.client import EngineClient, EngineState
 
@@ -57,11 +65,31 @@ class Metrics:
         self._finished = Counter(
             PREFIX + success.name, success.help, ["model_name", *success.labels], registry=self._registry
         )
+        self._tenants = {
+            metric.name: Counter(
+                PREFIX + metric.name, metric.help, ["model_name", *metric.labels], registry=self._registry
+            )
+            for metric in TENANT_METRICS
+        }
         self._model_name = model_name
+
+    def observe_admission(self, tenant: str, num_sequences: int, num_prompt_tokens: int) -> None:
+        """Sequences of one request were taken in; `tenant` "" is nobody in particular."""
+        self._count(tenant, "tenant_requests", num_sequences)
+        self._count(tenant, "tenant_prompt_tokens", num_prompt_tokens)
+
+    def observe_refusal(self, tenant: str, num_sequences: int) -> None:
+        """There was no room for the sequences of one request."""
+        self._count(tenant, "tenant_requests_refused", num_sequences)
+
+    def _count(self, tenant: str, name: str, amount: int) -> None:
+        if tenant:
+            self._tenants[name].labels(self._model_name, tenant).inc(amount)
 
     def observe_tokens(self, choice: Choice, now: float, scheduled_time: float, count: int) -> None:
         """`count` tokens of `choice` arrived at `now`; called before its own times are moved on."""
         arrival = choice.request.arrival_time
+        self._count(choice.request.tenant, "tenant_generation_tokens", count)
         if choice.last_time == 0.0:
             self._first_token.observe(now - arrival)
             if scheduled_time:

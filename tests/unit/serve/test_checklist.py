@@ -374,6 +374,17 @@ def test_16_one_key_does_not_starve_another(tmp_path: Path, monkeypatch: pytest.
         assert statuses.count(200) + statuses.count(429) == 40
         tenants = {live.request.tenant for live in server.client._live.values()}
         assert tenants == set()
+        headers = {"Authorization": "Bearer modest"}
+        text = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30).text
+    counted = {
+        (name, tenant): float(value)
+        for name, tenant, value in re.findall(
+            r'^fastserve_tenant_(\w+)_total{.*tenant="(\w)"} (\S+)$', text, re.MULTILINE
+        )
+    }
+    assert counted["requests", "A"] == statuses.count(200)
+    assert counted["requests_refused", "A"] == statuses.count(429)
+    assert counted["generation_tokens", "B"] == 2
 
 
 def test_16_places_are_kept_for_others() -> None:

@@ -156,7 +156,8 @@ class Trainer:
 
     def _steps(self, interrupts: list[int]) -> None:
         num_steps, mark, mark_tokens = self._task.num_steps, time.monotonic(), 0
-        is_evaluated = self.position.step >= num_steps
+        if self.position.step >= num_steps:  # stopped between the last step and the end of its evaluation
+            self._evaluate()
         while self.position.step < num_steps:
             step = self._step()
             if step is None:
@@ -170,11 +171,10 @@ class Trainer:
             self._checkpoints.poll()
             if done % self.train.checkpoint_every == 0 or done == num_steps or interrupts:
                 self._save()
-            is_evaluated = done % self.train.evaluate_every == 0 or done == num_steps
-            if is_evaluated and not interrupts:
-                self._evaluate()
             if interrupts:
                 break
+            if done % self.train.evaluate_every == 0 or done == num_steps:
+                self._evaluate()
         self._checkpoints.finish()
         if interrupts:
             raise KeyboardInterrupt

@@ -8,10 +8,13 @@ attention's, at a stated share of the accelerator's peak.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastserve.core.errors import ConfigError
 from fastserve.train.settings import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bfloat16 operations per second and memory, from the makers' data sheets.
 ACCELERATORS = {
@@ -74,7 +77,9 @@ def plan(recipe: Recipe, config: Any, accelerator: str, utilization: float = DEF
     flops = _flops_per_token(config, parameters, length)
     peak, memory = ACCELERATORS[accelerator]
     if accelerator == "cpu":
-        peak, memory = _measured_cpu()
+        import psutil
+
+        peak, memory = measured_peak(torch.device("cpu"), torch.bfloat16), float(psutil.virtual_memory().total)
     speed = mesh.num_processes * peak * utilization / flops
     if train.gradient_checkpointing:
         speed *= 3 / 4  # the forward pass is done twice
@@ -113,16 +118,17 @@ def _flops_per_token(config: Any, parameters: int, length: int) -> float:
     return 6.0 * parameters + 12.0 * config.num_hidden_layers * config.hidden_size * length
 
 
-def _measured_cpu() -> tuple[float, float]:
-    """(bfloat16 operations per second of a matrix product on this machine, its memory)."""
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product on a device, as it is now."""
     import time
 
-    import psutil
     import torch
 
-    matrix = torch.randn(1024, 1024).bfloat16()
-    matrix @ matrix
+    size = 512 if device.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    float((matrix @ matrix)[0, 0])
     start = time.perf_counter()
-    for _ in range(5):
-        matrix @ matrix
-    return 5 * 2 * 1024**3 / (time.perf_counter() - start), float(psutil.virtual_memory().total)
+    for _ in range(3):
+        product = matrix @ matrix
+    float(product[0, 0])  # waits for the device
+    return 3 * 2 * size**3 / (time.perf_counter() - start)

@@ -32,6 +32,7 @@ from fastserve.train.objectives import (
     SpecialIds,
     num_labels,
 )
+from fastserve.train.plan import measured_peak
 from fastserve.train.rows import MixedRows, PackedRows, Rows, WindowRows
 from fastserve.train.settings import ObjectiveSection, Phase, Recipe
 from fastserve.train.watch import RunWatch, Silence
@@ -52,6 +53,8 @@ def pretrain(
     `task` makes what the loop runs, in place of PretrainTask. Under torchrun this is called on every
     process. ConfigError, before the first step, for a recipe that cannot work.
     """
+    import torch
+
     parts = RunParts(recipe)
     mesh = Mesh.start(recipe.parallel)
     try:
@@ -73,6 +76,7 @@ def pretrain(
             else Silence(),
             seed=recipe.seed,
             report_every=watch.report_every,
+            peak_flops=mesh.num_processes * measured_peak(mesh.device, getattr(torch, recipe.train.precision)),
         )
         trainer.run()
     finally:

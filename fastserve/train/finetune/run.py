@@ -189,9 +189,10 @@ def open_network(kind: Kind, model: str, rows: list[Example] | None) -> Any:
             kind.use_labels(config)
         torch.manual_seed(0)
         loader = getattr(transformers, kind.network_class)
-        return loader.from_pretrained(
+        network = loader.from_pretrained(
             model, config=config, dtype=torch.float32, ignore_mismatched_sizes=rows is not None
         )
+        return network if rows is not None else network.requires_grad_(False).eval()
     except OSError as error:
         raise CheckpointError(f"cannot open {model}: {error}") from error
     except ValueError as error:

@@ -41,6 +41,7 @@ def test_every_objective_learns_and_exports_a_folder_that_opens(
         optimizer={"learning_rate": 1e-2},
     )
     measured = pretrain(recipe, tmp_path / "run")
+    assert pretrain(recipe, tmp_path / "run") == measured, "a finished run has nothing more to do"
     losses = losses_of(tmp_path / "run")
     assert measured["held_out_loss"] < losses[1] - 0.5 and losses[40] < losses[1] - 0.5
     folder = tmp_path / "run" / "model"

@@ -80,10 +80,12 @@ class Checkpoints:
 
     def load(self, path: Path, tensors: dict[str, torch.Tensor]) -> Position:
         """Fill `tensors` in place from a checkpoint of any number of processes."""
+        from torch.distributed.checkpoint import state_dict_loader
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-        from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._mesh.num_processes == 1)
+        state_dict_loader.load(
+            tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._mesh.num_processes == 1
+        )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Position(state["step"], state["skipped"])
 

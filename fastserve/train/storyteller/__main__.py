@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastserve.core.errors import ConfigError
 from fastserve.train.storyteller.recipe import read_recipe
-from fastserve.train.storyteller.stages import STAGES, run_stages
+from fastserve.train.storyteller.stages import STAGES, TEXTS, run_stages
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastserve.train.storyteller", description="Train a small language model from a recipe."
     )
     parser.add_argument("recipe", type=Path, help="a TOML file; the built-in model's is configs/builtin.toml")
-    parser.add_argument("--stage", choices=STAGES, help="run this stage only (default: all that are not done yet)")
+    parser.add_argument(
+        "--stage", choices=(*STAGES, TEXTS), help="run this stage only (default: all that are not done yet)"
+    )
     parser.add_argument(
         "--data", type=Path, help="folder that holds corpora/ (default: $FASTSERVE_SHARED/data, else ../shared/data)"
     )

@@ -2,6 +2,7 @@
 
     tokenizer -> OUT/tokenizer.json     pretrain -> OUT/pretrain.safetensors
     tune      -> OUT/tune.safetensors   export   -> OUT/model/, OUT/CREDITS.md, OUT/samples.*
+    texts     -> OUT/texts/, OUT/chats.jsonl: what the general commands (docs/training.md) make such a model of
 Each stage reads only the recipe, the texts and what earlier stages left in OUT, so any of them can be run again alone.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastserve.core.errors import ConfigError
+from fastserve.train.storyteller.chat import ChatSet
 from fastserve.train.storyteller.corpus import Corpus, read_corpus
 from fastserve.train.storyteller.credits import credits_page
 from fastserve.train.storyteller.evaluate import held_out_loss
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 STAGES = ("tokenizer", "pretrain", "tune", "export")
+TEXTS = "texts"  # only when asked for
+CHAT_EPOCHS = 3
 EVALUATION_LENGTH = 512
 
 
@@ -43,6 +47,8 @@ def run_stages(recipe: Recipe, corpora: Path, out: Path, only: str | None = None
         tokenizer = load_tokenizer(out / "tokenizer.json")
         if stage == "pretrain":
             pretrain(recipe, corpus, tokenizer, pretrained, use_compiler)
+        elif stage == TEXTS:
+            _write_texts(recipe, corpus, tokenizer, out)
         elif stage == "tune":
             finetune(recipe, corpus, tokenizer, pretrained, tuned, use_compiler)
         else:
@@ -54,6 +60,21 @@ def _learn_tokenizer(recipe: Recipe, corpus: Corpus, out: Path) -> None:
     names = [name for name, source in recipe.data.sources.items() if source.is_whole]
     texts = (document.text for name in names for document in corpus.training[name])
     train_tokenizer(texts, recipe.tokenizer.vocab_size).save(str(out / "tokenizer.json"))
+
+
+def _write_texts(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> None:
+    """The clean training documents of every source, and the chats of a few epochs, as JSON lines."""
+    folder = out / "texts"
+    folder.mkdir(exist_ok=True)
+    for name, documents in corpus.training.items():
+        lines = (json.dumps({"text": document.text}, ensure_ascii=False) for document in documents)
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    chats = ChatSet(corpus.training, tokenizer, recipe.tune, frozenset(recipe.data.held_out_subjects))
+    with open(out / "chats.jsonl", "w", encoding="utf-8") as file:
+        for epoch in range(CHAT_EPOCHS):
+            for conversation in chats.conversations(recipe.seed + 1 + epoch):
+                messages = [{"role": role, "content": content} for role, content in conversation]
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
 def _export(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, out: Path) -> None:

@@ -103,3 +103,20 @@ def test_importing_the_room_is_light() -> None:
 
 def test_recipe_of_the_card_is_complete(recipe_path: Path) -> None:
     assert json.loads(json.dumps(read_recipe(recipe_path).as_dict()))["tune"]["retold_share"] == 0.7
+
+
+def test_its_texts_go_through_the_general_commands(data_folder: Path, recipe_path: Path, tmp_path: Path) -> None:
+    """What the stage writes can be prepared, and its chats can be tuned on."""
+    from fastserve.train.data.prepare import prepare
+    from fastserve.train.data.settings import PrepareSettings
+    from fastserve.train.finetune.chat import messages_of
+    from fastserve.train.finetune.examples import read_examples
+
+    out = tmp_path / "out"
+    for stage in ("tokenizer", "texts"):
+        assert main([str(recipe_path), "--data", str(data_folder), "--out", str(out), "--stage", stage]) == 0
+    settings = PrepareSettings(quality=False, near_duplicates=False, workers=1, validation_share=0.0)
+    report = prepare([str(out / "texts" / "stories.jsonl")], tmp_path / "prepared", settings)
+    assert report["documents_out"] > 10
+    chats = [messages_of(row) for row in read_examples(out / "chats.jsonl")]
+    assert chats and all(chat[-1]["role"] == "assistant" and chat[-1]["content"] for chat in chats)

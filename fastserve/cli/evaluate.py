@@ -39,7 +39,7 @@ _TRAINING_ONLY = [
 @with_options((FinetuneSettings, "Examples"), leave_out=tuple(_TRAINING_ONLY))
 def evaluate(
     options: dict[str, Any],
-    model: Annotated[str, typer.Argument(help="Model folder; with --url the name of the served model's folder.")],
+    model: Annotated[str, typer.Argument(help="Model folder; with --url its tokenizer is used.")],
     corpus: Annotated[Path | None, typer.Option(help="Text to measure perplexity on.")] = None,
     task: Annotated[str, typer.Option(help="Score examples of a task: " + ", ".join(TASKS) + ".")] = "",
     data: Annotated[Path | None, typer.Option(help="The examples.")] = None,

@@ -85,11 +85,11 @@ def harness(model: str, tasks: list[str], *, url: str = "", limit: int = 0, task
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ConfigError("--harness needs lm-evaluation-harness: pip install lm_eval") from None
+        raise ConfigError("--harness needs lm-evaluation-harness: pip install 'lm_eval[api]'") from None
     if url:
         arguments = {
             "model": "local-completions",
-            "model_args": f"base_url={url.rstrip('/')}/v1/completions,model={Path(model).name},tokenizer={model}",
+            "model_args": f"base_url={url.rstrip('/')}/v1/completions,model={served_name(url)},tokenizer={model}",
         }
     else:
         arguments = {"model": "hf", "model_args": f"pretrained={model},dtype=float32,device=cpu"}
@@ -102,6 +102,20 @@ def harness(model: str, tasks: list[str], *, url: str = "", limit: int = 0, task
         task: {name: value for name, value in scores.items() if isinstance(value, int | float)}
         for task, scores in found["results"].items()
     }
+
+
+def served_name(url: str) -> str:
+    """The name of the first model that a server lists; ConfigError where it does not answer."""
+    import json
+    import urllib.request
+
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is no address of a server; write for example http://127.0.0.1:8000")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=30) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (OSError, ValueError, LookupError) as error:
+        raise ConfigError(f"the server at {url} does not list its models: {error}") from error
 
 
 def _texts(corpus: Path) -> Any:

@@ -68,3 +68,29 @@ def test_a_plan_counts_what_is_made(corpora: dict[str, Path]) -> None:
     assert found.tokens == 8 * 256 and found.seconds == pytest.approx(found.tokens / found.tokens_per_second)
     with pytest.raises(ConfigError, match="accelerator must be one of"):
         plan(recipe, plan_config(recipe), "abacus")
+
+
+def test_a_server_is_asked_for_its_model() -> None:
+    import json
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from fastserve.train.evaluate import served_name
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "tales"}]}).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    assert served_name(f"http://127.0.0.1:{server.server_port}/") == "tales"
+    server.server_close()
+    with pytest.raises(ConfigError, match="does not list its models"):
+        served_name(f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(ConfigError, match="no address"):
+        served_name("tales")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fastserve.bench import quantized_model, random_model
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.core.cache import cache_folder
 
 TORCH = "torch==2.13.0"  # pinned beside each peer: else a newer one, or the CUDA one, would come with it
 ENGINES = Path(__file__).resolve().parent / "peer_engines"
@@ -90,7 +91,7 @@ PEERS = {
 
 def environment(name: str) -> Path:
     """Folder of the peer's environment, there or not."""
-    return random_model.cache_folder() / "peers" / name
+    return cache_folder() / "peers" / name
 
 
 def interpreter(name: str) -> Path | None:
@@ -149,7 +150,7 @@ def convert(name: str, precision: str, model: Path) -> Path:
     """
     if name not in _CONVERTERS or (name, precision) == ("vllm", "bf16"):
         return model
-    out = random_model.cache_folder() / "peers" / "models" / model.name / f"{name}-{precision}"
+    out = cache_folder() / "peers" / "models" / model.name / f"{name}-{precision}"
     if not out.exists():
         unfinished = out.with_name(out.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Decode speed with guesses from the prompt (speculation=auto) against without, on answers that repeat and that do not.
 
-    python benchmarks/speculation.py
+    python benchmarks/speculation.py            # Qwen3-0.6B's shape, under four minutes
+    python benchmarks/speculation.py --smoke    # a small shape and few tokens
     python benchmarks/speculation.py --shape llama-0.1b --repeats 5
 
 Weights are random, so the answers are given: in place of what the sampler found, the next token of a fixed text is
@@ -27,6 +28,9 @@ from fastserve.bench.report import Report, emit, measure_limits, rounded
 from fastserve.core.request import Request
 from fastserve.engine import speculation
 from fastserve.engine.sampler import SamplingState
+from fastserve.kernels.interface import Kernels
+
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,9 @@ class Forced:
     def __init__(self) -> None:
         self.answer: list[int] = []
 
-    def __call__(self, logits: Tensor, states: list[SamplingState]) -> list[int]:
+    def __call__(
+        self, logits: Tensor, states: list[SamplingState], kernels: Kernels, greedy: list[int] | None = None
+    ) -> list[int]:
         logits.argmax(dim=-1).tolist()
         return [self.answer[state.num_output] for state in states]
 
@@ -86,15 +92,19 @@ def decode_speed(llm: LLM, case: Case, forced: Forced, num_tokens: int, name: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b")
-    parser.add_argument("--tokens", type=int, default=160, help="most tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=96, help="most tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="llama-0.1b, 24 tokens, once")
     options = parser.parse_args()
+    if options.smoke:
+        options.shape, options.tokens, options.repeats = "llama-0.1b", 24, 1
     folder = random_model.make(options.shape)
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 2048, "max_batch_sequences": 8}
     settings |= {"kv_cache_memory": "1500MiB", "max_batch_tokens": 2048}
     report = Report("speculation", {"shape": options.shape, "tokens": options.tokens, **settings})
     report.repeats = options.repeats
-    report.limits["before"] = measure_limits()
+    if not options.smoke:
+        report.limits["before"] = measure_limits()
     engines = {mode: LLM(str(folder), speculation=mode, **settings) for mode in ("off", "auto")}
     forced = Forced()
     vars(speculation)["sample"] = forced
@@ -102,7 +112,8 @@ def main() -> None:
         speeds: dict[str, list[float]] = {mode: [] for mode in engines}
         for repeat in range(-1, options.repeats):  # the first fills the prefix cache, and is not counted
             for mode, llm in engines.items():
-                speed, per_step = decode_speed(llm, case, forced, options.tokens, f"{case.name}-{repeat}")
+                num_tokens = options.tokens if repeat >= 0 else _WARM_UP_TOKENS
+                speed, per_step = decode_speed(llm, case, forced, num_tokens, f"{case.name}-{repeat}")
                 if repeat >= 0:
                     speeds[mode].append(speed)
         for mode in engines:
@@ -110,7 +121,8 @@ def main() -> None:
         report.metrics[f"{case.name}_tokens_per_step"] = rounded(per_step)
         ratios = [auto / off for auto, off in zip(speeds["auto"], speeds["off"], strict=True)]
         report.add_runs(f"{case.name}_ratio", ratios)
-    report.limits["after"] = measure_limits()
+    if not options.smoke:
+        report.limits["after"] = measure_limits()
     emit(report.as_dict())
 
 

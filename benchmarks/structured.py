@@ -1,10 +1,12 @@
 """What structured outputs cost: time of a decode step with a grammar for every sequence, against without.
 
-    python benchmarks/structured.py
+    python benchmarks/structured.py            # Qwen3-0.6B's shape, 16 sequences
+    python benchmarks/structured.py --smoke    # a small shape and few steps
     python benchmarks/structured.py --tokenizer ../shared/data/tokenizers/gpt-neox-20b --batch 16
 
-Random weights; prompts, batch and number of steps are the same. The schema never lets the answer end within them.
-`mask_cost` is the share of a step that the grammar adds: 1 - (time without / time with).
+Random weights; prompts, batch and number of steps are the same, and runs with and without take turns. The schema never
+lets the answer end within them. `mask_cost` is the share of a step that the grammar adds: 1 - (without / with).
+What schemas can be asked for, and whether they are kept, is counted by benchmarks/schemas.py.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def step_seconds(llm: LLM, batch: int, num_steps: int, wanted: StructuredOutputs
         outputs = llm.engine.step()
         if len(outputs) == batch:
             times.append(time.perf_counter() - started)
-        assert all(output.error is None for output in outputs)
+        assert all(output.error is None for output in outputs), outputs
     return statistics.median(times[1:-1])
 
 
@@ -76,18 +78,26 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--tokenizer", type=Path, default=found if found.is_dir() else None)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="llama-0.1b, 6 steps, once")
     options = parser.parse_args()
+    if options.smoke:
+        options.shape, options.steps, options.repeats = "llama-0.1b", 6, 1
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "speculation": "off"}
     settings |= {"max_batch_sequences": options.batch, "kv_cache_memory": "1500MiB", "prefix_caching": False}
-    wanted = StructuredOutputs(json=SCHEMA)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as temporary:
         folder = with_tokenizer(random_model.make(options.shape), options.tokenizer, Path(temporary))
-        llm = LLM(str(folder), **settings)
+        measure(LLM(str(folder), **settings), options, settings)
+
+
+def measure(llm: LLM, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Take turns, and print the report."""
+    wanted = StructuredOutputs(json=SCHEMA)  # type: ignore[arg-type]
     config = {"shape": options.shape, "batch": options.batch, "steps": options.steps, **settings}
     report = Report("structured", {**config, "vocabulary": llm.tokenizer.vocab_size}, repeats=options.repeats)
-    report.limits["before"] = measure_limits()
+    if not options.smoke:
+        report.limits["before"] = measure_limits()
     times: dict[str, list[float]] = {"without": [], "with": []}
     for repeat in range(-1, options.repeats):  # the first compiles, and is not counted
         for name, form in (("without", None), ("with", wanted)):
@@ -99,7 +109,8 @@ def main() -> None:
     costs = [1 - without / with_ for without, with_ in zip(times["without"], times["with"], strict=True)]
     report.add_runs("mask_cost", costs)
     report.metrics["ratio"] = rounded(statistics.median(times["without"]) / statistics.median(times["with"]))
-    report.limits["after"] = measure_limits()
+    if not options.smoke:
+        report.limits["after"] = measure_limits()
     emit(report.as_dict())
 
 

@@ -5,7 +5,8 @@
 // nothing, and splits are added up in order. A block that a row does not see leaves the row's sums untouched.
 // A block's keys are transposed into a panel [D words, 64 keys], its values into panels [key pairs, D]: so both
 // products run on the kernels of linear.h, on the tile unit too.
-// Rows of a tile are (position, query head) of one key head, positions outermost.
+// Rows of a tile are (position, query head) of one key head, positions outermost. Of few rows, as in decoding, a tile has
+// several key heads, and goes through them block by block: so memory is read from front to back.
 #pragma once
 
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
@@ -114,18 +115,18 @@ struct PanelProduct {
     }
 };
 
-// One tile: some query positions of one sequence, one key head.
+// One tile: some query positions of one sequence, one key head or (for few rows) several.
 struct QueryTile {
-    int64_t sequence, kv_head;
+    int64_t sequence, kv_head, num_heads;
     int64_t first_query, num_queries;  // among the sequence's new tokens
     int64_t first_position;            // of the first query
-    int64_t rows;
+    int64_t rows;                      // of each key head
 };
 
 class TileAttention {
 public:
     TileAttention(const AttentionArgs& args, const AttentionScratch& scratch, TileShape& tiles)
-        : args_(args), sizes_(attention_sizes(args)), s_(scratch) {
+        : args_(args), sizes_(attention_sizes(args)), all_(scratch), s_(scratch) {
         product_.nothing = &kNoWeight;
         product_.tiles = &tiles;
         product_.tile_kernel = nullptr;
@@ -143,10 +144,76 @@ public:
     // Gather the tile's queries and forget all sums.
     void start(const QueryTile& tile) {
         tile_ = tile;
+        first_head_ = tile.kv_head;
+        for_heads([&](int64_t) { start_head(); });
+    }
+
+    // Keys this tile sees at all: [first, last).
+    Range visible() const {
+        const int64_t last = tile_.first_position + tile_.num_queries + sizes_.ahead;
+        return {args_.window ? max_of(0, tile_.first_position - args_.window + 1) : 0, min_of(last, context())};
+    }
+
+    // All visible keys of split `split`, from nothing, into out, top and sum.
+    void attend_split(int64_t split) {
+        for_heads([&](int64_t) {
+            for (int64_t row = 0; row < tile_.rows; ++row) s_.top[row] = kNever, s_.sum[row] = 0.0f;
+            std::memset(s_.out, 0, panels() * panel_stride() * 4);
+        });
+        const Range keys = visible();
+        const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
+        const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
+        for (int64_t block = begin; block < end; block += kKeyBlock) {
+            for_heads([&](int64_t) { attend_block(block); });
+        }
+    }
+
+    // total += the split's sums.
+    void merge() {
+        for_heads([&](int64_t) { merge_sums(s_.top, s_.sum, s_.out); });
+    }
+
+    // The split's sums of all heads.
+    void save(float* to) const {
+        const int64_t rows = tile_.num_heads * tile_.rows;
+        std::memcpy(to, all_.top, rows * 4);
+        std::memcpy(to + rows, all_.sum, rows * 4);
+        std::memcpy(to + 2 * rows, all_.out, rows * panels() * kPanelColumns * 4);
+    }
+
+    // total += sums that were saved.
+    void merge_saved(const float* from) {
+        const int64_t rows = tile_.num_heads * tile_.rows;
+        for_heads([&](int64_t head) {
+            const int64_t first = head * tile_.rows;
+            merge_sums(from + first, from + rows + first, from + 2 * rows + first * panels() * kPanelColumns);
+        });
+    }
+
+    void write() {
+        for_heads([&](int64_t) { write_head(); });
+    }
+
+private:
+    // Calls body(index) for each key head of the tile, with kv_head and the working memory being that head's.
+    template <class Body> void for_heads(const Body& body) {
         const int64_t row_bytes = sizes_.depth * sizes_.element;
-        for (int64_t row = 0; row < tile.rows; ++row) {
-            const int64_t token = args_.query_starts[tile.sequence] + tile.first_query + row / sizes_.group;
-            const int64_t head = tile.kv_head * sizes_.group + row % sizes_.group;
+        for (int64_t head = 0; head < tile_.num_heads; ++head) {
+            const int64_t row = head * tile_.rows, columns = row * panels() * kPanelColumns;
+            tile_.kv_head = first_head_ + head;
+            s_.queries = all_.queries + row * row_bytes;
+            s_.out = all_.out + columns, s_.total = all_.total + columns;
+            s_.top = all_.top + row, s_.sum = all_.sum + row;
+            s_.total_top = all_.total_top + row, s_.total_sum = all_.total_sum + row;
+            body(head);
+        }
+    }
+
+    void start_head() {
+        const int64_t row_bytes = sizes_.depth * sizes_.element;
+        for (int64_t row = 0; row < tile_.rows; ++row) {
+            const int64_t token = args_.query_starts[tile_.sequence] + tile_.first_query + row / sizes_.group;
+            const int64_t head = tile_.kv_head * sizes_.group + row % sizes_.group;
             const int64_t from = token * args_.query_stride + head * args_.query_head_stride;
             char* to = s_.queries + row * row_bytes;
             std::memset(to, 0, row_bytes);
@@ -161,26 +228,7 @@ public:
         std::memset(s_.total, 0, panels() * panel_stride() * 4);
     }
 
-    // Keys this tile sees at all: [first, last).
-    Range visible() const {
-        const int64_t last = tile_.first_position + tile_.num_queries + sizes_.ahead;
-        return {args_.window ? max_of(0, tile_.first_position - args_.window + 1) : 0, min_of(last, context())};
-    }
-
-    // All visible keys of split `split`, from nothing, into out, top and sum.
-    void attend_split(int64_t split) {
-        for (int64_t row = 0; row < tile_.rows; ++row) s_.top[row] = kNever, s_.sum[row] = 0.0f;
-        std::memset(s_.out, 0, panels() * panel_stride() * 4);
-        const Range keys = visible();
-        const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
-        const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
-        for (int64_t block = begin; block < end; block += kKeyBlock) attend_block(block);
-    }
-
-    // total += the split's sums.
-    void merge() { merge_sums(s_.top, s_.sum, s_.out, tile_.rows); }
-
-    void merge_sums(const float* top, const float* sum, const float* out, int64_t stride_rows) {
+    void merge_sums(const float* top, const float* sum, const float* out) {
         for (int64_t row = 0; row < tile_.rows; ++row) {
             if (sum[row] == 0.0f) continue;
             const float highest = top[row] > s_.total_top[row] ? top[row] : s_.total_top[row];
@@ -189,7 +237,7 @@ public:
             s_.total_sum[row] = s_.total_sum[row] * old_share + sum[row] * new_share;
             const F a = f_set(old_share), b = f_set(new_share);
             for (int64_t panel = 0; panel < panels(); ++panel) {
-                const float* from = out + (panel * stride_rows + row) * kPanelColumns;
+                const float* from = out + panel * panel_stride() + row * kPanelColumns;
                 float* to = s_.total + panel * panel_stride() + row * kPanelColumns;
                 for (int64_t column = 0; column < panel_width(panel); column += W) {
                     f_store(to + column, f_fma(f_load(from + column), b, f_mul(f_load(to + column), a)));
@@ -198,7 +246,7 @@ public:
         }
     }
 
-    void write() {
+    void write_head() {
         for (int64_t row = 0; row < tile_.rows; ++row) {
             const int64_t token = args_.query_starts[tile_.sequence] + tile_.first_query + row / sizes_.group;
             const int64_t head = tile_.kv_head * sizes_.group + row % sizes_.group;
@@ -213,9 +261,6 @@ public:
     }
 
     int64_t panels() const { return ceil_div(sizes_.columns, kPanelColumns); }
-    const AttentionScratch& scratch() const { return s_; }
-
-private:
     int64_t context() const { return args_.context_lens[tile_.sequence]; }
     int64_t panel_stride() const { return tile_.rows * kPanelColumns; }
     int64_t panel_width(int64_t panel) const { return min_of(kPanelColumns, sizes_.columns - panel * kPanelColumns); }
@@ -259,6 +304,8 @@ private:
     // The places of this block and of the next one, which is fetched while this one is worked on: a head's keys are
     // short rows far apart, which the processor does not foresee.
     void find_block(int64_t first_key, int64_t keys) {
+        num_next_ = 0;
+        if (tile_.num_heads > 1) return find_head(first_key, keys);
         now_ ^= 1;
         Places& now = places_[now_];
         if (now.first_key != first_key || now.kv_head != tile_.kv_head || now.sequence != tile_.sequence || now.count < keys) {
@@ -267,6 +314,29 @@ private:
         }
         num_next_ = min_of(kKeyBlock, visible().end - first_key - kKeyBlock);
         if (num_next_ > 0) find(first_key + kKeyBlock, num_next_, places_[now_ ^ 1]);
+    }
+
+    // The same for one head of several: the next one's keys lie beside these, and the processor foresees them.
+    void find_head(int64_t first_key, int64_t keys) {
+        Places& now = places_[now_];
+        if (now.first_key != first_key || now.sequence != tile_.sequence || now.count != keys) {
+            return find(first_key, keys, now);
+        }
+        const int64_t heads = tile_.kv_head - now.kv_head, scales = 4 * heads * args_.block_size;
+        for (int64_t i = 0; i < keys; ++i) {
+            now.keys[i] += heads * args_.key_strides.head, now.values[i] += heads * args_.value_strides.head;
+            now.key_scales[i] += scales, now.value_scales[i] += scales;
+        }
+        now.kv_head = tile_.kv_head;
+    }
+
+    // Loads rows in their order in memory, which the processor foresees; the order of their use it does not.
+    void touch(const void* cache, const int64_t* places, int64_t keys) const {
+        const int64_t bytes = args_.head_size * element_bytes(args_.cache_type);
+        for (int64_t i = 0; i < keys; ++i) {
+            const volatile char* from = static_cast<const char*>(cache) + places[i] * element_bytes(args_.cache_type);
+            for (int64_t line = 0; line < bytes; line += 64) static_cast<void>(from[line]);
+        }
     }
 
     void fetch(const void* cache, int64_t at) const {
@@ -291,7 +361,9 @@ private:
         if (rows.begin >= rows.end) return;
         find_block(first_key, keys);
         if (is_s8()) load_scales(keys);
+        if (tile_.num_heads > 1) touch(args_.keys, places_[now_].keys, keys);
         load_keys(keys);
+        if (tile_.num_heads > 1) touch(args_.values, places_[now_].values, keys);
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
         const int64_t count = rows.end - rows.begin;
@@ -575,7 +647,9 @@ private:
 
     const AttentionArgs& args_;
     const AttentionSizes sizes_;
-    const AttentionScratch s_;
+    const AttentionScratch all_;  // of all heads of the tile
+    AttentionScratch s_;          // of one
+    int64_t first_head_ = 0;
     PanelProduct product_;
     QueryTile tile_{};
     Places places_[2];
@@ -585,21 +659,27 @@ private:
 
 // Calls visit(tile, splits, is_split, index) for every tile in a fixed order; `splits` are those it sees.
 template <class Visit>
-static void for_each_tile(const AttentionArgs& args, const Visit& visit) {
+static void for_each_tile(const AttentionArgs& args, int threads, const Visit& visit) {
     const int64_t group = args.num_heads / args.num_kv_heads;
     const int64_t queries_per_tile = max_of(1, kTileQueryRows / group);
     for (int64_t sequence = 0; sequence < args.num_sequences; ++sequence) {
         const int64_t queries = args.query_starts[sequence + 1] - args.query_starts[sequence];
         const int64_t before = args.context_lens[sequence] - queries;
-        for (int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
+        int64_t heads = 1;
+        if (queries * group <= kFewRows) {
+            // One sequence is divided among the threads by its heads.
+            heads = args.num_sequences >= threads ? args.num_kv_heads : ceil_div(args.num_kv_heads, threads);
+            heads = min_of(heads, attention_tile_rows(args) / (queries * group));
+        }
+        for (int64_t kv_head = 0; kv_head < args.num_kv_heads; kv_head += heads) {
             for (int64_t first = 0; first < queries; first += queries_per_tile) {
-                QueryTile tile{sequence, kv_head, first, min_of(queries_per_tile, queries - first), before + first, 0};
+                QueryTile tile{sequence, kv_head, min_of(heads, args.num_kv_heads - kv_head), first, min_of(queries_per_tile, queries - first), before + first, 0};
                 tile.rows = tile.num_queries * group;
                 const int64_t last =
                     min_of(tile.first_position + tile.num_queries + attention_sizes(args).ahead, args.context_lens[sequence]);
                 const int64_t begin = args.window ? max_of(0, tile.first_position - args.window + 1) : 0;
                 visit(tile, Range{begin / kSplitKeys, ceil_div(last, kSplitKeys)}, queries <= kSplitQueries,
-                      (last - begin + 64) * (tile.rows + 8));
+                      (last - begin + 64) * (tile.rows + 8) * tile.num_heads);
             }
         }
     }
@@ -623,13 +703,13 @@ static void attention(const AttentionArgs& args, const Worker& worker) {
     const int64_t padded = round_up(sizes.columns, kPanelColumns);
     int64_t total = 0;
     bool any_split = false;
-    for_each_tile(args, [&](const QueryTile&, Range splits, bool is_split, int64_t cost) {
+    for_each_tile(args, worker.count, [&](const QueryTile&, Range splits, bool is_split, int64_t cost) {
         total += cost;
         any_split = any_split || (is_split && splits.end - splits.begin > 1);
     });
     CostShare share{max_of(total, 1), 0, worker.count};
     int64_t saved = 0;  // floats of partial sums before this tile's
-    for_each_tile(args, [&](const QueryTile& tile, Range splits, bool is_split, int64_t cost) {
+    for_each_tile(args, worker.count, [&](const QueryTile& tile, Range splits, bool is_split, int64_t cost) {
         const int64_t num_splits = splits.end - splits.begin;
         if (!is_split || num_splits <= 1) {
             if (share.next(cost) != worker.index) return;
@@ -641,33 +721,30 @@ static void attention(const AttentionArgs& args, const Worker& worker) {
             tile_attention.write();
             return;
         }
-        const int64_t floats = tile.rows * (padded + 2);
+        const int64_t floats = tile.num_heads * tile.rows * (padded + 2);
         bool started = false;
         for (int64_t split = splits.begin; split < splits.end; ++split, saved += floats) {
             if (share.next(cost / num_splits) != worker.index) continue;
             if (!started) tile_attention.start(tile);
             started = true;
             tile_attention.attend_split(split);
-            float* to = reinterpret_cast<float*>(worker.shared) + saved;
-            std::memcpy(to, tile_attention.scratch().top, tile.rows * 4);
-            std::memcpy(to + tile.rows, tile_attention.scratch().sum, tile.rows * 4);
-            std::memcpy(to + 2 * tile.rows, tile_attention.scratch().out, tile.rows * padded * 4);
+            tile_attention.save(reinterpret_cast<float*>(worker.shared) + saved);
         }
     });
     if (any_split) {
         worker.barrier();
         saved = 0;
         int64_t index = 0;
-        for_each_tile(args, [&](const QueryTile& tile, Range splits, bool is_split, int64_t) {
+        for_each_tile(args, worker.count, [&](const QueryTile& tile, Range splits, bool is_split, int64_t) {
             const int64_t num_splits = splits.end - splits.begin;
             if (!is_split || num_splits <= 1) return;
             const float* from = reinterpret_cast<const float*>(worker.shared) + saved;
-            const int64_t floats = tile.rows * (padded + 2);
+            const int64_t floats = tile.num_heads * tile.rows * (padded + 2);
             saved += num_splits * floats;
             if (index++ % worker.count != worker.index) return;
             tile_attention.start(tile);
             for (int64_t i = 0; i < num_splits; ++i, from += floats) {
-                tile_attention.merge_sums(from, from + tile.rows, from + 2 * tile.rows, tile.rows);
+                tile_attention.merge_saved(from);
             }
             tile_attention.write();
         });

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from fastserve.bench.quantized_model import quantize_folder
 from fastserve.bench.shapes import Shape, TensorSpec, shape
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.core.cache import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def cache_folder() -> Path:
-    """Where made models and peers' environments are kept: `$XDG_CACHE_HOME/fastserve`, else `~/.cache/fastserve`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastserve"
 
 
 def make(name: str, folder: Path | None = None, seed: int = 0) -> Path:

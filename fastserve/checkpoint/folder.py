@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from fastserve.checkpoint.gguf import find_gguf, open_converted
 from fastserve.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,12 +58,16 @@ class ModelFolder:
     def open(cls, name: str = "") -> Self:
         """Open the built-in folder (""), a local path, or a hub id (downloaded, or taken from the local cache).
 
+        A GGUF file, or a folder that holds one, is converted once; see `gguf.py`.
+
         Raises:
             CheckpointError: no such folder, damaged JSON, no safetensors, a shard is missing, or no network.
         """
         if not name:
             return cls._open_builtin()
         path = Path(name).expanduser()
+        if file := find_gguf(path):
+            return cls(open_converted(file), file.stem)
         if path.is_dir() or _HUB_ID.fullmatch(name) is None:
             return cls(path, path.resolve().name)
         return cls(_download(name), name.rsplit("/", 1)[-1])

@@ -164,15 +164,16 @@ class ModelRunner:
                 result.further[entry.request_id] = tokens[1:]
 
     def _mask(self, logits: Tensor, entries: list[PlanEntry], first_rows: list[int]) -> Tensor:
-        """The logits with -inf where a grammar forbids a token; a copy when there is one. Reported are the raw ones."""
-        forbidden = self._masks.forbidden()
-        if not forbidden:
+        """Logits with -inf where a grammar forbids a token: another object, and a copy where raw ones are reported."""
+        biases = self._masks.biases()
+        if not biases:
             return logits
-        logits = logits.clone()
+        reports_raw = any(self._states[entry.request_id].sampling.logprobs is not None for entry in entries)
+        logits = logits.clone() if reports_raw else logits.view_as(logits)
         for entry, row in zip(entries, first_rows, strict=True):
-            mask = forbidden.get(entry.request_id)
-            if mask is not None:
-                logits[row : row + len(mask)].masked_fill_(torch.from_numpy(mask).to(self._device), float("-inf"))
+            bias = biases.get(entry.request_id)
+            if bias is not None:
+                logits[row : row + len(bias)].add_(torch.from_numpy(bias).to(self._device))
         return logits
 
     def _add_logprobs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,10 +40,13 @@ from fastserve.serve.openai import (
     DetokenizeBody,
     GenerationBody,
     Message,
+    NamedTool,
     TokenizeBody,
+    Tool,
 )
 from fastserve.serve.replies import ChatReply, CompletionReply, Reply
 from fastserve.serve.responses import ResponsesApi
+from fastserve.serve.responses_body import ResponsesBody
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
 from fastserve.serve.structured import GrammarGate
 from fastserve.serve.tenants import KeyRing, tenant_of
@@ -107,7 +110,7 @@ class Api:
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's extra sampling fields."""
         self.check_model(body.model)
-        use = ToolUse.of(body, self._style)
+        use = self.tool_use(body.tools or [], body.tool_choice, body)
         prompt, prompt_ids = await self.encode_messages(body.messages, body, use)
         sampling = self.chat_sampling(body, prompt, use)
         reply_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -254,6 +257,13 @@ class Api:
             "owned_by": "fastserve",
             "max_model_len": None if ready is None else ready.max_model_len,
         }
+
+    def tool_use(
+        self, tools: Sequence[Tool], choice: str | NamedTool | None, body: ChatBody | ResponsesBody
+    ) -> ToolUse:
+        """What the tools of a request mean for its prompt and its answer. Raises RequestError, see `ToolUse.of`."""
+        has_form = body.wanted_structure() is not None
+        return ToolUse.of(self._style, tools, choice, is_single=body.parallel_tool_calls is False, has_form=has_form)
 
     def chat_sampling(self, body: GenerationBody, prompt: str, use: ToolUse | None = None) -> SamplingParams:
         """How the answer to a conversation is sampled: a form of it begins after the model's thoughts.

@@ -237,11 +237,15 @@ class GenerationBody(Body):
         wanted = [structured(**{name: value}) for name, value in guided.items() if value is not None]
         if self.structured_outputs is not None:
             wanted.append(self.structured_outputs.wanted())
-        by_format = None if self.response_format is None else self.response_format.wanted()
+        by_format = self._form_of_answer()
         wanted += [] if by_format is None else [by_format]
         if len(wanted) > 1:
             raise RequestError("give one of response_format, structured_outputs and guided_*", "structured_outputs")
         return wanted[0] if wanted else None
+
+    def _form_of_answer(self) -> StructuredOutputs | None:
+        """OpenAI's own way to ask for a form."""
+        return None if self.response_format is None else self.response_format.wanted()
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens

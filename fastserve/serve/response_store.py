@@ -24,18 +24,18 @@ class StoredResponse:
         tenant: who may see it.
         body: the response object.
         items: the input items of this turn, as they are listed.
-        history: (role, text) of the whole conversation before the answer, without instructions.
+        history: items of the whole conversation before the answer, without instructions.
     """
 
     tenant: str
     body: dict[str, Any]
     items: list[dict[str, Any]]
-    history: list[tuple[str, str]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
-        texts = sum(len(text) for _, text in self.history)
-        return _ENTRY_BYTES + 4 * texts + len(msgspec.json.encode((self.body, self.items)))
+        history = 4 * len(msgspec.json.encode(self.history))
+        return _ENTRY_BYTES + history + len(msgspec.json.encode((self.body, self.items)))
 
 
 class ResponseStore:

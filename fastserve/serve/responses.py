@@ -18,7 +18,7 @@ from fastserve.serve.errors import ApiError, as_api_error
 from fastserve.serve.generation import Generation
 from fastserve.serve.openai import Message
 from fastserve.serve.response_store import ResponseStore, StoredResponse, page
-from fastserve.serve.responses_body import InputItem, ResponsesBody
+from fastserve.serve.responses_body import ResponsesBody, messages_of
 from fastserve.serve.responses_reply import ResponseReply
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
 from fastserve.serve.tenants import tenant_of
@@ -50,16 +50,17 @@ class ResponsesApi:
         router.get("/v1/responses/{response_id}/input_items", summary="The input of a response")(self.input_items)
 
     async def create(self, body: ResponsesBody, request: Request) -> Response:
-        """OpenAI's responses, for text."""
+        """OpenAI's responses, for text and functions."""
         self._api.check_model(body.model)
         if body.background and not self.store.max_bytes:
             raise ApiError("this server stores no responses (response_store_bytes), so none can be background", 400)
         tenant = tenant_of(request)
         items = body.items()
-        history = self._history(body.previous_response_id, tenant) + [(item.role, item.text) for item in items]
-        prompt, prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body)
-        sampling = self._api.chat_sampling(body, prompt)
-        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, sampling)
+        history = self._history(body.previous_response_id, tenant) + items
+        use = self._api.tool_use(body.chat_tools(), body.chat_tool_choice(), body)
+        prompt, prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body, use)
+        sampling = self._api.chat_sampling(body, prompt, use)
+        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, sampling, use.reader(prompt))
         stored = StoredResponse(tenant, reply.body, _listed(items), history)
         generation = await self._api.start(reply.id, body, [prompt_ids], sampling, request)
         headers = {"X-Request-Id": reply.id}
@@ -108,7 +109,7 @@ class ResponsesApi:
         items = self.store.get(response_id, tenant_of(request)).items
         return _json(page(items if order == "asc" else items[::-1], after, limit))
 
-    def _history(self, response_id: str | None, tenant: str) -> list[tuple[str, str]]:
+    def _history(self, response_id: str | None, tenant: str) -> list[dict[str, Any]]:
         if response_id is None:
             return []
         previous = self.store.get(response_id, tenant, "previous_response_id")
@@ -117,35 +118,31 @@ class ResponsesApi:
                 f"the response {response_id!r} is {previous.body['status']}, so that nothing can follow it",
                 param="previous_response_id",
             )
-        return [*previous.history, ("assistant", previous.body["output"][0]["content"][0]["text"])]
+        return [*previous.history, *previous.body["output"]]
 
     async def _run(self, generation: Generation, reply: ResponseReply, stored: StoredResponse) -> None:
-        [answer] = await generation.collect()
-        reply.take(answer.text, answer.logprobs)
-        reply.finish(answer.choice, generation.usage)
+        async for delta in generation.deltas():
+            for _ in reply.take(delta):
+                pass  # nobody reads the events
+        for _ in reply.finish(generation):
+            pass
         self._keep(stored)
 
     async def _events(
         self, generation: Generation, reply: ResponseReply, stored: StoredResponse
     ) -> AsyncGenerator[bytes, None]:
         for event in reply.opening():
-            yield event
+            yield reply.encode(event)
         try:
             async for delta in generation.deltas():
-                if delta.is_first:
-                    for event in reply.item_opening():
-                        yield event
-                yield reply.delta(delta.text, delta.logprobs)
+                if data := b"".join(map(reply.encode, reply.take(delta))):
+                    yield data
+            ending = list(map(reply.encode, reply.finish(generation)))
         except Exception as error:
-            api_error = as_api_error(error)
-            reply.fail(api_error)
-            ending = reply.failing(api_error)
-        else:
-            reply.finish(generation.choices[0], generation.usage)
-            ending = reply.closing()
+            ending = list(map(reply.encode, reply.fail(as_api_error(error))))
         self._keep(stored)
-        for event in ending:
-            yield event
+        for data in ending:
+            yield data
 
     def _run_in_background(self, generation: Generation, reply: ResponseReply, stored: StoredResponse) -> None:
         async def run() -> None:
@@ -155,7 +152,8 @@ class ResponsesApi:
             except asyncio.CancelledError:
                 reply.cancel()
             except Exception as error:
-                reply.fail(as_api_error(error))
+                for _ in reply.fail(as_api_error(error)):
+                    pass
             finally:
                 generation.close()
 
@@ -182,28 +180,28 @@ class ResponsesApi:
             return False
 
 
-def _messages(instructions: str | None, history: list[tuple[str, str]]) -> list[Message]:
-    messages = [Message.model_validate({"role": role, "content": text}) for role, text in history]
+def _messages(instructions: str | None, history: list[dict[str, Any]]) -> list[Message]:
+    messages = messages_of(history)
     return [Message(role="developer", content=instructions), *messages] if instructions else messages
 
 
-def _listed(items: list[InputItem]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"msg_{uuid.uuid4().hex}",
-            "type": "message",
-            "status": "completed",
-            "role": item.role,
-            "content": [_listed_text(item)],
-        }
-        for item in items
-    ]
+def _listed(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items of the input with what every listed item has: an id, a status, texts as parts."""
+    listed = []
+    for item in items:
+        made = {"id": f"item_{uuid.uuid4().hex}", "status": "completed", **item}
+        if item["type"] == "message" and isinstance(item["content"], str):
+            made["content"] = [{"type": "text", "text": item["content"]}]
+        if item["type"] == "message":
+            made["content"] = [_listed_text(item["role"], part["text"]) for part in made["content"]]
+        listed.append(made)
+    return listed
 
 
-def _listed_text(item: InputItem) -> dict[str, Any]:
-    if item.role == "assistant":
-        return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": []}
-    return {"type": "input_text", "text": item.text}
+def _listed_text(role: str, text: str) -> dict[str, Any]:
+    if role == "assistant":
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "input_text", "text": text}
 
 
 def _json(content: Any) -> Response:

@@ -13,7 +13,7 @@ from typing import Any
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.errors import RequestError
 from fastserve.core.structured_outputs import StructuredOutputs
-from fastserve.serve.openai import ChatBody, NamedTool, Tool
+from fastserve.serve.openai import NamedTool, Tool
 from fastserve.serve.reasoning import CLOSE, OPEN, Piece, ReasoningSplitter
 from fastserve.serve.tool_parser import FORMS, ToolForm, ToolParser
 
@@ -88,12 +88,23 @@ class ToolUse:
         return cls(style, (), (), False, False)
 
     @classmethod
-    def of(cls, body: ChatBody, style: ChatStyle) -> ToolUse:
+    def of(
+        cls,
+        style: ChatStyle,
+        tools: Sequence[Tool],
+        choice: str | NamedTool | None,
+        *,
+        is_single: bool,
+        has_form: bool,
+    ) -> ToolUse:
         """
+        Args:
+            is_single: at most one call is wanted.
+            has_form: the answer was asked for in a form of its own.
+
         Raises:
             RequestError: a choice without tools, of one that is not there, or beside another form of the answer.
         """
-        tools, choice = body.tools or [], body.tool_choice
         names = [tool.function.name for tool in tools]
         if len(set(names)) < len(names):
             raise RequestError("two tools have the same name", "tools")
@@ -101,15 +112,15 @@ class ToolUse:
             raise RequestError("tool_choice needs tools", "tool_choice")
         if not tools or choice == "none":
             return cls.none(style)
-        if body.wanted_structure() is not None:
+        if has_form:
             raise RequestError('response_format and the like exclude tools; set tool_choice to "none"', "tools")
         is_named = isinstance(choice, NamedTool)
-        forced = tools if choice == "required" else []
+        forced: Sequence[Tool] = tools if choice == "required" else []
         if isinstance(choice, NamedTool):
             forced = [tool for tool in tools if tool.function.name == choice.function.name]
             if not forced:
                 raise RequestError(f"tool_choice names {choice.function.name}, which is not among tools", "tool_choice")
-        return cls(style, tools, forced, is_named, is_named or body.parallel_tool_calls is False)
+        return cls(style, tools, forced, is_named, is_named or is_single)
 
     def for_template(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """Messages and tools as the template takes them; tools go into the system message where it takes none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -214,3 +215,15 @@ def test_sigterm_lets_a_stream_finish(tiny_model):
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         status, _ = server.end()
         assert status == 0
+
+
+def test_clients_that_vanish_leave_nothing(server):
+    """benchmarks/clients.py with fewer of them: descriptors, threads, sequences and blocks are as before."""
+    from benchmarks import clients
+
+    wait_ready(server)
+    port = int(server.url.rpartition(":")[2])
+    asyncio.run(clients.vanish(port, 45))
+    before = clients.holdings(server.process.pid, port)
+    asyncio.run(clients.vanish(port, 90))
+    assert clients.faults(before, clients.holdings(server.process.pid, port)) == []

@@ -1,7 +1,8 @@
 """The server's checklist: what must hold at its edge, each test named by its point. Points that others show:
 
 1 engine killed: test_failures (streams and queue), test_launch (exit status). 3 SIGTERM, second signal: test_launch.
-4, 5, 6, 7 (clients gone, slow ones, odd bodies, ranges): also test_failures, test_limits, test_api_errors.
+4, 5, 6, 7 (clients gone, slow ones, odd bodies, ranges): also test_failures, test_limits, test_api_errors, test_fuzz,
+e2e/test_server, benchmarks/clients.py and benchmarks/fuzz.py. 8 KV memory that runs out: parity/test_engine_identity.
 12 long load: benchmarks/soak.py. 13 port in use: test_launch. 14 damaged model file: checkpoint/test_weights.
 17 pinned versions: tests/unit/test_repository.
 """
@@ -79,7 +80,17 @@ def test_04_a_thousand_vanishing_clients_leave_nothing(tmp_path: Path, monkeypat
     body = json.dumps({"prompt": "abc", "max_tokens": 250, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     request = head % len(body) + body
-    kinds = [request[:20], request[: len(head) + 5], request[:-5], request, request + request]
+    endless = json.dumps({"prompt": [WAIT], "max_tokens": 250}).encode()  # ends only when it is stopped
+    waiting = head % len(endless) + endless
+    kinds = [
+        request[:20],
+        request[: len(head) + 5],
+        request[:-5],
+        request,
+        request + request,
+        waiting,
+        waiting + request,
+    ]
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.folders import write_tokenizer
 from tests.unit.serve.server import RunningServer, run_server
+from tests.unit.serve.test_responses_tools import CALL, TEMPLATE, TOOL
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+CHAT_TOOL = {"type": "function", "function": {"name": TOOL["name"], "parameters": TOOL["parameters"]}}
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 
@@ -94,6 +98,59 @@ def test_completions_and_chats(http: httpx.Client, description: Description) -> 
             description.check("CreateChatCompletionStreamResponse", event)
     description.check("ListModelsResponse", http.get("/v1/models").json())
     description.check("ErrorResponse", http.post("/v1/completions", json={"prompt": 5}).json())
+
+
+@pytest.fixture(scope="module")
+def hermes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = write_tokenizer(tmp_path_factory.mktemp("hermes"), TEMPLATE)
+    with run_server(folder) as server:
+        yield server.url
+
+
+def test_calls_and_thoughts(hermes: str, description: Description) -> None:
+    """Both endpoints, whole and streamed; what they answered is taken back as the next turn."""
+    text = f"hm</think>Yes.\n<tool_call>\n{CALL}\n</tool_call>"
+    thinking = {"chat_template_kwargs": {"think": True}}
+    with httpx.Client(base_url=hermes, timeout=30) as http:
+        chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 120, "tools": [CHAT_TOOL], **thinking}
+        whole = post(http, "/v1/chat/completions", **chat)
+        description.check("CreateChatCompletionResponse", whole)
+        message = whole["choices"][0]["message"]
+        assert message["tool_calls"] and message["reasoning_content"]
+        for event in events(http, "/v1/chat/completions", **chat):
+            for choice in event["choices"]:
+                choice["finish_reason"] = choice["finish_reason"] or "stop"
+            description.check("CreateChatCompletionStreamResponse", event)
+        turn = {"input": text, "max_output_tokens": 120, "tools": [TOOL], **LOGPROBS, **thinking}
+        reply = post(http, "/v1/responses", **turn)
+        description.check("Response", reply)
+        assert {item["type"] for item in reply["output"]} == {"reasoning", "message", "function_call"}
+        kinds = set()
+        for event in events(http, "/v1/responses", **turn):
+            description.check("ResponseStreamEvent", event)
+            kinds.add(event["type"])
+        assert {"response.reasoning_text.delta", "response.function_call_arguments.done"} <= kinds
+        [call] = [item for item in reply["output"] if item["type"] == "function_call"]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"}
+        following = post(http, "/v1/responses", input=[*reply["output"], result], max_output_tokens=1)
+        description.check("Response", following)
+        listed = http.get(f"/v1/responses/{following['id']}/input_items").json()
+        description.check("ResponseItemList", listed)
+
+
+def test_responses_with_forms(hermes: str, description: Description) -> None:
+    http = httpx.Client(base_url=hermes, timeout=30)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for fields in (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}},
+        {"text": {"format": {"type": "json_object"}}},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}, "parallel_tool_calls": False},
+    ):
+        description.check("Response", post(http, "/v1/responses", input="hi", max_output_tokens=2, **fields))
+        for event in events(http, "/v1/responses", input="hi", max_output_tokens=2, **fields):
+            description.check("ResponseStreamEvent", event)
+    http.close()
 
 
 def test_responses(http: httpx.Client, description: Description) -> None:

@@ -110,7 +110,10 @@ def test_a_background_response_can_be_cancelled(tmp_path, monkeypatch):
     [
         ("input", None),
         ("input", []),
-        ("input", [{"type": "function_call_output", "call_id": "1", "output": "x"}]),
+        ("input", [{"type": "item_reference", "id": "x"}]),
+        ("input", [{"type": "reasoning"}]),
+        ("input", [{"type": "function_call", "call_id": "1"}]),
+        ("input", [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}] * 1025),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/"}]}]),
         ("n", 2),
         ("max_tokens", 5),
@@ -118,7 +121,11 @@ def test_a_background_response_can_be_cancelled(tmp_path, monkeypatch):
         ("include", ["reasoning.encrypted_content"]),
         ("top_logprobs", 2),
         ("tools", [{"type": "web_search"}]),
-        ("text", {"format": {"type": "json_object"}}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "file_search"}),
+        ("text", {"format": {"type": "json_schema"}}),
+        ("response_format", {"type": "json_object"}),
         ("truncation", "auto"),
         ("reasoning", {"effort": "high"}),
         ("metadata", {"a": "b" * 513}),
@@ -148,11 +155,11 @@ def stored(number: int, size: int = 0, tenant: str = "") -> StoredResponse:
 
 
 def test_the_store_is_bounded_and_private():
-    store = ResponseStore(10 * 2100)
+    store = ResponseStore(10 * 2110)
     for number in range(30):
         store.put(stored(number))
     assert len(store) == 10
-    assert store.num_bytes <= 10 * 2100
+    assert store.num_bytes <= 10 * 2110
     assert store.get("r29", "").body["id"] == "r29"
     for response_id, tenant in (("r0", ""), ("r29", "other")):
         with pytest.raises(ApiError):

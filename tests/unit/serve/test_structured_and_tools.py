@@ -145,7 +145,8 @@ def test_a_forced_call_can_be_written_and_is_read_back(form):
     body = ChatBody.model_validate(
         {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL, other], "tool_choice": "required"}
     )
-    use = ToolUse.of(body, ChatStyle.find("tools", form, "off"))
+    style = ChatStyle.find("tools", form, "off")
+    use = ToolUse.of(style, body.tools, body.tool_choice, is_single=False, has_form=False)
     wanted = use.structure()
     check(wanted)
     key = use.style.form.arguments
@@ -163,11 +164,12 @@ def test_a_forced_call_can_be_written_and_is_read_back(form):
 
 
 def test_a_template_without_tools_gets_them_in_the_system_message():
-    from fastserve.serve.openai import ChatBody
+    from fastserve.serve.openai import Tool
     from fastserve.serve.tools import ChatStyle, ToolUse
 
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
-    use = ToolUse.of(ChatBody.model_validate({"messages": messages, "tools": [TOOL]}), ChatStyle.find("plain"))
+    tools = [Tool.model_validate(TOOL)]
+    use = ToolUse.of(ChatStyle.find("plain"), tools, None, is_single=False, has_form=False)
     told, tools = use.for_template(messages)
     assert tools is None and told[0]["role"] == "system" and told[1:] == messages[1:]
     assert told[0]["content"].startswith("Be brief.") and '"weather"' in told[0]["content"]

@@ -85,6 +85,11 @@ PEERS = {
         "onnxruntime_genai",
         ("int4",),
     ),
+    "llm-compressor": Peer(
+        (TORCH, "llmcompressor==0.14.0.1", "accelerate==1.15.0"),
+        "llmcompressor",
+        note="compresses only, for benchmarks/compress_quality.py; brings its own older transformers",
+    ),
     "ctranslate2": Peer((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"), "ctranslate2", ("int8",)),
 }
 

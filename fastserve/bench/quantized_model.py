@@ -80,7 +80,8 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
 
 
 def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> Iterator[tuple[str, torch.Tensor]]:
-    from fastserve.kernels.quant import QuantScheme, quantize
+    from fastserve.bench.rounding import quantize
+    from fastserve.kernels.quant import QuantScheme
 
     reader = source.weights
     levels: dict[str, torch.Tensor] = {}  # modules of one parent share a codebook, so that they can be merged
@@ -113,10 +114,10 @@ def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
         if weight.zeros is not None:
             found["weight_zero_point"] = (weight.zeros ^ 128).view(torch.int8)
     else:
-        found["weight_packed"] = pack_words(weight.values, scheme)
+        found["weight_packed"] = pack_words(weight.values, scheme.weight_bits)
         found["weight_shape"] = torch.tensor(weight.values.shape)
         if weight.zeros is not None:
-            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme).t().contiguous()
+            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme.weight_bits).t().contiguous()
     if weight.codebook is not None:
         found["weight_codebook"] = weight.codebook.clone()
     return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}

@@ -1,6 +1,6 @@
 """What config.json says about quantised weights: which scheme a module has, and how it lies on disk.
 
-Reads the `quantization_config` of compressed-tensors (pack-quantized, int-quantized, and codebooks of our own), GPTQ
+Reads the `quantization_config` of compressed-tensors (pack-, int- and float-quantized, and codebooks of our own), GPTQ
 and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
 weights is `models/quantized.py`.
 """
@@ -16,14 +16,16 @@ from fastserve.core.errors import CheckpointError
 
 CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
 SUPPORTED = (
-    "compressed-tensors with integer weights (pack-quantized or int-quantized; 4 bits per channel or in groups of 32, "
-    "64 or 128, 8 bits per channel or tensor; activations as they are, or 8 bits per token, dynamic, symmetric), GPTQ "
-    f"(4 bits, no reordered columns), AWQ (4 bits, gemm) and format {CODEBOOK_FORMAT} (4-bit k-means)"
+    "compressed-tensors with integer weights (pack-quantized or int-quantized; 2 to 8 bits per tensor, channel or "
+    "group; activations as they are, or 8 bits, symmetric, dynamic per token or static) or 8-bit floats "
+    "(float-quantized), GPTQ (4 bits, no reordered columns), AWQ (4 bits, gemm) and format "
+    f"{CODEBOOK_FORMAT} (3- and 4-bit k-means)"
 )
 # The tensor by which a quantised module is told from one that was left as it was.
 _MARKERS = {
     "pack-quantized": "weight_packed",
     "int-quantized": "weight_scale",
+    "float-quantized": "weight_scale",
     "gptq": "qweight",
     "gptq_v2": "qweight",
     "awq": "qweight",
@@ -50,6 +52,13 @@ class QuantizedFormat:
     is_symmetric: bool = True
     activation_bits: int = 16
     targets: tuple[str, ...] = ("Linear",)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no kernel has this scheme, so that the weights are turned into floats when they are read."""
+        is_integer = self.layout in ("pack-quantized", "int-quantized")
+        has_kernel = self.group_size == 0 or (self.bits <= 4 and self.group_size in (32, 64, 128))
+        return self.layout == "float-quantized" or (is_integer and not has_kernel)
 
     @property
     def marker(self) -> str:
@@ -103,13 +112,15 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     for group in entry["config_groups"].values():
         weights, activations = group["weights"], group.get("input_activations")
         layout = str(group.get("format") or entry.get("format"))
-        if layout == CODEBOOK_FORMAT and weights.get("num_bits") == 4 and not activations:
-            formats.append(QuantizedFormat("codebook", 4, targets=tuple(str(item) for item in group["targets"])))
-            continue
-        if layout not in ("pack-quantized", "int-quantized"):
-            raise _unsupported(f"compressed-tensors format {layout!r}")
         strategy, targets = str(weights["strategy"]), tuple(str(item) for item in group["targets"])
-        if weights.get("type", "int") != "int" or strategy not in ("group", "channel", "tensor"):
+        bits, is_symmetric = int(weights["num_bits"]), bool(weights.get("symmetric", True))
+        if layout == CODEBOOK_FORMAT and bits in (3, 4) and not activations:
+            formats.append(QuantizedFormat("codebook", bits, targets=targets))
+            continue
+        kind = {"pack-quantized": "int", "int-quantized": "int", "float-quantized": "float"}.get(layout)
+        if kind is None:
+            raise _unsupported(f"compressed-tensors format {layout!r}")
+        if weights.get("type", "int") != kind or strategy not in ("group", "channel", "tensor"):
             raise _unsupported(f"weights of type {weights.get('type')!r} and strategy {strategy!r}")
         if weights.get("actorder") == "group":
             raise _unsupported("reordered columns (actorder: group)")
@@ -117,32 +128,41 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
             if name.startswith("re:"):
                 re.compile(name[3:])
         group_size = int(weights["group_size"]) if strategy == "group" else 0
-        bits, is_symmetric = int(weights["num_bits"]), bool(weights.get("symmetric", True))
-        formats.append(QuantizedFormat(layout, bits, group_size, is_symmetric, _activation_bits(activations), targets))
+        if not 2 <= bits <= 8 or (kind == "float" and (bits, group_size, is_symmetric) != (8, 0, True)):
+            raise _unsupported(f"{kind} weights of {bits} bits, {strategy}")
+        activation_bits = _activation_bits(activations, kind)
+        formats.append(QuantizedFormat(layout, bits, group_size, is_symmetric, activation_bits, targets))
     return formats
 
 
-def _activation_bits(entry: Mapping[str, Any] | None) -> int:
+def _activation_bits(entry: Mapping[str, Any] | None, kind: str) -> int:
+    """Static ranges are not used: a token's own range is never wider. Float weights are multiplied as floats."""
     if not entry:
         return 16
     found = {name: entry.get(name) for name in ("num_bits", "type", "strategy", "dynamic", "symmetric")}
-    if found != {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}:
+    usual = {"num_bits": 8, "type": kind, "symmetric": True}
+    if found not in (
+        {**usual, "strategy": "token", "dynamic": True},
+        {**usual, "strategy": "tensor", "dynamic": False},
+    ):
         raise _unsupported(f"activations quantised as {found}")
-    return 8
+    return 8 if kind == "int" else 16
 
 
 def _gptq(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     layout = str(entry.get("checkpoint_format") or "gptq")
     if layout not in ("gptq", "gptq_v2") or entry.get("dynamic"):
         raise _unsupported(f"GPTQ with checkpoint_format {layout!r} or settings per module")
+    if int(entry["bits"]) != 4:
+        raise _unsupported(f"GPTQ with {entry['bits']} bits")
     group_size = max(0, int(entry["group_size"]))  # -1: a whole row
     return [QuantizedFormat(layout, int(entry["bits"]), group_size, bool(entry.get("sym", True)))]
 
 
 def _awq(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     version = str(entry.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise _unsupported(f"AWQ version {version!r}")
+    if version != "gemm" or int(entry["bits"]) != 4:
+        raise _unsupported(f"AWQ version {version!r} with {entry['bits']} bits")
     group_size = max(0, int(entry["group_size"]))
     return [QuantizedFormat("awq", int(entry["bits"]), group_size, not entry.get("zero_point", True))]
 

@@ -1,9 +1,9 @@
-"""What a quantised weight is: integers, scales and zero points, and how they are made from and turned back to floats.
+"""What a quantised weight is: integers, scales and zero points; turned back to floats, and packed into words.
 
 One form for every scheme: `values` are unsigned (0..255 or 0..15) and a weight is scale * (value - zero), or a
 codebook's entry times scale. Model folders have several layouts on disk; what reads one makes a `QuantizedWeight`, and
-`Kernels.pack_linear` turns that into a backend's own layout. Rounding here is to nearest, the plain method: better ones
-(GPTQ, AWQ, ...) choose other values for the same form. N output features, K input features, G groups along K.
+`Kernels.pack_linear` turns that into a backend's own layout. Choosing the values of weights is `fastserve.compress`. N
+output features, K input features, G groups along K.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from fastserve.core.errors import ConfigError
 
 _GROUP_SIZES = (0, 32, 64, 128)
-_CODEBOOK_SIZE = 16
 INT8_KV_SCALE_BYTES = 4
 
 
@@ -93,54 +92,6 @@ class QuantizedWeight:
         return (self.values.float() - zeros) * scales
 
 
-def quantize(
-    weight: Tensor,
-    scheme: QuantScheme,
-    scale_dtype: torch.dtype = torch.float32,
-    codebook: Tensor | None = None,
-) -> QuantizedWeight:
-    """Round weight [N, K] to the nearest value that `scheme` can hold; a codebook is made unless one is given."""
-    if scheme.has_codebook:
-        return _quantize_codebook(weight.float(), scheme, scale_dtype, codebook)
-    num_rows, num_inputs = weight.shape
-    group = scheme.group_size or num_inputs
-    padded = torch.nn.functional.pad(weight.float(), (0, -num_inputs % group)).view(num_rows, -1, group)
-    if scheme.is_symmetric:
-        scales = padded.abs().amax(-1) / (scheme.centre - 1)
-        zeros = torch.full_like(scales, scheme.centre)
-    else:
-        low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
-        scales = (high - low) / scheme.max_value
-        zeros = (-low / torch.where(scales > 0, scales, 1.0)).round()
-    scales = torch.where(scales > 0, scales, 1.0).to(scale_dtype)
-    values = (padded / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
-    values = values.clamp(0, scheme.max_value).to(torch.uint8).view(num_rows, -1)[:, :num_inputs].contiguous()
-    return QuantizedWeight(scheme, values, scales, None if scheme.is_symmetric else zeros.to(torch.uint8))
-
-
-def _quantize_codebook(
-    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, levels: Tensor | None
-) -> QuantizedWeight:
-    scales = weight.abs().amax(-1, keepdim=True)
-    scales = torch.where(scales > 0, scales, 1.0).to(scale_dtype)
-    flat = (weight / scales.float()).flatten()
-    if levels is None:
-        levels = _find_levels(flat[:: max(1, len(flat) // 65536)].contiguous())  # enough to place 16
-    values = torch.bucketize(flat, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    return QuantizedWeight(scheme, values.view(weight.shape), scales, codebook=levels)
-
-
-def _find_levels(sample: Tensor, num_rounds: int = 8) -> Tensor:
-    """Lloyd's algorithm on weights scaled row by row to a largest magnitude of 1, started at quantiles."""
-    levels = torch.quantile(sample, (torch.arange(_CODEBOOK_SIZE) + 0.5) / _CODEBOOK_SIZE)
-    for _ in range(num_rounds):
-        nearest = torch.bucketize(sample, (levels[1:] + levels[:-1]) / 2)
-        counts = torch.bincount(nearest, minlength=_CODEBOOK_SIZE)
-        sums = torch.bincount(nearest, weights=sample, minlength=_CODEBOOK_SIZE).float()
-        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
-    return levels
-
-
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [T, K] -> integers -127..127 as float32 [T, K] and scales [T, 1]: symmetric, per token, dynamic."""
     wide = x.float()
@@ -149,20 +100,30 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * (1.0 / scales)).round(), scales
 
 
-def pack_words(values: Tensor, scheme: QuantScheme) -> Tensor:
-    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors."""
-    per_word = 32 // scheme.weight_bits
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
-    if scheme.weight_bits == 4:
-        values = values[:, ::2] | values[:, 1::2] << 4
-    return values.reshape(-1).view(torch.int32).view(len(values), -1)
+def pack_words(values: Tensor, num_bits: int) -> Tensor:
+    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors.
+
+    Rows are streams of bits: a value of 3 or 6 bits may lie in two words.
+    """
+    rows = torch.nn.functional.pad(values, (0, -values.shape[1] % 32))
+    if num_bits == 4:
+        rows = rows[:, ::2] | rows[:, 1::2] << 4
+    elif num_bits != 8:
+        bits = (rows.unsqueeze(-1) >> torch.arange(num_bits, dtype=torch.uint8)) & 1
+        rows = (bits.view(len(rows), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    words = rows.reshape(-1).view(torch.int32).view(len(values), -1)
+    return words[:, : -(-values.shape[1] * num_bits // 32)].contiguous()
 
 
-def unpack_words(words: Tensor, scheme: QuantScheme, num_inputs: int) -> Tensor:
+def unpack_words(words: Tensor, num_bits: int, num_inputs: int) -> Tensor:
     """The inverse of `pack_words`: [N, num_inputs] uint8."""
     values = words.reshape(-1).view(torch.uint8).view(len(words), -1)
-    if scheme.weight_bits == 4:
+    if num_bits == 4:
         values = torch.stack((values & 15, values >> 4), dim=-1).view(words.shape[0], -1)
+    elif num_bits != 8:
+        bits = (values.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = bits.view(len(words), -1)[:, : num_inputs * num_bits].view(len(words), num_inputs, num_bits)
+        values = (bits << torch.arange(num_bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return values[:, :num_inputs].contiguous()
 
 

@@ -1,7 +1,8 @@
 """Tensors of a quantised module -> `QuantizedWeight`, for every layout on disk that is supported.
 
-Values become unsigned bytes, one per weight; scales keep their type. The packing for a backend comes after
-(`Kernels.pack_linear`). N output features, K input features, G groups along K; a word is 32 bits of 8 or 4 values.
+Values become unsigned bytes, one per weight; scales keep their type. Weights of 2 or 3 bits are held in 4, those of 5
+to 7 in 8, and what no kernel has as floats. The packing for a backend comes after (`Kernels.pack_linear`). N output
+features, K input features, G groups along K; a word is 32 bits of a row.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ _Read = Callable[[str, tuple[int, ...]], Tensor]  # a tensor of the module, by s
 
 def read_quantized(
     reader: WeightReader, module: str, shape: tuple[int, int], layout: QuantizedFormat
-) -> QuantizedWeight:
-    """The weight [N, K] of `module`.
+) -> QuantizedWeight | Tensor:
+    """The weight [N, K] of `module`; a float32 tensor where `layout.is_dense`.
 
     Raises:
         CheckpointError: tensors are missing, or of a wrong shape or type, or the scheme is one that no kernel has.
     """
     is_codebook = layout.layout == "codebook"
+    held_bits, group_size = (4 if layout.bits <= 4 else 8), (0 if layout.is_dense else layout.group_size)
     try:
         scheme = QuantScheme(
-            layout.bits, layout.group_size, layout.is_symmetric, layout.activation_bits, has_codebook=is_codebook
+            held_bits, group_size, layout.is_symmetric, layout.activation_bits, has_codebook=is_codebook
         )
     except ConfigError as error:
         raise CheckpointError(f"{module} cannot be served in its quantised form: {error}") from error
@@ -48,7 +50,7 @@ def read_quantized(
         return tensor
 
     num_outputs, num_inputs = shape
-    groups = -(-num_inputs // (scheme.group_size or num_inputs))
+    groups = -(-num_inputs // (layout.group_size or num_inputs))
     if layout.layout in ("gptq", "gptq_v2", "awq"):
         return _read_transposed(read, scheme, shape, groups, layout.layout, f"{module}.g_idx" in reader)
     scale_shape = (num_outputs, groups)
@@ -56,21 +58,35 @@ def read_quantized(
         scales = read("weight_scale", reader.shape(f"{module}.weight_scale")).expand(scale_shape).contiguous()
     else:
         scales = read("weight_scale", scale_shape)
+    if layout.layout == "float-quantized":
+        return reader.view(f"{module}.weight", shape).float() * scales.float()
+    lift = scheme.centre - (1 << (layout.bits - 1))  # the same weights around the centre of more bits
     if layout.layout == "int-quantized":
         values = _unsigned(read("weight", shape), scheme)
     else:
-        values = unpack_words(read("weight_packed", (num_outputs, _words(num_inputs, scheme))), scheme, num_inputs)
-    codebook = read("weight_codebook", (16,)).float() if is_codebook else None
-    zeros = None if scheme.is_symmetric else _read_zeros(reader, read, module, scheme, scale_shape)
-    return QuantizedWeight(scheme, values, scales, zeros, codebook)
+        words = read("weight_packed", (num_outputs, _words(num_inputs, layout.bits)))
+        values = unpack_words(words, layout.bits, num_inputs)
+    if is_codebook:
+        codebook = read("weight_codebook", (1 << layout.bits,)).float()
+        return QuantizedWeight(
+            scheme, values, scales, codebook=torch.nn.functional.pad(codebook, (0, 16 - len(codebook)))
+        )
+    zeros = None if scheme.is_symmetric else _read_zeros(reader, read, module, layout, scale_shape) + lift
+    if layout.is_dense:
+        centre = torch.full(scale_shape, scheme.centre) if zeros is None else zeros
+        spread = [item.repeat_interleave(layout.group_size, dim=1)[:, :num_inputs] for item in (centre, scales)]
+        return (values.float() + lift - spread[0]) * spread[1].float()
+    return QuantizedWeight(scheme, values + lift, scales, zeros)
 
 
-def _read_zeros(reader: WeightReader, read: _Read, module: str, scheme: QuantScheme, shape: tuple[int, int]) -> Tensor:
+def _read_zeros(
+    reader: WeightReader, read: _Read, module: str, layout: QuantizedFormat, shape: tuple[int, int]
+) -> Tensor:
     """Zero points [N, G]: bytes, or words that are packed along N."""
     if reader.dtype(f"{module}.weight_zero_point") is not torch.int32:
-        return _unsigned(read("weight_zero_point", shape), scheme)
-    words = read("weight_zero_point", (_words(shape[0], scheme), shape[1]))
-    return unpack_words(words.t(), scheme, shape[0]).t().contiguous()
+        return read("weight_zero_point", shape).view(torch.uint8) + (1 << (layout.bits - 1))
+    words = read("weight_zero_point", (_words(shape[0], layout.bits), shape[1]))
+    return unpack_words(words.t(), layout.bits, shape[0]).t().contiguous()
 
 
 def _read_transposed(
@@ -79,11 +95,11 @@ def _read_transposed(
     """GPTQ and AWQ keep weights as [K, N], AWQ with words along N in an order of its own."""
     num_outputs, num_inputs = shape
     if layout == "awq":
-        words = read("qweight", (num_inputs, _words(num_outputs, scheme)))
-        values = _awq_columns(unpack_words(words, scheme, num_outputs)).t().contiguous()
+        words = read("qweight", (num_inputs, _words(num_outputs, scheme.weight_bits)))
+        values = _awq_columns(unpack_words(words, scheme.weight_bits, num_outputs)).t().contiguous()
     else:
-        words = read("qweight", (_words(num_inputs, scheme), num_outputs))
-        values = unpack_words(words.t(), scheme, num_inputs)
+        words = read("qweight", (_words(num_inputs, scheme.weight_bits), num_outputs))
+        values = unpack_words(words.t(), scheme.weight_bits, num_inputs)
         if is_ordered:
             order = torch.arange(num_inputs, dtype=torch.int32) // (scheme.group_size or num_inputs)
             if not torch.equal(read("g_idx", (num_inputs,)), order):
@@ -92,7 +108,9 @@ def _read_transposed(
                     "desc_act: false, or with compressed-tensors and actorder: weight"
                 )
     scales = read("scales", (groups, num_outputs)).t().contiguous()
-    zeros: Tensor | None = unpack_words(read("qzeros", (groups, _words(num_outputs, scheme))), scheme, num_outputs)
+    zeros: Tensor | None = unpack_words(
+        read("qzeros", (groups, _words(num_outputs, scheme.weight_bits))), scheme.weight_bits, num_outputs
+    )
     assert zeros is not None
     if layout == "awq":
         zeros = _awq_columns(zeros)
@@ -117,5 +135,5 @@ def _unsigned(values: Tensor, scheme: QuantScheme) -> Tensor:
     return values.view(torch.uint8) + scheme.centre
 
 
-def _words(count: int, scheme: QuantScheme) -> int:
-    return -(-count * scheme.weight_bits // 32)
+def _words(count: int, num_bits: int) -> int:
+    return -(-count * num_bits // 32)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastserve.bench.rounding import quantize
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.quant import QuantScheme, pack_words, quantize, quantize_activations, unpack_words
+from fastserve.kernels.quant import QuantScheme, pack_words, quantize_activations, unpack_words
 
 WEIGHT = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
 
@@ -39,15 +40,14 @@ def test_zero_rows_stay_zero() -> None:
     assert not values.any() and torch.equal(scales, torch.ones(2, 1))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_words_round_trip_in_compressed_tensors_order(bits: int) -> None:
-    scheme = QuantScheme(bits)
     values = torch.randint(0, 1 << bits, (5, 21), dtype=torch.uint8)
-    words = pack_words(values, scheme)
+    words = pack_words(values, bits)
     assert words.shape == (5, -(-21 * bits // 32)) and words.dtype is torch.int32
-    number = int(words[1, 0]) % (1 << 32)
-    assert [number >> shift & scheme.max_value for shift in range(0, 32, bits)] == values[1, : 32 // bits].tolist()
-    assert torch.equal(unpack_words(words, scheme, 21), values)
+    row = sum((int(word) % (1 << 32)) << (32 * place) for place, word in enumerate(words[1]))  # one stream of bits
+    assert [row >> (bits * place) & ((1 << bits) - 1) for place in range(21)] == values[1].tolist()
+    assert torch.equal(unpack_words(words, bits, 21), values)
 
 
 @pytest.mark.parametrize(

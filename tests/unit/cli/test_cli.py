@@ -25,7 +25,7 @@ from fastserve.serve.tenants import KeyRing
 from tests.unit.serve.server import run_server
 
 runner = CliRunner()
-COMMANDS = (["serve"], ["chat"], ["generate"], ["info"], ["bench", "latency"], ["bench", "throughput"])
+COMMANDS = (["serve"], ["chat"], ["generate"], ["info"], ["compress"], ["bench", "latency"], ["bench", "throughput"])
 HEAVY = {"torch", "transformers", "fastapi", "uvicorn", "pydantic", "rich", "tokenizers", "numpy"}
 
 

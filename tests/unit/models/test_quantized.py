@@ -19,6 +19,7 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.kernels.quant import QuantizedWeight
 from fastserve.models.loader import LoadedModel, load_model
 from fastserve.models.quantized import read_quantized
 from tests import folders
@@ -52,7 +53,11 @@ def read(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], shape
     assert quantization is not None
     layout = quantization.format_of("m")
     assert layout is not None
-    return read_quantized(WeightReader([file]), "m", shape, layout).dequantize()
+    return as_floats(read_quantized(WeightReader([file]), "m", shape, layout))
+
+
+def as_floats(weight: QuantizedWeight | Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def compressed(bits: int, symmetric: bool, layout: str, group: int = 0, **options: Any) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def dense_copy(folder: Path, target: Path, source: Path) -> Path:
         module = name.removesuffix(".weight")
         layout = quantization.format_of(module, "Embedding" if "embed" in name else "Linear")
         if layout is not None and f"{module}.{layout.marker}" in reader:
-            tensors[name] = read_quantized(reader, module, tuple(tensor.shape), layout).dequantize()  # type: ignore[arg-type]
+            tensors[name] = as_floats(read_quantized(reader, module, tuple(tensor.shape), layout))  # type: ignore[arg-type]
     target.mkdir()
     save_file(tensors, target / "model.safetensors")
     (target / "config.json").write_text((source / "config.json").read_text())
@@ -177,15 +182,19 @@ REFUSED = [
     ({"bits": 4}, "cannot be read"),
     ({"quant_method": "gptq", "bits": 4}, "cannot be read.*group_size"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "marlin"),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "GPTQ with 3 bits"),
     ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "gemv"),
-    ({**W8, "format": "float-quantized"}, "float-quantized"),
+    ({**W8, "format": "nvfp4-pack-quantized"}, "nvfp4"),
+    ({**W8, "format": "float-quantized"}, "type 'int'"),
     ({**W8, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ({**W8, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     (compressed(8, True, "int-quantized", weights={"type": "float"}), "type 'float'"),
     (compressed(8, True, "int-quantized", weights={"actorder": "group"}), "reordered"),
+    (compressed(9, True, "pack-quantized"), "9 bits"),
+    (compressed(4, True, "float-quantized", weights={"type": "float"}), "float weights of 4 bits"),
     (compressed(8, True, "int-quantized", input_activations={"num_bits": 8, "dynamic": False}), "activations"),
     (compressed(8, True, "int-quantized", targets=["re:("]), "cannot be read"),
-    (compressed(3, True, "fastserve-codebook"), "fastserve-codebook"),
+    (compressed(5, True, "fastserve-codebook"), "fastserve-codebook"),
 ]
 
 
@@ -196,10 +205,11 @@ def test_what_cannot_be_served_is_refused(config: dict[str, Any], message: str) 
 
 
 def test_refusals_name_the_module(tmp_path: Path) -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 16}
+    with pytest.raises(CheckpointError, match="m cannot be served in its quantised form: group_size is 16"):
+        read(tmp_path, awq, {"qweight": draw(16, 64, 1).int()}, (8, 64))
     values = (draw(256, 6, 64) - 128).to(torch.int8)
     tensors = {"weight": values, "weight_scale": torch.rand(6, 2)}
-    with pytest.raises(CheckpointError, match="m cannot be served in its quantised form: group_size is 32"):
-        read(tmp_path, compressed(8, True, "int-quantized", 32), tensors, (6, 64))
     with pytest.raises(CheckpointError, match=r"m\.weight_scale.*shape \[6, 2\]"):
         read(tmp_path, compressed(8, True, "int-quantized"), tensors, (6, 64))
     tensors = {"weight": values.float(), "weight_scale": torch.rand(6, 1)}

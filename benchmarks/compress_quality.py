@@ -1,0 +1,154 @@
+"""Perplexity of a model after each way of compressing it, on text that neither it nor the calibration saw.
+
+    python benchmarks/compress_quality.py            # the built-in model, texts of the shared folder
+    python benchmarks/compress_quality.py --smoke    # two variants, a few windows
+    python benchmarks/compress_quality.py --folder llm-compressor-gptq-int4=PATH    # another tool's folder of it
+
+Every variant is made by `fastserve compress` from the same folder and calibration, and scored as FastServe serves it,
+in float32 by the plain PyTorch kernels. Folders that other tools made of the same model are scored the same way; a peer
+without a folder is named in `skipped`. Prints a table, and one JSON line: metrics.perplexity.METHOD,
+metrics.bits_per_weight.METHOD (linears of the layers, scales counted) and metrics.megabytes.METHOD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from peers import ENGINES, interpreter
+from precision import perplexity, windows
+from shared_data import shared_folder
+
+from fastserve.bench.report import Report, emit, rounded
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.compress.calibration import windows as calibration_windows
+from fastserve.compress.recipe import Calibration, make_recipe
+from fastserve.compress.run import compress
+
+_QUANTIZE: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8, "search": False},
+    "int8-a8": {"bits": 8, "activations": "dynamic", "search": False},
+    "smoothquant-int8-a8": {"method": "smoothquant", "bits": 8, "activations": "dynamic", "search": False},
+    "float8": {"kind": "float", "bits": 8},
+    "rtn-int4": {"group_size": 0, "search": False},
+    "kmeans4": {"method": "kmeans"},
+    "rtn-int4-g128": {"search": False},
+    "search-int4-g128": {},
+    "awq-int4-g128": {"method": "awq"},
+    "gptq-int4-g128": {"method": "gptq"},
+    "gptq-int4-g128-asymmetric": {"method": "gptq", "symmetric": False},
+    "rtn-int3": {"bits": 3, "group_size": 0, "search": False},
+    "kmeans3": {"method": "kmeans", "bits": 3},
+    "gptq-kmeans3": {"method": "gptq", "kind": "codebook", "bits": 3},
+    "gptq-int3-g128": {"method": "gptq", "bits": 3},
+    "mixed-4.2": {"method": "gptq", "bits": 3, "budget": 4.2},
+}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"do": "quantize", **step}] for name, step in _QUANTIZE.items()},
+    **{
+        f"{method}-50": [{"do": "prune", "method": method, "ratio": 0.5}]
+        for method in ("magnitude", "wanda", "sparsegpt")
+    },
+    "sparsegpt-2:4": [{"do": "prune", "method": "sparsegpt", "pattern": "2:4"}],
+    "channels-30": [{"do": "prune", "method": "channels", "ratio": 0.3}],
+    "layers-15": [{"do": "prune", "method": "layers", "ratio": 0.15}],
+    "channels-30-mended": [
+        {"do": "prune", "method": "channels", "ratio": 0.3},
+        {"do": "distill", "steps": 300, "learning_rate": 3e-4},
+    ],
+}
+# Of llm-compressor, when benchmarks/peers.py installed it: the same grid and the same windows as our method.
+PEER_METHODS = ("rtn", "gptq", "awq")
+SMOKE = ("rtn-int4-g128", "gptq-int4-g128")
+PEERS = ("llm-compressor", "gptqmodel", "llama.cpp")
+COMPRESSOR = ENGINES / "compress_llm_compressor.py"
+
+
+def bits_per_weight(folder: ModelFolder) -> float:
+    """Bits on disk per weight of the layers' matrices of a folder of the built-in model's shape."""
+    stored = weights = 0
+    config = folder.config
+    size, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim", size // config["num_attention_heads"])
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    for name in folder.weights.names():
+        if ".layers." in name and "norm" not in name and not name.endswith("weight_shape"):
+            info = folder.weights.info(name)
+            stored += 8 * (info.end - info.start)
+    weights = config["num_hidden_layers"] * (2 * size * head * (heads + groups) + 3 * size * inner)
+    return stored / weights
+
+
+def by_llm_compressor(source: ModelFolder, method: str, settings: Calibration, scratch: Path) -> ModelFolder:
+    """The peer's folder, calibrated on the windows that ours were."""
+    ids, out = scratch / "ids.json", scratch / "out"
+    ids.write_text(json.dumps(calibration_windows(source, settings).tolist()))
+    command = [str(interpreter("llm-compressor")), str(COMPRESSOR), method, str(ids), str(source.path), str(out)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return ModelFolder.open(str(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    corpora = shared_folder() / "data/corpora"
+    parser.add_argument("--model", default="", help="a Llama-like folder; the built-in model when left out")
+    parser.add_argument("--text", type=Path, default=corpora / "stories_val.txt")
+    parser.add_argument("--calibration", type=Path, default=corpora / "storybooks_ccby.jsonl")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=20000)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--folder", action="append", default=[], metavar="NAME=PATH", help="another tool's result")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.samples, arguments.length, arguments.tokens, arguments.variants = 8, 64, 600, ",".join(SMOKE)
+    if missing := [str(file) for file in (arguments.text, arguments.calibration) if not file.is_file()]:
+        sys.exit(f"there is no {missing[0]}; give --text and --calibration, or set FASTSERVE_SHARED")
+    source = ModelFolder.open(arguments.model)
+    prompts = windows(source, arguments.text, arguments.tokens, 512)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    report = Report("compress_quality", config=plain)
+    report.config |= {"weights": "as named", "kv_cache": "float32", "lm_head": str(source.config.get("dtype"))}
+
+    def add(name: str, folder: ModelFolder) -> None:
+        report.metrics[f"perplexity.{name}"] = rounded(perplexity(folder.path, "float32", "reference", prompts), 6)
+        report.metrics[f"bits_per_weight.{name}"] = rounded(bits_per_weight(folder), 4)
+        report.metrics[f"megabytes.{name}"] = rounded(folder.weight_bytes / 1e6)
+        found = [report.metrics[f"{key}.{name}"] for key in ("perplexity", "bits_per_weight")]
+        change = found[0] / report.metrics["perplexity.float32"] - 1
+        print(
+            f"{name:28s} {found[1]:6.3f} bits  perplexity {found[0]:9.4f}  {change:+.3%}", file=sys.stderr, flush=True
+        )
+        gc.collect()
+
+    add("float32", source)
+    calibration = {"text": str(arguments.calibration), "samples": arguments.samples, "length": arguments.length}
+    for name in arguments.variants.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            start = time.perf_counter()
+            recipe = make_recipe({"steps": VARIANTS[name], "calibration": calibration})
+            add(name, compress(arguments.model, Path(scratch) / "out", recipe))
+            report.metrics[f"seconds.{name}"] = rounded(time.perf_counter() - start, 3)
+    settings = Calibration(str(arguments.calibration), arguments.samples, arguments.length)
+    for method in PEER_METHODS if interpreter("llm-compressor") else ():
+        with tempfile.TemporaryDirectory() as scratch:
+            add(f"llm-compressor-{method}-int4-g128", by_llm_compressor(source, method, settings, Path(scratch)))
+    for item in arguments.folder:
+        name, _, path = item.partition("=")
+        add(name, ModelFolder.open(path))
+    for peer in PEERS:
+        if not any(name.startswith(f"perplexity.{peer}") for name in report.metrics):
+            report.skipped[peer] = f"not installed, and no folder of it was given (--folder {peer}-...=PATH)"
+    emit(report.as_dict())
+
+
+if __name__ == "__main__":
+    main()

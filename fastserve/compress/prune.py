@@ -1,0 +1,217 @@
+"""The step "prune": zeros, fewer channels, heads or layers; one block in memory at a time.
+
+`sparse.py` and `structure.py` have the methods for a matrix or a block. Results are folders of the same architecture
+with plain tensors, which load everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastserve.compress import sparse, structure
+from fastserve.compress.activations import observe
+from fastserve.compress.folder_writer import FolderWriter
+from fastserve.compress.network import Network, unsupported
+from fastserve.compress.quantize import Progress, is_named
+from fastserve.compress.recipe import Prune
+from fastserve.compress.walk import Visit, walk
+from fastserve.core.errors import ConfigError
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+
+
+def check(network: Network, step: Prune) -> None:
+    """ConfigError for what cannot be done with this network, before work starts."""
+    config = network.folder.config
+    blocks = (item for name in network.blocks for item in network.block(name).named_modules(prefix=name))
+    if step.method != "layers" and (found := unsupported(blocks)):
+        raise ConfigError(f"{found} holds a matrix but is no Linear; of this architecture only layers can be left out")
+    if step.method in ("heads", "kv-heads"):
+        for name in network.blocks:
+            structure.check_attention(network.block(name), name)
+    if step.method == "heads":
+        structure.HeadPlan.make(config, step.ratio)
+    elif step.method == "kv-heads":
+        structure.kept_kv_heads(config, step.ratio)
+    elif step.method == "channels":
+        for name in network.blocks:
+            structure.feed_forward(name, network.linears(name))
+    elif step.method == "layers":
+        _num_dropped(network, step)
+    if step.pattern == "2:4":
+        for block in network.blocks:
+            for name, linear in network.linears(block).items():
+                if linear.in_features % 4 and not is_named(name, step.ignore):
+                    raise ConfigError(
+                        f"{name} has {linear.in_features} inputs, which fours do not divide; add it to ignore"
+                    )
+
+
+def run(
+    network: Network, step: Prune, batches: list[Mapping[str, Tensor]], writer: FolderWriter, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the tensors; returns what changes in config.json, and what the card says."""
+    if step.method == "layers":
+        return _drop_layers(network, step, batches, writer, progress)
+    total = len(network.blocks)
+    writer.write("0000", outside(network))
+    if not batches:  # nothing looks at inputs
+        for number, name in enumerate(network.blocks, 1):
+            progress("prune", number - 1, total)
+            network.fill(name)
+            _prune_block(network, Visit(name, network.block(name), []), step)
+            writer.write(f"{number:04d}", tensors_of(network, name))
+            network.drop(name)
+    else:
+        for number, visit in enumerate(walk(network, batches), 1):
+            progress("prune", number - 1, total)
+            if writer.has(f"{number:04d}"):
+                _restore(network, visit, writer, f"{number:04d}", step)
+            else:
+                _prune_block(network, visit, step)
+                writer.write(f"{number:04d}", tensors_of(network, visit.block))
+    progress("prune", total, total)
+    return _changes(network, step), {}
+
+
+def _changes(network: Network, step: Prune) -> dict[str, Any]:
+    config = network.folder.config
+    if step.method == "heads":
+        return dict(structure.HeadPlan.make(config, step.ratio).new_config())
+    if step.method == "kv-heads":
+        return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
+    if step.method == "channels":
+        return {_channels_key(network): num_channels(network, step)}
+    return {}
+
+
+def num_channels(network: Network, step: Prune) -> int:
+    """Channels of the feed-forwards that the step leaves; 0 when it is not about them."""
+    if step.method != "channels":
+        return 0
+    return structure.kept_channels(network.folder.config, _channels_key(network), step.ratio)
+
+
+def _channels_key(network: Network) -> str:
+    first = network.blocks[0]
+    return structure.feed_forward(first, network.linears(first)).key
+
+
+def _prune_block(network: Network, visit: Visit, step: Prune) -> None:
+    linears = network.linears(visit.block)
+    known = observe(visit, linears) if visit.inputs else {}
+    config = network.folder.config
+    if step.method == "channels":
+        part = structure.feed_forward(visit.block, linears)
+        kept = structure.kept_channels(config, part.key, step.ratio)
+        structure.prune_channels(linears, part, known[part.reader], kept)
+        return
+    if step.method == "heads":
+        plan = structure.HeadPlan.make(config, step.ratio)
+        structure.prune_heads(visit.module, visit.block, linears, known[f"{visit.block}.self_attn.o_proj"], plan)
+        return
+    if step.method == "kv-heads":
+        structure.merge_kv_heads(visit.module, visit.block, linears, structure.kept_kv_heads(config, step.ratio))
+        return
+    is_2_of_4 = step.pattern == "2:4"
+    for name, linear in linears.items():
+        if is_named(name, step.ignore):
+            continue
+        weight = linear.weight.data
+        if step.method == "magnitude":
+            linear.weight.data = sparse.magnitude(weight, step.ratio, is_2_of_4)
+        elif step.method == "wanda":
+            linear.weight.data = sparse.wanda(weight, known[name].importance.sqrt(), step.ratio, is_2_of_4)
+        else:
+            linear.weight.data = sparse.sparsegpt(weight, known[name].moments, step.ratio, is_2_of_4)
+
+
+def _restore(network: Network, visit: Visit, writer: FolderWriter, shard: str, step: Prune) -> None:
+    """Give a block the weights that were written for it, of their new shapes."""
+    reader = writer.shard(shard)
+    for parameter in network.parameters_of(visit.block):
+        name = network.tensor_name(parameter)
+        values = torch.empty(reader.shape(name))
+        reader.read_into(name, values)
+        network.set(parameter, values)
+    if step.method == "heads":
+        attention: Any = visit.module.get_submodule("self_attn")
+        attention.num_key_value_groups = structure.HeadPlan.make(network.folder.config, step.ratio).kept_in_group
+
+
+def tensors_of(network: Network, block: str) -> dict[str, Tensor]:
+    """The block's parameters as they are now, of the types they had; the module computes with what is written."""
+    found = {}
+    for parameter in network.parameters_of(block):
+        values = network.model.get_parameter(parameter).data.to(network.dtype_of(parameter))
+        network.set(parameter, values.float())
+        found[network.tensor_name(parameter)] = values
+    return found
+
+
+def outside(network: Network) -> dict[str, Tensor]:
+    """All tensors outside of the blocks, as they lie in the folder."""
+    found = {network.tensor_name(name): network.read(name, None) for name in network.parameters_of("")}
+    return found | {name: network.read_other(name) for name in network.others}
+
+
+def _num_dropped(network: Network, step: Prune) -> int:
+    if network.folder.config.get("is_encoder_decoder"):
+        raise ConfigError("layers can be left out of decoders and encoders alone, not of networks that are both")
+    count = round(step.ratio * len(network.blocks))
+    if not 0 < count < len(network.blocks):
+        raise ConfigError(
+            f"leaving out {step.ratio:.0%} of {len(network.blocks)} layers leaves out {count}; choose another ratio"
+        )
+    return count
+
+
+def _drop_layers(
+    network: Network, step: Prune, batches: list[Mapping[str, Tensor]], writer: FolderWriter, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Leave out the layers whose outputs are most like their inputs (Men et al., "ShortGPT", 2024)."""
+    influence: dict[str, float] = {}
+    total = len(network.blocks)
+    for number, visit in enumerate(walk(network, batches), 1):
+        progress("look at layers", number, total)
+        influence[visit.block] = _influence(visit)
+    dropped = set(sorted(influence, key=lambda name: influence[name])[: _num_dropped(network, step)])
+    kept = [name for name in network.blocks if name not in dropped]
+    return write_layers(network, [network.blocks.index(name) for name in kept], writer), {"layer_influence": influence}
+
+
+def write_layers(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:
+    """Write the network with these layers alone; returns what changes in config.json."""
+    writer.write("0000", outside(network))
+    for number, name in enumerate(network.blocks[index] for index in kept):
+        tensors = {}
+        for parameter in network.parameters_of(name):
+            rest = parameter.removeprefix(f"{name}.")
+            stem = network.tensor_name(parameter).removesuffix(f"{name.rpartition('.')[2]}.{rest}")
+            tensors[f"{stem}{number}.{rest}"] = network.read(parameter, None)
+        writer.write(f"{number + 1:04d}", tensors)
+    return _fewer_layers(network, kept)
+
+
+def _influence(visit: Visit) -> float:
+    total, count = 0.0, 0
+    for (args, kwargs), output in zip(visit.inputs, visit.outputs(), strict=True):
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        total += float((1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)).sum())
+        count += before.shape[0] * before.shape[1]
+    return total / count
+
+
+def _fewer_layers(network: Network, kept: list[int]) -> dict[str, Any]:
+    """config.json with fewer layers: counts, and lists with an entry per layer."""
+    config, total = network.folder.config, len(network.blocks)
+    changes: dict[str, Any] = {key: len(kept) for key in _LAYER_COUNTS if config.get(key) == total}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == total and key in ("layer_types", "no_rope_layers"):
+            changes[key] = [value[index] for index in kept]
+    return changes

@@ -1,0 +1,184 @@
+"""Pruning: the zeros that were asked for, and smaller networks that still say nearly the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastserve.checkpoint.folder import ModelFolder
+from fastserve.compress import sparse, structure
+from fastserve.compress.activations import InputStatistics
+from fastserve.compress.network import load_dense
+from fastserve.compress.recipe import make_recipe
+from fastserve.compress.run import compress
+from fastserve.core.errors import ConfigError
+from tests import folders
+from tests.unit.compress.test_grid import WEIGHT, inputs
+from tests.unit.compress.test_quantize import logits, served_logits
+
+
+def recipe(text: Path | None, *steps: dict[str, Any]) -> Any:
+    calibration = {"text": str(text or ""), "samples": 6, "length": 48, "batch_size": 4}
+    return make_recipe({"steps": list(steps), "calibration": calibration})
+
+
+@pytest.mark.parametrize("is_2_of_4", [False, True])
+def test_zeros_by_each_method(is_2_of_4: bool) -> None:
+    x = inputs()
+    moments = x.t() @ x / len(x)
+    found = {
+        "magnitude": sparse.magnitude(WEIGHT, 0.5, is_2_of_4),
+        "wanda": sparse.wanda(WEIGHT, moments.diagonal().sqrt(), 0.5, is_2_of_4),
+        "sparsegpt": sparse.sparsegpt(WEIGHT, moments, 0.5, is_2_of_4),
+    }
+    losses = {}
+    for name, weight in found.items():
+        zeros = weight == 0
+        assert int(zeros.sum()) == WEIGHT.numel() // 2
+        if is_2_of_4:
+            assert (zeros.view(len(WEIGHT), -1, 4).sum(-1) == 2).all()
+        losses[name] = float((x @ (weight - WEIGHT).t()).square().mean())
+    assert losses["sparsegpt"] < 0.9 * losses["wanda"] and losses["wanda"] < 0.9 * losses["magnitude"]
+
+
+def test_a_refit_makes_up_for_inputs_that_depend_on_others() -> None:
+    x = inputs()
+    x[:, 40:] = x[:, :24] * 2  # nothing is lost without these
+    known = InputStatistics(64)
+    known.add(x)
+    linear = nn.Linear(64, 48, bias=False).requires_grad_(False)
+    before = linear(x)
+    structure.refit(linear, known, torch.arange(40))
+    assert (linear(x[:, :40]) - before).square().mean() < 1e-3 * before.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_folder_with_zeros(models: dict[str, Path], text: Path, tmp_path: Path, method: str, kind: str) -> None:
+    step = {"do": "prune", "method": method, "pattern": "2:4"}
+    folder = compress(str(models[kind]), tmp_path / "out", recipe(text, step))
+    names = [
+        name
+        for name in folder.weights.names()
+        if name.endswith((".wo.weight", "down_proj.weight", "output.dense.weight"))
+    ]
+    assert names
+    for name in names:
+        assert (
+            int((folder.weights.view(name, folder.weights.shape(name)) == 0).sum()) * 2
+            == folder.weights.view(name, folder.weights.shape(name)).numel()
+        )
+    assert torch.isfinite(logits(load_dense(folder), folder)).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_fewer_channels(models: dict[str, Path], text: Path, tmp_path: Path, kind: str) -> None:
+    source = ModelFolder.open(str(models[kind]))
+    step = {"do": "prune", "method": "channels", "ratio": 0.25}
+    folder = compress(str(source.path), tmp_path / "out", recipe(text, step))
+    key = "d_ff" if kind == "t5" else "intermediate_size"
+    assert folder.config[key] == 96
+    before, after = logits(load_dense(source), source), logits(load_dense(folder), folder)
+    assert torch.nn.functional.cosine_similarity(before, after).mean() > 0.7
+    if kind == "llama":
+        assert torch.allclose(served_logits(folder.path)[-1], after[-1], atol=1e-3)
+
+
+def test_fewer_heads(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    for heads, groups, expected in ((4, 2, (2, 2)), (4, 4, (2, 2))):
+        source = folders.llama(tmp_path / f"source{groups}", num_attention_heads=heads, num_key_value_heads=groups)
+        step = {"do": "prune", "method": "heads", "ratio": 0.5}
+        folder = compress(str(source), tmp_path / f"out{groups}", recipe(text, step))
+        assert (folder.config["num_attention_heads"], folder.config["num_key_value_heads"]) == expected
+        assert folder.config["head_dim"] == 16
+        after = logits(load_dense(folder), folder)
+        assert torch.allclose(served_logits(folder.path)[-1], after[-1], atol=1e-3)
+    for kind in ("bert", "t5"):
+        with pytest.raises(ConfigError, match="like Llama's alone"):
+            compress(str(models[kind]), tmp_path / kind, recipe(text, {"do": "prune", "method": "heads"}))
+
+
+def test_merged_keys_and_values(text: Path, tmp_path: Path) -> None:
+    """Where two heads have the same keys and values already, one does as well."""
+    from safetensors.torch import load_file, save_file
+
+    source = folders.llama(tmp_path / "source", num_attention_heads=4, num_key_value_heads=4)
+    tensors = load_file(source / "model.safetensors")
+    for name, values in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = values.view(2, 2, 16, -1)
+            heads[:, 1] = heads[:, 0]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    step = {"do": "prune", "method": "kv-heads", "ratio": 0.5}
+    folder = compress(str(source), tmp_path / "out", recipe(None, step))
+    assert folder.config["num_key_value_heads"] == 2
+    assert torch.allclose(served_logits(source)[-1], served_logits(folder.path)[-1], atol=1e-3)
+    with pytest.raises(ConfigError, match=r"model\.decoder\.layers\.0 has no self_attn\.o_proj"):
+        compress(str(folders.FAMILIES["opt"](tmp_path / "opt")), tmp_path / "none", recipe(None, step))
+
+
+def test_the_layer_that_does_nothing_goes(text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = folders.llama(tmp_path / "source", num_hidden_layers=4)
+    tensors = load_file(source / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    step = {"do": "prune", "method": "layers", "ratio": 0.25}
+    folder = compress(str(source), tmp_path / "out", recipe(text, step))
+    assert folder.config["num_hidden_layers"] == 3
+    before = ModelFolder.open(str(source))
+    assert torch.allclose(logits(load_dense(before), before), logits(load_dense(folder), folder), atol=1e-3)
+    assert torch.allclose(served_logits(source)[-1], served_logits(folder.path)[-1], atol=1e-3)
+
+
+def test_steps_in_a_row_go_on_where_they_stopped(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    steps = [
+        {"do": "prune", "method": "channels", "ratio": 0.25},
+        {"do": "prune", "method": "wanda", "ratio": 0.3},
+        {"do": "quantize", "method": "gptq", "group_size": 32},
+    ]
+    wanted = recipe(text, *steps)
+    whole = compress(str(models["llama"]), tmp_path / "whole", wanted)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantize", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models["llama"]), tmp_path / "again", wanted, interrupt)
+    again = compress(str(models["llama"]), tmp_path / "again", wanted)
+    assert all(mine.read_bytes() == other.read_bytes() for mine, other in zip(again.shards, whole.shards, strict=True))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "whole"]
+    served_logits(again.path)
+
+
+def test_groups_that_no_longer_divide_are_refused_before_work(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    steps = [{"do": "prune", "method": "channels", "ratio": 0.25}, {"do": "quantize", "group_size": 64}]
+    with pytest.raises(ConfigError, match="leave 96 channels, which groups of 64"):
+        compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"method": "layers", "ratio": 0.1}, "leaves out 0"),
+        ({"method": "channels", "pattern": "2:4"}, "single weights"),
+        ({"method": "wanda", "ratio": 1.0}, "ratio"),
+        ({"method": "heads", "ratio": 0.01}, "leaves out none"),
+    ],
+)
+def test_what_cannot_be_pruned(
+    models: dict[str, Path], text: Path, tmp_path: Path, step: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compress(str(models["llama"]), tmp_path / "out", recipe(text, {"do": "prune", **step}))
+    assert not list(tmp_path.iterdir())

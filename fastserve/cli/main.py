@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from fastserve import __version__
-from fastserve.cli import bench, chat, compress, generate, info, serve
+from fastserve.cli import (
+    bench,
+    chat,
+    compress,
+    data,
+    evaluate,
+    finetune,
+    generate,
+    info,
+    pretrain,
+    serve,
+    tokenizer,
+    tune,
+)
 from fastserve.cli.options import GroupedCommand, guarded
 
 app = typer.Typer(
@@ -42,10 +55,18 @@ for function, example in (
     (chat.chat, "fastserve chat ./my-model, or: fastserve chat --url http://127.0.0.1:8000"),
     (generate.generate, 'fastserve generate -p "Once upon a time" --max-tokens 50 --temperature 0'),
     (info.info, "fastserve info ./my-model --json"),
+    (pretrain.pretrain, "fastserve pretrain configs/bert.toml --out runs/bert --nproc 2"),
+    (finetune.finetune, "fastserve finetune classification ./bert --data intents.csv --out runs/intents --epochs 3"),
+    (tune.tune, "fastserve tune configs/tales.toml --out runs/search --trials 20"),
     (compress.compress, "fastserve compress ./my-model --out ./my-model-int4 --method gptq --calibration stories.txt"),
 ):
     app.command(cls=GroupedCommand, epilog=f"Example: {example}")(guarded(function))
+app.command("eval", cls=GroupedCommand, epilog="Example: fastserve eval runs/bert/model --corpus held_out.txt")(
+    guarded(evaluate.evaluate)
+)
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
-"""Train a small language model from raw text to a model folder.
+"""From raw text to a model folder: prepare data, learn a tokenizer, pretrain, fine-tune, evaluate, search.
 
-Four stages, one recipe file: learn a tokenizer, pretrain on books, tune on requests made from the stories, export a
-Hugging Face folder. Run it with `python -m fastserve.train configs/builtin.toml`. Importing this package loads neither
-torch nor transformers.
+The networks are transformers' own modules; what stands here is the corpus pipeline, the recipes, one training loop for
+every objective and mesh, and the checks. Importing this package loads neither torch nor transformers.
 """

@@ -1,4 +1,7 @@
-"""`python -m fastserve.train.chart LOG SVG`: draw the losses of a training log (the JSON lines of a run) as an SVG."""
+"""`python -m fastserve.train.chart LOG SVG`: draw the losses of a training log as an SVG.
+
+The log holds the JSON lines of a run.
+"""
 
 from __future__ import annotations
 

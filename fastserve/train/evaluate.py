@@ -1,51 +1,134 @@
-"""Held-out loss of the model in training, per token and as bits per byte of UTF-8 text.
+"""`fastserve eval MODEL`: measure a folder on a corpus, on examples of a task, or with lm-evaluation-harness.
 
-Bits per byte do not depend on the tokenizer, so they compare models of different vocabularies.
+Networks are transformers' own, in float32. The harness runs in process on the same network, or against any server that
+speaks OpenAI's completions, ours among them: then what is measured is what is served.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from fastserve.core.errors import ConfigError
 
-from fastserve.train.corpus import Document
-from fastserve.train.model import batch_loss
-from fastserve.train.packing import IGNORED, Tokens
-from fastserve.train.tokenizer import END_OF_TEXT, token_id
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+_ROWS = 8  # windows in a pass
 
 
-def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[Tokens]:
-    """Token ids of each document, opened by the end-of-text token that separates documents."""
-    end = token_id(tokenizer, END_OF_TEXT)
-    return [
-        np.array([end, *encoding.ids], dtype=np.uint16)
-        for encoding in tokenizer.encode_batch([item.text for item in documents])
-    ]
+def perplexity(model: str, corpus: Path, length: int = 512, max_tokens: int = 200_000) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte of a causal network on a text.
+
+    Args:
+        corpus: a prepared folder (its validation split), or a raw file or folder of any known kind.
+        length: window in tokens; each is read by itself, after the beginning-of-text token where there is one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fastserve.train.network import open_tokenizer
+    from fastserve.train.objectives import IGNORED, label_loss
+
+    tokenizer = open_tokenizer(Path(model))
+    network = _opened(AutoModelForCausalLM, model)
+    room = getattr(network.config, "max_position_embeddings", length)
+    length = min(length, room)
+    begin = tokenizer.bos_token_id
+    total, tokens, num_bytes = 0.0, 0, 0
+    rows: list[list[int]] = []
+    for text in _texts(corpus):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        num_bytes += len(text.encode())
+        step = length - (begin is not None)
+        rows += [([] if begin is None else [begin]) + ids[start : start + step] for start in range(0, len(ids), step)]
+        tokens += len(ids)
+        if tokens >= max_tokens:
+            break
+    if not rows:
+        raise ConfigError(f"{corpus} has no text to measure on")
+    counted = 0
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in part])
+        labels = torch.tensor([row[1:] + [IGNORED] * (width - len(row) + 1) for row in part])
+        with torch.no_grad():
+            total += float(label_loss(network(ids, use_cache=False).logits, labels))
+        counted += int((labels != IGNORED).sum())
+    loss = total / max(1, counted)
+    return {
+        "loss": round(loss, 6),
+        "perplexity": round(math.exp(min(loss, 50)), 4),
+        "bits_per_byte": round(total / math.log(2) / num_bytes, 5),
+        "tokens": counted,
+    }
 
 
-def held_out_loss(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, documents: list[Document], length: int, max_tokens: int | None = None
-) -> dict[str, float]:
-    """`loss` (nats per token) and `bits_per_byte` over documents laid end to end in windows of `length` tokens."""
+def score_examples(task: str, model: str, data: Path, settings: Any) -> dict[str, float]:
+    """The scores of a tuned folder on examples, as fine-tuning measures them."""
     import torch
 
-    tokens = np.concatenate(encode_documents(tokenizer, documents)).astype(np.int64)[: max_tokens and max_tokens + 1]
-    num_targets = len(tokens) - 1
-    num_rows = math.ceil(num_targets / length)
-    inputs, targets = np.zeros(num_rows * length, dtype=np.int64), np.full(num_rows * length, IGNORED, dtype=np.int64)
-    inputs[:num_targets], targets[:num_targets] = tokens[:-1], tokens[1:]
-    device, total = next(model.parameters()).device, 0.0
+    from fastserve.train.finetune.examples import read_examples
+    from fastserve.train.finetune.run import KINDS, open_network
+    from fastserve.train.network import open_tokenizer
+
+    kind = KINDS[task](open_tokenizer(Path(model)), settings)
+    rows = read_examples(data)[: settings.evaluate_examples or None]
+    network = open_network(kind, model, None).eval()
     with torch.no_grad():
-        for start in range(0, num_rows, 16):
-            rows = slice(start * length, (start + 16) * length)
-            part = torch.from_numpy(targets[rows].reshape(-1, length)).to(device)
-            loss = batch_loss(model, torch.from_numpy(inputs[rows].reshape(-1, length)).to(device), part)
-            total += loss.item() * int((part != IGNORED).sum())
-    num_bytes = len(tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=True).encode())
-    return {"loss": total / num_targets, "bits_per_byte": total / math.log(2) / num_bytes}
+        found: dict[str, float] = kind.score(network, rows)
+    return {**found, "examples": len(rows)}
+
+
+def harness(model: str, tasks: list[str], *, url: str = "", limit: int = 0, task_folder: str = "") -> dict[str, Any]:
+    """lm-evaluation-harness on `tasks`: in process, or against the server at `url`; returns its results by task."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("--harness needs lm-evaluation-harness: pip install 'lm_eval[api]'") from None
+    if url:
+        arguments = {
+            "model": "local-completions",
+            "model_args": f"base_url={url.rstrip('/')}/v1/completions,model={served_name(url)},tokenizer={model}",
+        }
+    else:
+        arguments = {"model": "hf", "model_args": f"pretrained={model},dtype=float32,device=cpu"}
+    manager = TaskManager(include_path=task_folder or None)
+    try:
+        found = lm_eval.simple_evaluate(tasks=tasks, limit=limit or None, task_manager=manager, **arguments)
+    except KeyError as error:
+        raise ConfigError(f"the harness knows no task {error}") from error
+    return {
+        task: {name: value for name, value in scores.items() if isinstance(value, int | float)}
+        for task, scores in found["results"].items()
+    }
+
+
+def served_name(url: str) -> str:
+    """The name of the first model that a server lists; ConfigError where it does not answer."""
+    import json
+    import urllib.request
+
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is no address of a server; write for example http://127.0.0.1:8000")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=30) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (OSError, ValueError, LookupError) as error:
+        raise ConfigError(f"the server at {url} does not list its models: {error}") from error
+
+
+def _texts(corpus: Path) -> Any:
+    from fastserve.train.data.shards import split_texts
+    from fastserve.train.tokenizer import texts_of
+
+    return split_texts(corpus, "validation") if (corpus / "report.json").exists() else texts_of([str(corpus)])
+
+
+def _opened(kind: Any, model: str) -> Any:
+    import torch
+
+    try:
+        return kind.from_pretrained(model, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} cannot be opened for this: {str(error).splitlines()[0]}") from error

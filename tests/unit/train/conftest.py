@@ -1,107 +1,91 @@
-"""A toy corpus and a recipe so small that a whole training run takes seconds."""
+"""Small prepared corpora, one per kind of tokenizer, made once."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.train.toy import ANIMALS, tale
+from fastserve.train.data.prepare import prepare
+from fastserve.train.data.settings import PrepareSettings
+from fastserve.train.recipe import build_section
+from fastserve.train.settings import Recipe
+from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
 
-RECIPE = """
-name = "toy"
-licence = "Apache-2.0"
-seed = 7
-
-[data]
-held_out = "held_out.txt"
-held_out_storybooks = 2
-held_out_subjects = ["owl"]
-
-[data.sources.storybooks]
-file = "storybooks.jsonl"
-kind = "storybooks"
-
-[data.sources.stories]
-file = "stories.txt"
-
-[tokenizer]
-vocab_size = 320
-
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-intermediate_size = 64
-max_position_embeddings = 256
-
-[pretrain]
-batch_tokens = 512
-checkpoint_every = 5
-evaluate_every = 10
-
-[[pretrain.phases]]
-steps = 8
-length = 64
-mixture = { storybooks = 1, stories = 1.0 }
-
-[[pretrain.phases]]
-steps = 4
-length = 128
-mixture = { stories = 1.0 }
-
-[pretrain.optimizer]
-muon_learning_rate = 0.01
-adamw_learning_rate = 0.01
-warmup_steps = 2
-decay_steps = 4
-
-[tune]
-batch_tokens = 512
-length = 256
-steps = 4
-min_answer_tokens = 5
-max_answer_tokens = 160
-book_share = 0.2
-requests_per_story = { storybooks = 2, stories = 1 }
-
-[tune.optimizer]
-muon_learning_rate = 0.01
-adamw_learning_rate = 0.01
-warmup_steps = 1
-decay_steps = 2
-
-[generation]
-max_new_tokens = 8
-"""
+_ANIMALS = ("fox", "bear", "wolf", "owl", "mouse", "crow", "goat", "duck")
+_PLACES = ("river", "forest", "mountain", "village", "garden", "sea")
 
 
-@pytest.fixture
-def data_folder(tmp_path: Path) -> Path:
-    """A folder with corpora/ as the recipe above names it."""
-    corpora = tmp_path / "data" / "corpora"
-    corpora.mkdir(parents=True)
-    pairs = [(animal, friend) for animal in ANIMALS for friend in ANIMALS if animal != friend]
-    tales = [tale(animal, friend) for animal, friend in pairs]
-    (corpora / "stories.txt").write_text("\n<|endoftext|>\n".join(tales), encoding="utf-8")
-    (corpora / "held_out.txt").write_text(tale("wolf", "goat") + "\n<|endoftext|>\n", encoding="utf-8")
-    rows = [
-        {
-            "title": f"The {animal} and the {friend}",
-            "text": f"Title {index}. {text}",
-            "author": "A. Writer",
-            "project": "P",
-        }
-        for index, ((animal, friend), text) in enumerate(zip(pairs, tales, strict=True))
+def tales(number: int, seed: int = 1) -> list[str]:
+    """Little texts with few words, so that a small network learns something in a few steps."""
+    chooser = random.Random(seed)
+    return [
+        " ".join(
+            f"The {chooser.choice(_ANIMALS)} went to the {chooser.choice(_PLACES)}, to a {chooser.choice(_ANIMALS)}."
+            for _ in range(chooser.randint(2, 8))
+        )
+        for _ in range(number)
     ]
-    (corpora / "storybooks.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return tmp_path / "data"
 
 
-@pytest.fixture
-def recipe_path(tmp_path: Path) -> Path:
-    path = tmp_path / "toy.toml"
-    path.write_text(RECIPE, encoding="utf-8")
-    return path
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prepared folders by kind of tokenizer (bpe, wordpiece, unigram)."""
+    root = tmp_path_factory.mktemp("corpora")
+    source = root / "tales.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tales(300)), encoding="utf-8")
+    settings = PrepareSettings(quality=False, near_duplicates=False, validation_share=0.1, workers=1)
+    found = {}
+    for kind, size in (("bpe", 320), ("wordpiece", 100), ("unigram", 160)):
+        make_tokenizer_folder(tales(100), root / f"{kind}-tokenizer", TokenizerSettings(kind=kind, vocab_size=size))
+        found[kind] = root / kind
+        prepare([str(source)], found[kind], settings, root / f"{kind}-tokenizer")
+    return found
+
+
+LLAMA = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+
+
+def recipe_values(corpus: Path, **sections: Any) -> dict[str, Any]:
+    """A recipe for a tiny Llama in float32; keyword arguments are merged into its sections."""
+    values: dict[str, Any] = {
+        "name": "toy",
+        "seed": 3,
+        "model": {"type": "llama", "config": dict(LLAMA), "dtype": "float32"},
+        "data": {"sources": {"tales": str(corpus)}, "length": 32, "validation_tokens": 512},
+        "optimizer": {"learning_rate": 5e-3, "warmup_steps": 2},
+        "train": {
+            "batch_tokens": 256,
+            "steps": 8,
+            "precision": "float32",
+            "evaluate_every": 100,
+            "checkpoint_every": 4,
+        },
+        "watch": {"tensorboard": False, "report_every": 1},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values
+
+
+def make_recipe(corpus: Path, **sections: Any) -> Recipe:
+    return build_section(Recipe, recipe_values(corpus, **sections), "")
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    """Step -> loss; where a step was done twice, the last counts."""
+    return {line["step"]: line["loss"] for line in log_of(run) if "loss" in line}

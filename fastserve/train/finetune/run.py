@@ -1,0 +1,238 @@
+"""`fastserve finetune TASK`: model folder, examples and kind joined into one run of the loop.
+
+RUN/finetune.json, log.jsonl    what was asked and how it went
+RUN/checkpoints/                to go on from
+RUN/model/                      the tuned folder, with its scores in the card
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.train.card import write_card_page
+from fastserve.train.checkpoints import Checkpoints, Position
+from fastserve.train.finetune.chat import Instruction, Preference
+from fastserve.train.finetune.examples import Example, divide, read_examples
+from fastserve.train.finetune.labels import Classification, TokenClassification
+from fastserve.train.finetune.sequences import Sequences
+from fastserve.train.finetune.settings import TASKS, FinetuneSettings
+from fastserve.train.finetune.spans import QuestionAnswering
+from fastserve.train.finetune.task import Kind
+from fastserve.train.finetune.vectors import Embedding
+from fastserve.train.loop import Trainer
+from fastserve.train.mesh import Mesh
+from fastserve.train.network import open_tokenizer, save_model_folder
+from fastserve.train.objectives import Batch
+from fastserve.train.settings import OptimizerSection, ParallelSection, TrainSection
+from fastserve.train.watch import RunWatch
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS: dict[str, Any] = dict(
+    zip(
+        TASKS,
+        (Instruction, Preference, QuestionAnswering, Classification, TokenClassification, Sequences, Embedding),
+        strict=True,
+    )
+)
+_CHECKPOINTS_PER_RUN = 10
+
+
+def finetune(task: str, model: str, data: Path, run: Path, settings: FinetuneSettings) -> dict[str, Any]:
+    """Tune the folder `model` on the examples in `data`, into the folder `run`; returns the scores before and after.
+
+    Goes on from the last checkpoint of `run`, if there is one. ConfigError for examples or a model that do not fit.
+    """
+    tokenizer = open_tokenizer(Path(model))
+    kind = KINDS[task](tokenizer, settings)
+    rows = read_examples(data)
+    if settings.validation:
+        training, held_out = rows, read_examples(Path(settings.validation))
+    else:
+        training, held_out = divide(rows, settings.validation_share, settings.seed)
+    held_out = held_out[: settings.evaluate_examples or None]
+    network = open_network(kind, model, rows)
+    if isinstance(kind, Preference):
+        kind.prepare(network.eval(), [*training, *held_out])
+    items = kind.encode(training)
+    _claim(run, task, model, data, settings)
+    if settings.lora_rank:
+        network = add_adapters(network, settings)
+    mesh = Mesh(ParallelSection(), 0, 1)
+    tuning = Tuning(kind, items, held_out, settings, Path(model), run, task)
+    trainer = Trainer(
+        network,
+        tuning,
+        tuning.train_section(),
+        tuning.optimizer_section(),
+        mesh=mesh,
+        checkpoints=Checkpoints(run / "checkpoints", mesh, keep=1),
+        watch=RunWatch(run, "finetune", tuning.num_steps),
+        seed=settings.seed,
+        report_every=max(1, min(10, tuning.num_steps // 10)),
+    )
+    tuning.before = tuning.scores(network)
+    trainer.run()
+    return tuning.measured
+
+
+class Tuning:
+    """A kind and its examples as the loop sees them; every epoch has another order."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        items: list[Any],
+        held_out: list[Example],
+        settings: FinetuneSettings,
+        model: Path,
+        run: Path,
+        task: str,
+    ) -> None:
+        self._kind, self._items, self._held_out, self._settings = kind, items, held_out, settings
+        self._model, self._run, self._task = model, run, task
+        self._batch_size = min(settings.batch_size, len(items))
+        self._steps_per_epoch = len(items) // self._batch_size
+        self.num_steps = settings.steps or max(1, math.ceil(settings.epochs * self._steps_per_epoch))
+        self.before: dict[str, float] = {}
+        self.measured: dict[str, Any] = {}
+
+    def train_section(self) -> TrainSection:
+        every = max(1, self.num_steps // _CHECKPOINTS_PER_RUN)
+        return TrainSection(
+            batch_tokens=1,
+            precision=self._settings.precision,
+            gradient_checkpointing=self._settings.gradient_checkpointing,
+            evaluate_every=min(self._steps_per_epoch, self.num_steps),
+            checkpoint_every=every,
+            spike_factor=0.0,
+        )
+
+    def optimizer_section(self) -> OptimizerSection:
+        return OptimizerSection(
+            learning_rate=self._settings.learning_rate,
+            weight_decay=self._settings.weight_decay,
+            beta_2=0.999,
+            schedule="linear",
+            warmup_steps=round(self._settings.warmup_share * self.num_steps),
+            final_share=0.0,
+        )
+
+    def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Batch]:
+        epoch, place = divmod(step, self._steps_per_epoch)
+        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._items))
+        chosen = [self._items[index] for index in order[place * self._batch_size :][: self._batch_size]]
+        size = self._settings.micro_batch_size or self._batch_size
+        return [self._kind.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._kind.loss(model, batch)
+
+    def scores(self, network: Any) -> dict[str, float]:
+        import torch
+
+        network.eval()
+        with torch.no_grad():
+            return self._kind.score(network, self._held_out)
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        self.measured = {**self.scores(trainer.network), "before": self.before}
+        return self.measured
+
+    def export(self, trainer: Trainer, position: Position, measured: dict[str, Any]) -> None:
+        from fastserve import __version__
+
+        network = trainer.network
+        if self._settings.lora_rank:
+            if not self._settings.merge:
+                network.save_pretrained(self._run / "adapter")
+            network = copy.deepcopy(network).merge_and_unload()
+        card = {
+            "name": self._run.name,
+            "made_by": f"fastserve {__version__}, fastserve finetune {self._task}",
+            "made_from": str(self._model),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "step": position.step,
+            "examples": len(self._items),
+            "measured": measured,
+            "settings": dataclasses.asdict(self._settings),
+        }
+        folder, settings = self._run / "model", self._settings
+        weights = {name: parameter.detach().cpu() for name, parameter in network.named_parameters()}
+        save_model_folder(folder, network, weights, self._model, settings.dtype, card)
+        if settings.chat_template:
+            template = Path(settings.chat_template).read_text(encoding="utf-8")
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_card_page(folder, self._run / "log.jsonl", card, "finetune")
+
+
+def open_network(kind: Kind, model: str, rows: list[Example] | None) -> Any:
+    """The folder's network in float32 with the head of the kind: a new one for `rows`, the folder's own without."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        if rows is not None:
+            kind.configure(config, rows)
+        else:
+            kind.use_labels(config)
+        torch.manual_seed(0)
+        loader = getattr(transformers, kind.network_class)
+        network = loader.from_pretrained(
+            model, config=config, dtype=torch.float32, ignore_mismatched_sizes=rows is not None
+        )
+        return network if rows is not None else network.requires_grad_(False).eval()
+    except OSError as error:
+        raise CheckpointError(f"cannot open {model}: {error}") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{model} cannot be tuned for this task: {str(error).splitlines()[0]}") from error
+
+
+def add_adapters(network: Any, settings: FinetuneSettings) -> Any:
+    """Low-rank additions to the chosen linear modules (peft); new heads are tuned as a whole."""
+    import peft
+
+    heads = [name for name in ("classifier", "qa_outputs", "score") if hasattr(network, name)]
+    config = peft.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_targets) or "all-linear",
+        exclude_modules=heads or None,
+        modules_to_save=heads or None,
+        use_dora=settings.dora,
+    )
+    try:
+        return peft.get_peft_model(network, config)
+    except ValueError as error:
+        raise ConfigError(f"lora_targets: {error}") from error
+
+
+def _claim(run: Path, task: str, model: str, data: Path, settings: FinetuneSettings) -> None:
+    """Make the folder this run's, or check that it is."""
+    values = {"task": task, "model": model, "data": str(data), "settings": dataclasses.asdict(settings)}
+    text = json.dumps(values, indent=1)
+    path = run / "finetune.json"
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{run} holds a run with other settings; choose another --out, or remove the folder")
+        return
+    if run.exists() and any(run.iterdir()):
+        raise ConfigError(f"{run} is not empty and holds no run; choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

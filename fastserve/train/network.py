@@ -1,0 +1,158 @@
+"""The network that is trained: transformers' own module, made anew or opened, checked against tokenizer and recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.train.settings import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+
+NETWORK_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "sentence-order": "AutoModelForPreTraining",
+    "span-corruption": "AutoModelForSeq2SeqLM",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder; ConfigError if there is none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        raise ConfigError(f"{folder} has no tokenizer.json; make a tokenizer with `fastserve tokenizer train`")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_config(section: ModelSection, tokenizer: Any, objective: str, longest_row: int) -> Any:
+    """The configuration of the network. ConfigError for an unknown type or key, or one that does not fit the rest."""
+    import transformers
+
+    config = _opened_config(section) if section.folder else _new_config(section, tokenizer)
+    if type(config) not in getattr(transformers, NETWORK_CLASSES[objective])._model_mapping:
+        raise ConfigError(
+            f"a network of type {config.model_type!r} cannot learn the objective {objective!r}; choose another"
+        )
+    text = config.get_text_config()
+    if text.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"the network has {text.vocab_size} tokens, the tokenizer {len(tokenizer)}: prepare the data with the "
+            f"tokenizer of {section.folder or 'this model'}"
+        )
+    room = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if room and config.model_type != "t5" and longest_row > room:
+        raise ConfigError(
+            f"rows of {longest_row} tokens exceed the {room} positions of the network; shorten data.length"
+        )
+    return config
+
+
+def make_network(section: ModelSection, config: Any, objective: str, seed: int) -> Any:
+    """The module, in float32: new with random weights that follow from `seed`, or with those of `section.folder`."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, NETWORK_CLASSES[objective])
+    torch.manual_seed(seed)
+    try:
+        if section.folder:
+            return kind.from_pretrained(section.folder, config=config, dtype=torch.float32)
+        return kind.from_config(config)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {section.folder}: {error}") from error
+
+
+def num_parameters(network: Any) -> int:
+    """Tied weights count once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def save_model_folder(
+    folder: Path,
+    network: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer_folder: Path,
+    dtype: str,
+    card: dict[str, Any],
+) -> None:
+    """Write a complete model folder, in place at once: a kill leaves the old one or none."""
+    import torch
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.config.dtype = getattr(torch, dtype)
+    converted = {
+        name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+    network.save_pretrained(partial, state_dict=converted)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer_folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, partial / name)
+    (partial / "fastserve.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def bare_config(section: ModelSection) -> Any:
+    """The configuration without a tokenizer, for a plan of what it would take."""
+    from transformers import CONFIG_MAPPING
+
+    if section.type not in CONFIG_MAPPING:
+        raise ConfigError(f"recipe key model.type: transformers knows no {section.type!r}")
+    _check_keys(CONFIG_MAPPING[section.type](), section.config)
+    return CONFIG_MAPPING[section.type](**section.config, attn_implementation=section.attention)
+
+
+def _opened_config(section: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    if not (Path(section.folder) / "config.json").exists():
+        raise ConfigError(f"recipe key model.folder: {section.folder} is no model folder (it has no config.json)")
+    config = AutoConfig.from_pretrained(section.folder, attn_implementation=section.attention)
+    _check_keys(config, section.config)
+    for name, value in section.config.items():
+        setattr(config, name, value)
+    return config
+
+
+def _new_config(section: ModelSection, tokenizer: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    if section.type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"recipe key model.type: transformers knows no {section.type!r}; write llama, qwen3, gpt2, bert, t5..."
+        )
+    kind = CONFIG_MAPPING[section.type]
+    _check_keys(kind(), section.config)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if section.type == "t5":
+        ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    values = {"vocab_size": len(tokenizer), **ids, **section.config}
+    try:
+        return kind(**values, attn_implementation=section.attention)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"recipe section [model.config]: {error}") from error
+
+
+def _check_keys(config: Any, given: dict[str, Any]) -> None:
+    """transformers keeps any key it is given; a misspelt one would do nothing."""
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    if unknown := sorted(set(given) - known):
+        raise ConfigError(
+            f"recipe section [model.config]: unknown key {unknown[0]!r} for type {config.model_type!r}; known keys are "
+            f"{', '.join(sorted(known))}"
+        )

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.slow
+def test_the_question_answering_example_answers_correctly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("example", REPOSITORY / "examples" / "question_answering.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.main(["--out", str(tmp_path / "run")]) > 90
+    answers = [line.split("->")[1].strip() for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert answers == ["harbour", "library", "stamps", "repairs"]

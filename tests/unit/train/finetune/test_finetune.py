@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastserve.core.errors import ConfigError
+from fastserve.train.finetune.run import KINDS, finetune, open_network
+from fastserve.train.finetune.settings import FinetuneSettings
+from fastserve.train.network import open_tokenizer
+from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
+
+ANIMALS = ("fox", "bear", "wolf", "owl", "mouse", "crow")
+PLACES = ("river", "forest", "mountain", "village", "garden", "sea")
+TEXTS = [f"The {animal} lives by the {place}." for animal in ANIMALS for place in PLACES]
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+FAST = dict(learning_rate=1e-2, precision="float32", batch_size=16, max_length=64, warmup_share=0.1)
+
+
+def make_folder(folder: Path, architecture: str, config: dict[str, Any], network: str, **tokenizer: Any) -> Path:
+    """A small random model folder with a tokenizer learnt from the texts."""
+    import torch
+    import transformers
+
+    questions = ["Where does the live?", "user assistant system", *(f"Say {place}." for place in PLACES)] * 5
+    make_tokenizer_folder(TEXTS + questions, folder, TokenizerSettings(**tokenizer))
+    opened = open_tokenizer(folder)
+    settings = transformers.CONFIG_MAPPING[architecture](
+        vocab_size=len(opened),
+        pad_token_id=opened.pad_token_id,
+        bos_token_id=opened.bos_token_id,
+        eos_token_id=opened.eos_token_id,
+        **config,
+    )
+    torch.manual_seed(1)
+    getattr(transformers, network).from_config(settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {**SMALL, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0}
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    return make_folder(folder, "bert", config, "AutoModelForMaskedLM", kind="wordpiece", vocab_size=120)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return make_folder(folder, "llama", config, "AutoModelForCausalLM", vocab_size=330, chat=True)
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = dict(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, decoder_start_token_id=0, dropout_rate=0.0)
+    folder = tmp_path_factory.mktemp("models") / "t5"
+    return make_folder(folder, "t5", config, "AutoModelForSeq2SeqLM", kind="unigram", vocab_size=190)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def facts(number: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Animal, place, and the text that says so."""
+    chooser = random.Random(seed)
+    pairs = [(chooser.choice(ANIMALS), chooser.choice(PLACES)) for _ in range(number)]
+    return [
+        {"animal": animal, "place": place, "text": f"The {animal} lives by the {place}."} for animal, place in pairs
+    ]
+
+
+def score_of_folder(
+    task: str, folder: Path, rows: list[dict[str, Any]], settings: FinetuneSettings
+) -> dict[str, float]:
+    """What the exported folder scores when it is opened anew."""
+    import torch
+
+    kind = KINDS[task](open_tokenizer(folder), settings)
+    network = open_network(kind, str(folder), None).eval()
+    with torch.no_grad():
+        return kind.score(network, rows)
+
+
+def test_classification_is_learnt_and_kept_in_the_folder(bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": fact["text"], "intent": fact["place"]} for fact in facts(120)]
+    settings = FinetuneSettings(
+        **{**FAST, "learning_rate": 5e-3},
+        steps=80,
+        label_key="intent",
+        validation=str(write(tmp_path / "val.jsonl", rows[:30])),
+    )
+    found = finetune("classification", str(bert), write(tmp_path / "data.jsonl", rows), tmp_path / "run", settings)
+    assert found["accuracy"] > 95 and found["before"]["accuracy"] < 60
+    kept = score_of_folder("classification", tmp_path / "run" / "model", rows[:30], settings)
+    assert kept == {name: found[name] for name in ("accuracy", "macro_f1")}
+    card = json.loads((tmp_path / "run" / "model" / "fastserve.json").read_text())
+    assert card["measured"] == found and card["examples"] == 120
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from safetensors.torch import load_file
+
+    from fastserve.train.finetune.run import Tuning
+
+    data = write(tmp_path / "data.jsonl", [{"text": fact["text"], "label": fact["place"]} for fact in facts(60)])
+    settings = FinetuneSettings(**FAST, steps=8)
+    finetune("classification", str(bert), data, tmp_path / "whole", settings)
+    batches = Tuning.micro_batches
+
+    def interrupted(self: Tuning, step: int, rank: int, num_ranks: int) -> Any:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return batches(self, step, rank, num_ranks)
+
+    monkeypatch.setattr(Tuning, "micro_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune("classification", str(bert), data, tmp_path / "stopped", settings)
+    monkeypatch.undo()
+    finetune("classification", str(bert), data, tmp_path / "stopped", settings)
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_words_are_labelled(bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"tokens": fact["text"].rstrip(".").split(), "labels": ["O", "B-ANIMAL", "O", "O", "O", "B-PLACE"]}
+        for fact in facts(100)
+    ]
+    settings = FinetuneSettings(**FAST, steps=40)
+    found = finetune("token-classification", str(bert), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["entity_f1"] > 95 > found["before"]["entity_f1"]
+
+
+@pytest.mark.parametrize("max_length", [64, 24])
+def test_answers_are_found_in_texts_and_in_windows(bert: Path, tmp_path: Path, max_length: int) -> None:
+    """The place is asked for; where a window is shorter than the text, the answer may stand in any of them."""
+    chooser = random.Random(2)
+    rows = []
+    for fact in facts(160):
+        filler = " ".join(["He is old."] * chooser.randint(0, 6))
+        context = f"{filler} {fact['text']} {filler}".strip()
+        start = context.index(fact["place"])
+        answers = {"text": [fact["place"]], "answer_start": [start]}
+        rows.append({"question": "Where does the animal live?", "context": context, "answers": answers})
+    settings = FinetuneSettings(**{**FAST, "max_length": max_length, "batch_size": 32}, steps=60, stride=8)
+    found = finetune("question-answering", str(bert), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["exact_match"] > 90 > found["before"]["exact_match"]
+    kept = score_of_folder("question-answering", tmp_path / "run" / "model", rows[:20], settings)
+    assert kept["exact_match"] > 85
+
+
+def test_text_becomes_text(t5: Path, tmp_path: Path) -> None:
+    rows = [
+        {"source": fact["text"], "target": f"Say the {fact['place']} by the {fact['animal']}."} for fact in facts(150)
+    ]
+    settings = FinetuneSettings(**FAST, steps=150, max_answer_tokens=14)
+    found = finetune("seq2seq", str(t5), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["bleu"] > 15 > found["before"]["bleu"]
+    assert found["rouge_l"] > found["before"]["rouge_l"] + 30
+
+
+def test_texts_that_belong_together_come_close(bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"anchor": text, "positive": f"Where does the {text.split()[1]} live? {text.split()[-1]}"} for text in TEXTS
+    ]
+    held = str(write(tmp_path / "val.jsonl", rows))
+    settings = FinetuneSettings(**{**FAST, "learning_rate": 3e-3, "batch_size": 36}, steps=40, validation=held)
+    found = finetune("embedding", str(bert), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["recall_at_1"] > 80 > found["before"]["recall_at_1"]
+
+
+def conversations(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": fact["text"]},
+                {"role": "assistant", "content": f"Say {fact['place']}."},
+            ]
+        }
+        for fact in facts(number)
+    ]
+
+
+def test_only_answers_are_learnt_and_packing_changes_no_loss(llama: Path) -> None:
+    import torch
+
+    from fastserve.train.finetune.task import on_device
+    from fastserve.train.objectives import IGNORED, num_labels
+
+    tokenizer, rows = open_tokenizer(llama), conversations(7)
+    losses = []
+    for packing in (True, False):
+        kind = KINDS["instruction"](tokenizer, FinetuneSettings(packing=packing, max_length=128))
+        network = open_network(kind, str(llama), rows).eval()
+        items = kind.encode(rows)
+        assert len(items) < 7 if packing else len(items) == 7
+        batch = kind.batch(items)
+        learnt = [tokenizer.decode([label for label in item["labels"] if label != IGNORED]) for item in items]
+        if not packing:
+            assert learnt[0] == f"{rows[0]['messages'][1]['content']}<|im_end|>\n"
+        with torch.no_grad():
+            losses.append(float(kind.loss(network, on_device(batch, network))) / num_labels(batch))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 8}, {"lora_rank": 8, "dora": True, "merge": False}], ids=str)
+def test_instructions_and_adapters(llama: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    rows = conversations(80)
+    settings = FinetuneSettings(**{**FAST, "max_length": 128, "batch_size": 4}, steps=40, **lora)
+    found = finetune("instruction", str(llama), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    # Of a random network, additions to frozen weights can make less than all weights can.
+    assert found["held_out_loss"] < found["before"]["held_out_loss"] - (0.4 if lora else 3.0)
+    folder = tmp_path / "run" / "model"
+    kept = score_of_folder("instruction", folder, rows, settings)["held_out_loss"]
+    assert kept == pytest.approx(found["held_out_loss"], abs=0.1)
+    assert (folder / "chat_template.jinja").exists()
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists() == (lora.get("merge") is False)
+
+
+def test_preferences(llama: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": fact["text"], "chosen": f"Say {fact['place']}.", "rejected": f"Say {fact['animal']}."}
+        for fact in facts(60)
+    ]
+    settings = FinetuneSettings(**{**FAST, "learning_rate": 2e-3}, steps=30)
+    found = finetune("preference", str(llama), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["before"] == {"preferred": 0.0, "held_out_loss": pytest.approx(0.693147, abs=1e-4)}
+    assert found["preferred"] > 90 and found["held_out_loss"] < 0.5
+
+
+def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
+    def attempt(task: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
+        finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", FinetuneSettings(**settings))
+
+    label = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    for task, model, rows, settings, message in (
+        ("classification", bert, [{"text": "a"}, {"text": "b"}], {}, "no 'label'; it has text"),
+        ("classification", bert, [{"text": "a", "label": "x"}] * 3, {}, "only the label 'x'"),
+        ("classification", bert, label[:1], {}, "cannot be divided|only the label"),
+        ("seq2seq", bert, [{"source": "a", "target": "b"}] * 3, {}, "cannot be tuned|decoder_start"),
+        ("instruction", bert, [{"prompt": "a", "completion": "b"}] * 3, {}, "no chat template.*--chat-template"),
+        ("instruction", llama, [{"text": "a"}] * 3, {}, "needs messages"),
+        ("question-answering", bert, [{"question": "a", "context": "b", "answers": ["z"]}] * 3, {}, "no answer stands"),
+        ("classification", bert, label * 5, {"lora_rank": 2, "lora_targets": ("nothing",)}, "lora_targets"),
+        ("classification", bert, label * 5, {"validation": "/none.jsonl"}, "no file /none.jsonl"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            attempt(task, model, rows, **settings)
+    for values, message in (({"dora": True}, "lora_rank"), ({"dtype": "int8"}, "dtype must be")):
+        with pytest.raises(ConfigError, match=message):
+            FinetuneSettings(**values)

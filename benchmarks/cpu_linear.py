@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastserve.bench.report import Report, emit, rounded
+from fastserve.core.machine import usable_cpus
 from fastserve.kernels.cpu import CPUKernels
-from fastserve.kernels.cpu.threads import usable_cpus
 from fastserve.kernels.interface import PackedLinear
 from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 

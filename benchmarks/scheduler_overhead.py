@@ -22,8 +22,9 @@ from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.process import settle_garbage
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel, StepWork
+from fastserve.scheduler.plan import StepResult
 from fastserve.scheduler.policy import POLICY_NAMES, PolicyContext, make_policy
-from fastserve.scheduler.scheduler import Scheduler, StepResult
+from fastserve.scheduler.scheduler import Scheduler
 
 
 def make_request(index: int, now: float) -> Request:

@@ -28,7 +28,7 @@ from fastserve.bench.report import Report, emit, measure_limits, rounded
 from fastserve.core.request import Request
 from fastserve.engine import speculation
 from fastserve.engine.sampler import SamplingState
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 
 _WARM_UP_TOKENS = 8
 

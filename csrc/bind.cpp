@@ -39,7 +39,7 @@ public:
 
     void linear(const PackedWeight& weight, int64_t rows, uintptr_t x, int x_type, int64_t x_stride, uintptr_t out,
                 int out_type, int64_t out_stride, uintptr_t residual, int64_t residual_stride, int activation,
-                bool quantize_x) {
+                bool quantize_x, const Adapters* adapters, uintptr_t adapter_slots) {
         LinearArgs args{&weight,
                         rows,
                         at<void>(x),
@@ -51,7 +51,9 @@ public:
                         at<void>(residual),
                         residual_stride,
                         static_cast<Activation>(activation),
-                        quantize_x};
+                        quantize_x,
+                        adapters,
+                        at<const int64_t>(adapter_slots)};
         submit(args);
     }
 
@@ -238,7 +240,8 @@ public:
     void finish(uintptr_t logits, uintptr_t chosen) { plan_.finish(at<void>(logits), at<void>(chosen)); }
 
     void run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs, const std::vector<int64_t>& query_starts,
-             const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, bool choose) {
+             const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables,
+             uintptr_t adapter_slots, bool choose) {
         std::vector<const int64_t*> tables;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
         StepInputs step{tokens,
@@ -247,6 +250,7 @@ public:
                         at<const int64_t>(inputs.at(1)),
                         at<const int64_t>(inputs.at(2)),
                         at<const int64_t>(inputs.at(3)),
+                        at<const int64_t>(adapter_slots),
                         static_cast<int64_t>(context_lens.size()),
                         query_starts.data(),
                         context_lens.data(),
@@ -279,9 +283,20 @@ NB_MODULE(_native, m) {
         .def_prop_ro("bytes", &PackedWeight::bytes)
         .def(
             "unpack", [](const PackedWeight& weight, uintptr_t out) { unpack(weight, at<float>(out)); }, nb::arg("out"));
+    nb::class_<Adapters>(m, "Adapters")
+        .def(nb::init<const PackedWeight&, int64_t>(), nb::arg("weight"), nb::arg("num_slots"), nb::keep_alive<1, 2>())
+        .def("set",
+             [](Adapters& adapters, int64_t slot, int64_t ranks, uintptr_t a, uintptr_t b, int type) {
+                 adapters.set(slot, ranks, at<float>(a), at<float>(b), static_cast<DType>(type));
+             })
+        .def("clear", &Adapters::clear)
+        .def_prop_ro("bytes", &Adapters::bytes);
     nb::exception<NotRecordable>(m, "NotRecordable");
     nb::class_<Operations>(m, "Operations")
-        .def("linear", &Operations::linear)
+        .def("linear", &Operations::linear, nb::arg("weight"), nb::arg("rows"), nb::arg("x"), nb::arg("x_type"),
+             nb::arg("x_stride"), nb::arg("out"), nb::arg("out_type"), nb::arg("out_stride"), nb::arg("residual"),
+             nb::arg("residual_stride"), nb::arg("activation"), nb::arg("quantize_x"), nb::arg("adapters").none() = nb::none(),
+             nb::arg("adapter_slots") = 0)
         .def("attention", &Operations::attention)
         .def("norm", &Operations::norm)
         .def("rope", &Operations::rope)

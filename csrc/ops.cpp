@@ -31,14 +31,21 @@ const OpTable* op_table(const std::string& isa) {
     return nullptr;
 }
 
+int64_t prepared_bytes(const LinearArgs& args) {
+    const PackedWeight& weight = *args.weight;
+    // Scales, group sums and the activations themselves, as floats at most.
+    const int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
+    return args.rows > 4 ? round_up(args.rows * row + 192, 64) : 0;
+}
+
 ScratchSize linear_scratch(const LinearArgs& args, int threads) {
     (void)threads;
     constexpr int64_t kTile = (192 + 128) * kPanelColumns * 4;  // partial sums and an unpacked piece of panel
     const PackedWeight& weight = *args.weight;
-    // Scales, group sums and the activations themselves, as floats at most.
-    int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
+    const int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
     ScratchSize size;
-    size.shared = args.rows > 4 ? static_cast<size_t>(args.rows * row + 192) : 0;
+    size.shared = static_cast<size_t>(prepared_bytes(args));
+    if (args.adapter_slots) size.shared += static_cast<size_t>(args.rows * args.adapters->max_ranks() * 4);
     size.per_thread = static_cast<size_t>(kTile + 4 * row + 192);
     return size;
 }

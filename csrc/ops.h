@@ -6,13 +6,14 @@
 
 #include <string>
 
+#include "adapters.h"
 #include "common.h"
 #include "packed_weight.h"
 #include "thread_pool.h"
 
 namespace fastserve {
 
-// out = epilogue(x W^T): plus bias, activation, then plus residual. A gated weight gives activation(gate) * up.
+// out = epilogue(x W^T + adapters): plus bias, activation, then plus residual. A gated weight gives activation(gate) * up.
 struct LinearArgs {
     const PackedWeight* weight;
     int64_t rows;
@@ -26,8 +27,12 @@ struct LinearArgs {
     int64_t residual_stride;
     Activation activation;
     bool quantize_x;       // u8 and u4: 8-bit activations, one symmetric scale per row
+    const Adapters* adapters = nullptr;
+    const int64_t* adapter_slots = nullptr;  // [rows]: a slot of `adapters`, or -1; null: no row has one
 };
 
+// Bytes of the shared scratch that activations take; what adapters need comes after.
+int64_t prepared_bytes(const LinearArgs& args);
 ScratchSize linear_scratch(const LinearArgs& args, int threads);
 
 // Elements from one block, slot or head of a cache to the next.

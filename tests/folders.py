@@ -10,6 +10,8 @@ Keyword arguments replace fields of the transformers configuration; `shard_size`
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,52 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "stablelm": _as_other("StableLmConfig"),
     "gpt-bigcode": _as_other("GPTBigCodeConfig", tie_word_embeddings=True),
 }
+
+
+def lora(
+    folder: Path, base: Path, *, rank: int = 4, seed: int = 0, targets: str = r"layers\.|^h\.|\.h\.", **config: Any
+) -> Path:
+    """A random LoRA adapter of `base` as peft writes it, for the linears whose names match `targets`.
+
+    Left out are embeddings, heads, routers and experts. Keyword arguments are fields of adapter_config.json.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    transposed = _is_transposed(base)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if weight.ndim != 2 or not re.search(targets, name) or re.search(r"expert|router|mlp\.gate\.", name):
+            continue
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        rows, columns = reversed(weight.shape) if transposed else weight.shape
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * 0.3
+        tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+    assert tensors
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "fan_in_fan_out": transposed}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    return folder
+
+
+def merge_lora(folder: Path, base: Path, adapter: Path) -> Path:
+    """The base model with the adapter's matrices added to its own, in float32."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    shutil.copytree(base, folder)
+    weights, matrices = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name, a in matrices.items():
+        if name.endswith("lora_A.weight"):
+            delta = scale * (matrices[name.replace("lora_A", "lora_B")] @ a)
+            weight = weights[name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")]
+            weight += delta.t() if _is_transposed(base) else delta
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _is_transposed(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]

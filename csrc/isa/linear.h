@@ -282,6 +282,8 @@ static Recipe choose_recipe(const LinearArgs& args) {
 
 #include "linear_prepare.h"
 
+#include "adapters.h"
+
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 // Products of one panel with rows [first, last) into c [rows, 64].
@@ -392,6 +394,12 @@ static void linear(const LinearArgs& args, const Worker& worker) {
     const Prepared x = prepare(args, recipe, worker);
     float* c = reinterpret_cast<float*>(worker.scratch);
     uint8_t* unpacked = worker.scratch + kChunkRows * kPanelColumns * 4;
+    float* h = nullptr;
+    if (args.adapter_slots && args.adapters->max_ranks()) {
+        h = reinterpret_cast<float*>(worker.shared + prepared_bytes(args));
+        args.x_type == DType::f32 ? shrink<DType::f32>(args, h, worker) : shrink<DType::bf16>(args, h, worker);
+        worker.barrier();
+    }
     const int64_t panels = args.weight->panels;
     TileShape tiles;
     // Enough units of work for every thread, but no chunk smaller than a register tile.
@@ -402,6 +410,10 @@ static void linear(const LinearArgs& args, const Worker& worker) {
         const int64_t chunk = unit / panels, panel = unit % panels;
         const int64_t first = args.rows * chunk / chunks, last = args.rows * (chunk + 1) / chunks;
         multiply_panel(args, recipe, x, first, last, panel, c, unpacked, tiles);
+        if (h) {
+            auto add = args.x_type == DType::f32 ? expand<DType::f32> : expand<DType::bf16>;
+            add(args, x.scales, h, first, last, panel, c);
+        }
         write_panel(args, x, first, last, panel, c);
     }
 #ifdef FASTSERVE_TILES

@@ -90,7 +90,7 @@ class CoastingScheduler(Scheduler):
         for index, sequence in enumerate(sequences):
             sequence.num_computed += 1
             if sequence.num_computed // size > sequence.num_published:
-                self._publish_full_blocks(sequence)
+                self.block_pool.publish_computed(sequence)
             if shares is not None:
                 self._policy.on_service(sequence, 1, shares[index], now)
             sequence.token_ids.append(sequence.num_computed - 1)

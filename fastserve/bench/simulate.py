@@ -17,9 +17,8 @@ from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork, warm_up_shapes
-from fastserve.scheduler.plan import StepPlan
+from fastserve.scheduler.plan import StepPlan, StepResult
 from fastserve.scheduler.policy import PolicyContext, make_policy
-from fastserve.scheduler.scheduler import StepResult
 
 # llama-0.1b in float32 on two cores, measured roughly; pass your own for another model or machine.
 LLAMA_01B_CPU = Coefficients(6e-3, 0.25e-3, 0.9e-3, 0.0, 0.5e-6)

@@ -122,7 +122,9 @@ class ModelFolder:
         if files:
             return {}, files
         if self.has("adapter_config.json"):
-            raise CheckpointError(f"{self.path} holds an adapter, not a model; merge it into its base model first")
+            raise CheckpointError(
+                f"{self.path} holds an adapter, not a model; serve its base model with the option lora name={self.path}"
+            )
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")) or any(self.path.glob("*.pth")):
             raise CheckpointError(
                 f"{self.path} has only pickled weights (.bin or .pt), which can run code when opened and are not read; "

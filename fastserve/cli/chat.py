@@ -42,7 +42,7 @@ class Chat(Protocol):
 @with_options(
     (SamplingParams, "Sampling"),
     (EngineConfig, "Engine"),
-    leave_out=("model", "n", "logprobs", "prompt_logprobs"),
+    leave_out=("model", "n", "logprobs", "prompt_logprobs", "num_beams", "length_penalty", "early_stopping"),
 )
 def chat(
     options: dict[str, Any],

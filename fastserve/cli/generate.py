@@ -30,7 +30,10 @@ def generate(
     from fastserve.checkpoint.folder import ModelFolder
     from fastserve.checkpoint.sampling_defaults import sampling_defaults
 
-    params = SamplingParams(**{**sampling_defaults(ModelFolder.open(settings.model)), **sampling})
+    # A beam search is not sampled, so the model's defaults of sampling have no place in it.
+    is_search = sampling.get("num_beams", 1) > 1
+    defaults = {} if is_search else sampling_defaults(ModelFolder.open(settings.model))
+    params = SamplingParams(**{**defaults, **sampling})
 
     from fastserve.offline.llm import LLM
 

@@ -84,6 +84,9 @@ class EngineConfig:
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
         speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
             expected to pay) or ngram (wherever there is a guess). The tokens are the same.
+        lora: LoRA adapters as name=folder; requests choose one by the name in place of the model's.
+        max_loras: most adapters at a time, those loaded while serving included; 0: those of `lora`.
+        max_lora_rank: largest rank of an adapter.
         num_threads: compute threads; 0 uses every core the process may use.
         seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
@@ -109,7 +112,10 @@ class EngineConfig:
     kv_replacement: str = "lru"
     block_size: int = 16
     prefix_caching: bool = True
-    speculation: str = "off"
+    speculation: str = "auto"
+    lora: tuple[str, ...] = ()
+    max_loras: int = 0
+    max_lora_rank: int = 64
     num_threads: int = 0
     seed: int | None = None
     trust_remote_code: bool = False
@@ -135,11 +141,24 @@ class EngineConfig:
         self._choice("kv_replacement", ("lru", "lfu"))
         self._at_least("num_threads", 0)
         self._at_least("block_size", 1)
+        self._at_least("max_lora_rank", 1)
+        if not self.max_loras:
+            object.__setattr__(self, "max_loras", len(self.lora))
+        self._at_least("max_loras", len(self.adapters))
         if self.max_batch_tokens < self.max_batch_sequences:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_sequences "
                 f"({self.max_batch_sequences}), so that every running sequence can take a token in a step"
             )
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """LoRA adapters: name -> folder."""
+        pairs = [item.partition("=") for item in self.lora]
+        found = {name: path for name, _, path in pairs if name and path}
+        if len(found) != len(pairs):
+            raise ConfigError(f"lora takes name=folder, each name once, not {', '.join(self.lora)}")
+        return found
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -261,6 +280,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     if name in SIZE_FIELDS:
         return parse_bytes(value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(value.split(",") if isinstance(value, str) else value)
     try:
         if kind is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]

@@ -16,7 +16,10 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion: `index` of n, its text and token ids, and why it ended ("stop", "length", "abort")."""
+    """One completion: `index` of n, its text and token ids, and why it ended ("stop", "length", "abort").
+
+    `score` is that of a beam search: log probability / length ** length_penalty.
+    """
 
     index: int
     text: str
@@ -24,6 +27,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ class Request(msgspec.Struct, frozen=True):
         arrival_time: seconds on the system-wide monotonic clock (`time.monotonic`).
         priority: smaller is served first under the priority policy.
         tenant: who is asking; counted and shared fairly by tenant, never shown.
+        adapter: LoRA adapter by name; "" for none. Requests of different ones share no cached prefix.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, frozen=True):
     arrival_time: float
     priority: int = 0
     tenant: str = ""
+    adapter: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -52,6 +54,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+class Beam(msgspec.Struct, frozen=True, array_like=True):
+    """An answer that beam search found; `score` is its log probability / length ** length_penalty."""
+
+    token_ids: list[int]
+    score: float
+    finish_reason: str
+    stop_token_id: int | None
+
+
 class TokenOutput(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request. The last one has a finish_reason.
 
@@ -64,6 +75,8 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
         num_cached_tokens: prompt tokens taken from the prefix cache (set in the first output).
         scheduled_time: monotonic time of the first step that worked on it (set in the first output).
         error: a message for the user when finish_reason is "error".
+        beams: the n best answers of a beam search, in its only output; `token_ids` is empty.
+        score: of this answer, when it is one of `beams` (see `as_answers`).
     """
 
     request_id: str
@@ -75,9 +88,35 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
     num_cached_tokens: int = 0
     scheduled_time: float = 0.0
     error: str | None = None
+    beams: list[Beam] | None = None
+    score: float | None = None
+
+    def as_answers(self) -> list[TokenOutput]:
+        """One output for each of `beams`, the best first; without beams this one."""
+        return (
+            [self]
+            if self.beams is None
+            else [
+                TokenOutput(
+                    self.request_id,
+                    beam.token_ids,
+                    beam.finish_reason,
+                    beam.stop_token_id,
+                    num_cached_tokens=self.num_cached_tokens,
+                    scheduled_time=self.scheduled_time,
+                    score=beam.score,
+                )
+                for beam in self.beams
+            ]
+        )
 
 
 def fork(params: SamplingParams) -> list[SamplingParams]:
-    """Split `params` with n completions into n valid single ones with distinct seeds (index i uses seed + i)."""
+    """Split `params` with n completions into n valid single ones with distinct seeds (index i uses seed + i).
+
+    A beam search stays one: its request has n answers.
+    """
     seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(7), "little")
+    if params.num_beams > 1:
+        return [replace(params, seed=seed)]
     return [replace(params, n=1, seed=seed + index) for index in range(params.n)]

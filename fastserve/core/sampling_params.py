@@ -7,7 +7,7 @@ again: a `SamplingParams` that exists is valid. It crosses the process boundary 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastserve.core.errors import RequestError
@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63
+_WITH_BEAMS = {"n", "num_beams", "length_penalty", "early_stopping", "max_tokens", "seed"}
+_WITH_BEAMS |= {"ignore_eos", "stop_token_ids", "skip_special_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,10 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the form that the answer must have.
+        num_beams: beams of a beam search for the most probable answers, of which the n best are given; 1: no search.
+        length_penalty: a beam's score is its log probability / length ** this: above 0 favours long answers.
+        early_stopping: when a search ends: True as soon as num_beams answers are found, False when no beam looks as if
+            it became better than them, "never" when none can.
 
     Raises:
         RequestError: a value is out of its range; `param` names the field.
@@ -70,6 +76,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         stop: Any = self.stop  # one string, any sequence of strings, or None come from users
@@ -102,6 +111,7 @@ class SamplingParams:
             self._check_range("seed", self.seed, -MAX_SEED, 2 * MAX_SEED - 1)
         self._check_stops()
         self._check_logit_bias()
+        self._check_beams()
         if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
             raise RequestError(
                 "ignore_eos and min_tokens would break the form that structured_outputs asks for; leave them out",
@@ -136,6 +146,24 @@ class SamplingParams:
             if not 0 <= token_id < 2**31:
                 raise RequestError(f"logit_bias has {token_id}, which is no token id", "logit_bias")
             self._check_range("logit_bias", value, -100.0, 100.0)
+
+    def _check_beams(self) -> None:
+        self._check_range("num_beams", self.num_beams, 1, MAX_N)
+        self._check_range("length_penalty", self.length_penalty, -10.0, 10.0)
+        if self.early_stopping not in (True, False, "never"):
+            raise RequestError(
+                f"early_stopping must be true, false or never, not {self.early_stopping}", "early_stopping"
+            )
+        if self.num_beams == 1:
+            return
+        if self.n > self.num_beams:
+            raise RequestError(f"num_beams ({self.num_beams}) must be at least n ({self.n})", "num_beams")
+        for item in fields(self):
+            usual = (item.default, 0.0) if item.name == "temperature" else (item.default,)
+            if item.name not in _WITH_BEAMS and getattr(self, item.name) not in usual:
+                raise RequestError(
+                    f"{item.name} has no place in a beam search; leave out {item.name} or num_beams", item.name
+                )
 
     @property
     def is_greedy(self) -> bool:

@@ -1,6 +1,6 @@
 """What form an answer must have: a JSON schema, any JSON object, a regular expression, one of some texts, or a grammar.
 
-Plain text that any process can hold and send; `engine/grammar.py` compiles it. The names are vLLM's.
+Plain text that any process can hold and send; `core/grammars.py` reads it. The names are vLLM's.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,18 @@ class BlockTables:
 
 
 def make_batch(
-    plan: StepPlan, block_size: int, tables: BlockTables, all_rows: set[str], device: torch.device
+    plan: StepPlan,
+    block_size: int,
+    tables: BlockTables,
+    all_rows: set[str],
+    device: torch.device,
+    adapter_slots: Mapping[str, int] | None = None,
 ) -> tuple[Batch, list[tuple[int, int]]]:
     """Lay out a plan.
 
     Args:
         all_rows: requests that need logits at every position of this step (prompt log probabilities).
+        adapter_slots: slots of the requests that have an adapter.
 
     Returns:
         The batch, and for each entry the range of its rows in `logit_rows` (empty when it needs none).
@@ -65,6 +73,10 @@ def make_batch(
         query_starts.append(len(input_ids))
         context_lens.append(end)
         block_tables.append(tables.get(entry.request_id, blocks, entry.request is not None))
+    slots_of = adapter_slots or {}
+    adapters = (
+        [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []
+    )
     batch = Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
         positions=torch.tensor(positions, dtype=torch.int64, device=device),
@@ -74,5 +86,8 @@ def make_batch(
         block_tables=block_tables,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         request_ids=[entry.request_id for entry in plan.entries],
+        adapter_slots=torch.tensor(adapters, dtype=torch.int64, device=device)
+        if max(adapters, default=-1) >= 0
+        else None,
     )
     return batch, row_ranges

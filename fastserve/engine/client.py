@@ -28,18 +28,22 @@ from fastserve.engine.messages import (
     Abort,
     Add,
     Configure,
+    Done,
     EngineStats,
     Failed,
     FromEngine,
+    LoadAdapter,
     Outputs,
     Ready,
     ResizeCache,
     Shutdown,
+    UnloadAdapter,
 )
 from fastserve.engine.token_stream import TokenStream
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 3.0
+_LOOK_SECONDS = 0.05
 _RATE_WINDOW_SECONDS = 30.0
 MAX_RETRY_AFTER = 60.0
 _COUNTERS = (
@@ -120,6 +124,7 @@ class EngineClient:
         self._stall_timeout = stall_timeout
         self._restarts = restarts or RestartPolicy()
         self._live: dict[str, _Live] = {}
+        self._asked: deque[tuple[LoadAdapter | UnloadAdapter, asyncio.Future[None]]] = deque()
         self._finish_times: deque[float] = deque(maxlen=1000)
         self._past = EngineStats()
         self._link: EngineLink | None = None
@@ -179,6 +184,51 @@ class EngineClient:
         if self.state is not EngineState.READY or self._link is None:
             raise EngineDeadError("the engine is not running; try again when /ready says so")
         self._link.send(ResizeCache(num_bytes))
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The LoRA adapters that requests may have: name -> folder."""
+        return self.config.adapters
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter; engine processes that are started later have it, too.
+
+        Raises:
+            RequestError: the engine refuses it.
+            EngineDeadError: no engine is running now.
+        """
+        await self._ask(LoadAdapter(name, path))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for this adapter, wait for those that use it, and forget it. Raises as `load_adapter`."""
+        if name not in self.adapters:
+            raise RequestError(f"there is no adapter {name!r} here", "lora_name")
+        self._keep_adapters({other: path for other, path in self.adapters.items() if other != name})
+        while any(live.request.adapter == name for live in self._live.values()):
+            await asyncio.sleep(_LOOK_SECONDS)
+        await self._ask(UnloadAdapter(name))
+
+    async def _ask(self, message: LoadAdapter | UnloadAdapter) -> None:
+        if self.state is not EngineState.READY or self._link is None:
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked.append((message, answer))
+        self._link.send(message)
+        await answer
+
+    def _keep_adapters(self, adapters: dict[str, str]) -> None:
+        self.config = dataclasses.replace(self.config, lora=tuple(f"{name}={path}" for name, path in adapters.items()))
+
+    def _on_done(self, done: Done) -> None:
+        message, answer = self._asked.popleft()
+        if not done.error and isinstance(message, LoadAdapter):
+            self._keep_adapters({**self.adapters, message.name: message.path})
+        if answer.done():
+            return  # nobody waits any more
+        if done.error:
+            answer.set_exception(RequestError(done.error, done.param))
+        else:
+            answer.set_result(None)
 
     def end_all(self, error: FastServeError) -> None:
         """Stop every request; their readers get `error`."""
@@ -357,6 +407,8 @@ class EngineClient:
                 live.stream.push(output)
         elif isinstance(message, Ready):
             self._on_ready(message)
+        elif isinstance(message, Done):
+            self._on_done(message)
         else:
             self._failure = _rebuild_error(message)
 
@@ -378,6 +430,10 @@ class EngineClient:
             self.state = EngineState.RESTARTING
         self._past = _add_counters(self._past, self.stats)
         self.stats = EngineStats()
+        while self._asked:
+            _, answer = self._asked.popleft()
+            if not answer.done():
+                answer.set_exception(EngineDeadError("the engine died meanwhile; try again when /ready says so"))
         for request_id, live in list(self._live.items()):
             if request_id not in self._live:
                 continue  # stopped with another one of its group

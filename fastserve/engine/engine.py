@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from typing import Any
 
+import msgspec
 import torch
 
 from fastserve.checkpoint.folder import ModelFolder
@@ -20,6 +21,7 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
+from fastserve.engine.adapters import Adapters
 from fastserve.engine.executor import Executor, LocalExecutor
 from fastserve.engine.grammar import GrammarCompiler
 from fastserve.engine.kv_cache import KVCache
@@ -71,6 +73,9 @@ class Engine:
         self.vocab_size = shape.vocab_size
         self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, folder.eos_token_ids)
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
+        self._adapters = Adapters(loaded.linears, loaded.kernels, shape.dtype, config.max_loras, config.max_lora_rank)
+        for name, path in config.adapters.items():
+            self._adapters.load(name, path)
         max_blocks = max(self.memory.num_blocks, config.kv_cache_max_memory // self.memory.block_bytes)
         kv_cache = _make_kv_cache(loaded, self.memory, max_blocks)
         stores = _make_stores(config, loaded, self.memory)
@@ -101,13 +106,15 @@ class Engine:
             loaded.kernels,
             kv_cache,
             folder.eos_token_ids,
-            loaded.model.device,
             self.max_model_len,
             self._grammars,
+            self._adapters,
         )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
         self._device = loaded.model.device
+        # One place in the batch each; a model that keeps its own cache cannot share it.
+        self._max_beams = 1 if loaded.model.has_own_cache else min(config.max_batch_sequences, self.vocab_size // 4)
         self._elastic = ElasticSize(
             self.memory.block_bytes,
             self._scheduler.min_blocks,
@@ -124,8 +131,10 @@ class Engine:
         """Queue a request.
 
         Raises:
-            RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
+            RequestError: the prompt is empty, too long, or has ids outside the vocabulary; there is no such adapter.
         """
+        if request.adapter:
+            request = msgspec.structs.replace(request, adapter=self._adapters.key(request.adapter))
         prompt = request.prompt_ids
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
@@ -139,6 +148,8 @@ class Engine:
         ids = (*prompt, *sampling.stop_token_ids, *(sampling.logit_bias or ()))
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise RequestError(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
+        if sampling.num_beams > self._max_beams:
+            raise RequestError(f"num_beams may be {self._max_beams} here, not {sampling.num_beams}", "num_beams")
         self._stats.prompt_tokens += len(prompt)
         if sampling.structured_outputs is not None:
             self._compiling[request.request_id] = (request, self._grammars.submit(sampling.structured_outputs))
@@ -151,6 +162,21 @@ class Engine:
         for request_id in request_ids:
             self._compiling.pop(request_id, None)
         self._scheduler.abort(request_ids)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Make a LoRA adapter known; requests may have it from now on. Raises RequestError, see `Adapters.load`."""
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            RequestError: there is none of this name, or requests use it.
+        """
+        key = self._adapters.key(name)
+        if self._scheduler.uses(key) or any(request.adapter == key for request, _ in self._compiling.values()):
+            raise RequestError(f"adapter {name!r} is in use; try again when its requests are done", "lora_name")
+        self._adapters.unload(name)
 
     def has_work(self) -> bool:
         return self._scheduler.has_work() or bool(self._compiling)
@@ -169,7 +195,8 @@ class Engine:
         outputs = self._scheduler.update(plan, result, ended - started, ended)
         self._stats.num_steps += 1
         self._stats.step_seconds += ended - started
-        self._stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
+        for output in outputs:
+            self._stats.generation_tokens += sum(len(answer.token_ids) for answer in output.as_answers())
         return outputs
 
     def _take_compiled(self) -> list[TokenOutput]:

@@ -7,8 +7,7 @@ from typing import Protocol
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import KVTiers
 from fastserve.engine.model_runner import ModelRunner
-from fastserve.scheduler.plan import StepPlan
-from fastserve.scheduler.scheduler import StepResult
+from fastserve.scheduler.plan import StepPlan, StepResult
 
 
 class Executor(Protocol):

@@ -14,9 +14,9 @@ import sys
 import torch
 from torch import Tensor
 
-from fastserve.engine.pages import Pages
-from fastserve.kernels.interface import Kernels
+from fastserve.core.pages import Pages
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
+from fastserve.kernels.reference import Kernels
 
 _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 

@@ -7,19 +7,18 @@ reports now, cut to the process's own limit (cgroup), so a container is respecte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fastserve.core.config import format_bytes
 from fastserve.core.errors import MemoryPlanError
+from fastserve.core.machine import free_host_memory
 from fastserve.engine.kv_cache import KVCache
 from fastserve.models.model import ModelShape
 
 _CPU_SHARE = 0.5  # of the free memory, at most, without being asked: other programs run on the same machine
 _CPU_LIMIT = 2 << 30  # it is touched at start, which takes time; a longer max_model_len asks for more
 _GPU_SHARE = 0.9
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +92,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _meminfo("MemAvailable")
-    limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
-    return free
+    return free_host_memory()
 
 
 def plan_memory(
@@ -169,18 +164,3 @@ def _longest(shape: ModelShape, max_model_len: int) -> int:
             f"max_model_len is {max_model_len}, but the model was made for {shape.max_positions} positions; lower it"
         )
     return max_model_len or shape.max_positions
-
-
-def _meminfo(field: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise MemoryPlanError("cannot tell how much memory is free here; set kv_cache_memory")
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -40,6 +40,26 @@ class ResizeCache(msgspec.Struct, tag=True):
     num_bytes: int
 
 
+class LoadAdapter(msgspec.Struct, tag=True):
+    """API -> engine: load the LoRA adapter in a folder. `Done` follows."""
+
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    """API -> engine: forget an adapter that no request uses. `Done` follows."""
+
+    name: str
+
+
+class Done(msgspec.Struct, tag=True):
+    """Engine -> API: the oldest LoadAdapter or UnloadAdapter without an answer was carried out; or why not."""
+
+    error: str = ""
+    param: str | None = None
+
+
 class Shutdown(msgspec.Struct, tag=True):
     """API -> engine: finish the current step and exit."""
 
@@ -100,8 +120,8 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Abort | ResizeCache | Shutdown
-FromEngine = Ready | Outputs | Failed
+ToEngine = Configure | Add | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
+FromEngine = Ready | Outputs | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
+from fastserve.engine.adapters import Adapters
 from fastserve.engine.batch import BlockTables, make_batch
 from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs
 from fastserve.engine.speculation import sample_verified
-from fastserve.kernels.interface import Batch, Kernels, RecordedStep
+from fastserve.kernels.interface import Batch, RecordedStep
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import PagedContext
 from fastserve.models.model import ServingModel
-from fastserve.scheduler.plan import PlanEntry, StepPlan
-from fastserve.scheduler.scheduler import StepResult
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 
 _LOGIT_ROWS_AT_ONCE = 256  # bounds memory when a whole prompt's log probabilities are asked for
 
@@ -34,9 +35,9 @@ class ModelRunner:
         kernels: its operations.
         kv_cache: the paged memory.
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
-        device: where everything lives.
         max_model_len: tokens of the longest sequence.
         grammars: compiles what structured outputs ask for.
+        adapters: the LoRA adapters that requests may have.
 
     Attributes:
         report: how a step runs, for people.
@@ -48,18 +49,20 @@ class ModelRunner:
         kernels: Kernels,
         kv_cache: KVCache,
         eos_token_ids: tuple[int, ...],
-        device: torch.device,
         max_model_len: int,
         grammars: GrammarCompiler,
+        adapters: Adapters,
     ) -> None:
         self._model = model
         self._kernels = kernels
         self._kv_cache = kv_cache
         self._eos_token_ids = eos_token_ids
-        self._device = device
+        self._device = model.device
         self._states: dict[str, SamplingState] = {}
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
-        self._tables = BlockTables(device)
+        self._adapters = adapters
+        self._adapter_slots: dict[str, int] = {}  # of requests that have one
+        self._tables = BlockTables(model.device)
         self._masks = GrammarMasks(grammars)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
@@ -81,7 +84,9 @@ class ModelRunner:
         if not plan.entries:
             return StepResult({})
         self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
-        batch, row_ranges = make_batch(plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device)
+        batch, row_ranges = make_batch(
+            plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device, self._adapter_slots
+        )
         result = StepResult({})
         entries = [entry for entry in plan.entries if entry.samples]
         if self._recorded is not None and not self._prompts:
@@ -101,6 +106,7 @@ class ModelRunner:
 
     def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
         context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
+        self._adapters.step[0] = batch.adapter_slots
         return self._model.forward(batch.input_ids, batch.positions, context)
 
     def _run_scoring(
@@ -131,6 +137,8 @@ class ModelRunner:
         for token_id in entry.output_ids:
             state.count(token_id)
         self._states[request.request_id] = state
+        if request.adapter:
+            self._adapter_slots[request.request_id] = self._adapters.slot(request.adapter)
         self._masks.admit(request.request_id, sampling.structured_outputs, entry.output_ids)
         if sampling.prompt_logprobs is not None and not entry.output_ids:
             self._prompts[request.request_id] = request.prompt_ids
@@ -139,6 +147,7 @@ class ModelRunner:
         for request_id in request_ids:
             self._states.pop(request_id, None)
             self._prompts.pop(request_id, None)
+            self._adapter_slots.pop(request_id, None)
             self._tables.drop(request_id)
             self._masks.drop(request_id)
         if request_ids:
@@ -179,7 +188,7 @@ class ModelRunner:
     def _add_logprobs(
         self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
+        wanted = [self._states[entry.request_id].num_logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
             rows = [first_rows[place] for place in places]

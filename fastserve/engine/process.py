@@ -30,14 +30,17 @@ from fastserve.engine.messages import (
     Abort,
     Add,
     Configure,
+    Done,
     EngineStats,
     Failed,
     FromEngine,
+    LoadAdapter,
     Outputs,
     Ready,
     ResizeCache,
     Shutdown,
     ToEngine,
+    UnloadAdapter,
     encode_frame,
     to_engine_decoder,
 )
@@ -62,6 +65,8 @@ class RunnableEngine(Protocol):
     def stats(self) -> EngineStats: ...
     def tend(self) -> None: ...
     def resize_kv_cache(self, num_bytes: int) -> None: ...
+    def load_adapter(self, name: str, path: str) -> None: ...
+    def unload_adapter(self, name: str) -> None: ...
 
 
 class Connection:
@@ -126,7 +131,10 @@ def run(connection: Connection, engine: RunnableEngine) -> None:
         for message in connection.receive(0.0 if engine.has_work() else HEARTBEAT_SECONDS):
             if isinstance(message, Shutdown):
                 return
-            outputs += _apply(engine, message)
+            if isinstance(message, LoadAdapter | UnloadAdapter):
+                connection.send(_change_adapters(engine, message))
+            else:
+                outputs += _apply(engine, message)
         stepped = engine.has_work()
         if stepped:
             outputs += engine.step()
@@ -154,6 +162,17 @@ def _apply(engine: RunnableEngine, message: ToEngine) -> list[TokenOutput]:
     else:
         raise ValueError(f"unexpected {type(message).__name__} after the start")
     return []
+
+
+def _change_adapters(engine: RunnableEngine, message: LoadAdapter | UnloadAdapter) -> Done:
+    try:
+        if isinstance(message, LoadAdapter):
+            engine.load_adapter(message.name, message.path)
+        else:
+            engine.unload_adapter(message.name)
+    except FastServeError as error:
+        return Done(str(error), getattr(error, "param", None))
+    return Done()
 
 
 def settle_garbage() -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
-from fastserve.kernels.interface import Kernels, RowSampling
+from fastserve.kernels.interface import RowSampling
+from fastserve.kernels.reference import Kernels
+from fastserve.scheduler.beams import num_candidates
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -42,6 +44,13 @@ class SamplingState:
     def count(self, token_id: int) -> None:
         self.num_output += 1
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most probable tokens are wanted; a beam needs some to choose from."""
+        if self.sampling.num_beams > 1:
+            return num_candidates(self.sampling.num_beams, len(self.stop_ids))
+        return self.sampling.logprobs
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -132,8 +141,7 @@ def gather_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) ->
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None])  # [R, 1]
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
-    most = max(num_top)
-    top_values, top_ids = torch.topk(logprobs, max(most, 1), dim=-1)
+    top_values, top_ids = torch.topk(logprobs, min(max(1, *num_top), logits.shape[-1]), dim=-1)
     rows = zip(token_ids, chosen[:, 0].tolist(), ranks, top_ids.tolist(), top_values.tolist(), num_top, strict=True)
     return [
         TokenLogprobs([token_id, *ids[:num]], [value, *values[:num]], rank)

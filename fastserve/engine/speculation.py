@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastserve.engine.sampler import SamplingState, sample
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 
 
 def sample_verified(

@@ -1,6 +1,7 @@
 """Every operation in plain PyTorch: obvious, portable, and the definition of correct for the other backends.
 
-Runs on any device. On a CPU the rows of `linear` are padded to one of a few counts, for two reasons that were measured
+Those subclass `Kernels`, one level deep, and override what they speed up; `select.py` chooses one at load. This one
+runs on any device. On a CPU the rows of `linear` are padded to one of a few counts, for two reasons that were measured
 (docs/decisions/0002): in float32 a row is the same to the bit whatever else is in the step only at multiples of four,
 and in bfloat16 oneDNN keeps memory for every row count that it has seen.
 """
@@ -18,8 +19,8 @@ from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import (
     Batch,
     HeadTransform,
-    Kernels,
     KernelSpec,
+    LinearAdapters,
     PackedLinear,
     RecordedStep,
     RowSampling,
@@ -37,17 +38,24 @@ _WEIGHT_ONE = 1 << 30
 _EXP_TERMS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
-class ReferenceKernels:
-    """Plain PyTorch. See `Kernels` for what each operation means."""
+class Kernels:
+    """About ten operations. Legend and shapes as in `interface.py`; none keeps state between calls."""
 
     name = "reference"
 
     def supports(self, spec: KernelSpec) -> list[str]:
+        """Reasons why this backend cannot serve `spec`; an empty list means it can."""
         return []
 
     def pack_linear(
         self, weight: Weight | Sequence[Weight], bias: Tensor | None, is_gated: bool = False
     ) -> PackedLinear:
+        """Turn weight [N, K] and bias [N] into the layout that `linear` reads. Called once per layer, at load.
+
+        weight: a matrix, which may be kept; or its parts from top to bottom, of one type or scheme and codebook, which
+            may lie in a file and are not kept.
+        is_gated: the first N / 2 rows are the gate, the others are up.
+        """
         if isinstance(weight, Sequence):
             weight = concatenate(weight)
         if isinstance(weight, QuantizedWeight):
@@ -63,7 +71,14 @@ class ReferenceKernels:
         residual: Tensor | None = None,
         is_wide: bool = False,
     ) -> Tensor:
+        """x [T, K] -> activation(x W^T + bias) + residual, [T, N]; gated: activation(gate) * up, [T, N / 2].
+
+        Where a row has an adapter (`LinearAdapters`), its B A x is added to x W^T. A row's result does not depend on
+        the other rows (docs/decisions/0002). is_wide: float32 out.
+        """
         result = self._product(packed, x)
+        if packed.adapters is not None and packed.adapters.step[0] is not None:
+            result = _adapted(result, x, packed.adapters.weights, packed.adapters.step[0])
         if is_wide:
             result = result.float()
         if packed.is_gated:
@@ -73,20 +88,30 @@ class ReferenceKernels:
         return result if residual is None else result + residual
 
     def _product(self, packed: PackedLinear, x: Tensor) -> Tensor:
-        num_rows, dtype = x.shape[0], x.dtype
-        scales = None
+        dtype, scales = x.dtype, None
         if packed.activation_bits == 8:
             x, scales = quantize_activations(x)
         weight, bias = packed.weight, packed.bias
         x = x.to(weight.dtype)  # a quantised weight is held dequantised, in float32
-        padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
-        if padding:
-            x = functional.pad(x, (0, 0, 0, padding))
         if scales is None:
-            result = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-            return (result[:num_rows] if padding else result).to(dtype)
-        result = functional.linear(x, weight)[:num_rows] * scales
+            return _multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+        result = _multiply(x, weight) * scales
         return (result if bias is None else result + bias).to(dtype)
+
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+        """Make room for the adapters of a linear, before its network is recorded. See `LinearAdapters.step`."""
+        packed.adapters = LinearAdapters(step)
+
+    def set_adapter(
+        self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
+        """Put float32 A [R, K] and B [N, R] into a slot, kept in `dtype`, the type of x; or empty it (None)."""
+        assert packed.adapters is not None
+        packed.adapters.weights.pop(slot, None)
+        if weights is not None:
+            # Rounded to the type that other backends keep, and computed in float32 as they do.
+            a, b = (item.to(packed.weight.device, dtype).float() for item in weights)
+            packed.adapters.weights[slot] = (a, b)
 
     def embed(
         self,
@@ -96,10 +121,18 @@ class ReferenceKernels:
         residual: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
+        """Rows `ids` [T] int64 of a table [P, K], times scale, plus residual [T, K] -> [T, K] of `dtype`.
+
+        The table may be a packed matrix that is not gated (a tied head is held once so); no residual then.
+        """
         rows = (table if isinstance(table, Tensor) else table.weight).index_select(0, ids).to(dtype)
         return _plus(rows if scale == 1.0 else rows * scale, residual)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
+        """x [..., K] scaled to unit root mean square in float32, times weight [K] (Zhang and Sennrich, 2019).
+
+        residual [T, K], for x [T, K], is added to the result.
+        """
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         return _plus(weight * wide.to(x.dtype), residual)
@@ -107,9 +140,11 @@ class ReferenceKernels:
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
     ) -> Tensor:
+        """x [..., K] to zero mean and unit variance, times weight, plus bias (Ba et al., 2016); plus residual."""
         return _plus(functional.layer_norm(x, weight.shape, weight, bias, epsilon), residual)
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the first R of D entries of x [T, H, D] by cos, sin [T, R/2], halves convention (Su et al., 2021)."""
         half = cos.shape[-1]
         cos = cos.unsqueeze(1).to(x.dtype)  # [T, 1, R/2]
         sin = sin.unsqueeze(1).to(x.dtype)
@@ -117,15 +152,22 @@ class ReferenceKernels:
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        """x [T, 2 * K] as gate and up halves -> activation(gate) * up, [T, K]."""
         gate, up = x.chunk(2, dim=-1)
         return self.activation(gate, activation) * up
 
     def activation(self, x: Tensor, activation: str) -> Tensor:
+        """Element-wise silu, gelu, gelu_tanh or relu."""
         if activation not in _ACTIVATIONS:
             raise ConfigError(f"activation {activation!r} is not known; known: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[activation](x)
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping.
+
+        int8 caches: as `int8_kv_views` of quant.py reads them; x = scale * byte, scale = largest magnitude of a token's
+        head / 127, rounded to nearest even.
+        """
         for new, cache in ((key, keys), (value, values)):
             if cache.dtype is torch.int8:
                 blocks, offsets = slot_mapping // cache.shape[1], slot_mapping % cache.shape[1]
@@ -135,6 +177,7 @@ class ReferenceKernels:
                 cache.view(-1, *cache.shape[2:])[slot_mapping] = new.to(cache.dtype)
 
     def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
+        """Heads [T, H, D] of one kind, `norm` being that kind's weight -> [T, H, D]."""
         if norm is not None:
             x = self.rms_norm(x, norm, transform.epsilon)
         if transform.cos is None or transform.sin is None:
@@ -152,6 +195,7 @@ class ReferenceKernels:
         values: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
+        """`transform_heads` on query [T, H, D] and key [T, G, D], then `store_kv`; returns the query."""
         key = self.transform_heads(key, transform.key_norm, transform)
         self.store_kv(key, value, keys, values, slot_mapping)
         return self.transform_heads(query, transform.query_norm, transform)
@@ -159,6 +203,11 @@ class ReferenceKernels:
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
     ) -> Tensor:
+        """Causal attention of query [T, H, D] over each sequence's cached keys and values -> [T, H, D].
+
+        A query at position p sees positions max(0, p - window + 1) .. p; window 0 means no limit. softcap c > 0
+        replaces scores s by c * tanh(s / c).
+        """
         output = torch.empty_like(query)
         block_size = keys.shape[1]
         for index, block_table in enumerate(batch.block_tables):
@@ -184,6 +233,12 @@ class ReferenceKernels:
         window: int = 0,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Bidirectional attention without a cache: query [T, H, D], key and value [S, G, D] -> [T, H, D].
+
+        Queries query_starts[b] : query_starts[b + 1] see keys key_starts[b] : key_starts[b + 1]. window w > 0: only
+        those less than w positions away (queries then are the last of the keys' positions). bias [H, 2 R + 1] float32
+        is added by distance: bias[h, R + key position - query position]; R at least the longest sequence - 1.
+        """
         output = torch.empty_like(query)
         for start, end, first, last in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
             offset = (last - first) - (end - start)  # the last query is where the last key is
@@ -206,23 +261,51 @@ class ReferenceKernels:
         return output
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
+        """Copy cache blocks source -> target within one layer."""
         source = torch.tensor([pair[0] for pair in pairs], device=keys.device)
         target = torch.tensor([pair[1] for pair in pairs], device=keys.device)
         keys[target] = keys[source]
         values[target] = values[source]
 
     def argmax(self, logits: Tensor) -> Tensor:
+        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
         return logits.argmax(dim=-1)
 
     def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
+        """Draw one token per row of logits [R, V]; see `RowSampling`."""
         return [_draw(row, how) for row, how in zip(logits, rows, strict=True)]
 
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
+        """Record `network` (a step's batch -> logits [R, V]), to be run as a whole; or say why that cannot be.
+
+        The network is called once, with kernels that only take notes. It must compute nothing but by them, and do the
+        same whatever the step. longest: tokens of the longest sequence that a step may have.
+        """
         return f"the {self.name} kernels run one operation at a time"
 
 
 def _plus(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else x + residual
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias; on a CPU with rows added as `padded_rows` says."""
+    num_rows = x.shape[0]
+    padding = padded_rows(num_rows, x.dtype) - num_rows if x.device.type == "cpu" else 0
+    if not padding:
+        return functional.linear(x, weight, bias)
+    return functional.linear(functional.pad(x, (0, 0, 0, padding)), weight, bias)[:num_rows]
+
+
+def _adapted(result: Tensor, x: Tensor, weights: dict[int, tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
+    """result [T, N] plus B A x for the rows whose slot has a pair; rows of one slot are computed together."""
+    result = result.clone()
+    for slot, (a, b) in weights.items():
+        rows = (slots == slot).nonzero()[:, 0]
+        if len(rows):
+            delta = _multiply(_multiply(x[rows].float(), a), b)
+            result[rows] = (result[rows].float() + delta).to(result.dtype)
+    return result
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype) -> int:

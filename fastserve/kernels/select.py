@@ -6,8 +6,8 @@ import importlib.util
 import os
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.interface import Kernels, KernelSpec
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.interface import KernelSpec
+from fastserve.kernels.reference import Kernels
 
 # Best first; "module:Class". A backend appears here when its module exists.
 _BACKENDS = {
@@ -36,4 +36,4 @@ def select(name: str, spec: KernelSpec) -> tuple[Kernels, list[str]]:
         if name == candidate:
             raise ConfigError(f"kernels={name} cannot be used: {'; '.join(reasons)}; use kernels=auto")
         lines.append(f"kernels: not {candidate}: {'; '.join(reasons)}")
-    return ReferenceKernels(), [*lines, "kernels: reference (plain PyTorch)"]
+    return Kernels(), [*lines, "kernels: reference (plain PyTorch)"]

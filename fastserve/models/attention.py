@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Batch, HeadTransform, Kernels
+from fastserve.kernels.interface import Batch, HeadTransform
+from fastserve.kernels.reference import Kernels
 
 
 class AttentionContext(Protocol):

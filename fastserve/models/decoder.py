@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
 from fastserve.models.model import ModelShape

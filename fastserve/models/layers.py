@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import HeadTransform, Kernels
+from fastserve.kernels.interface import HeadTransform
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.parameters import ParameterLoader
 

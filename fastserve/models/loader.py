@@ -6,7 +6,7 @@ else goes through transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,22 +14,24 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.kernels import select
-from fastserve.kernels.interface import Kernels, KernelSpec
+from fastserve.kernels.interface import KernelSpec
+from fastserve.kernels.reference import Kernels
 from fastserve.models.decoder import Decoder, DecoderConfig
 from fastserve.models.families import FAMILIES, Family
 from fastserve.models.model import ServingModel
-from fastserve.models.parameters import ParameterLoader
+from fastserve.models.parameters import LinearPart, ParameterLoader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network, the operations it was built for, and one line per decision."""
+    """A network, the operations it was built for, one line per decision, and the linears that adapters may change."""
 
     model: ServingModel
     kernels: Kernels
     report: list[str]
+    linears: dict[str, LinearPart] = field(default_factory=dict)
 
 
 def load_model(
@@ -78,8 +80,8 @@ def load_model(
     quantization = read_quantization(folder.config)
     if quantization is not None and any(item.is_dense for item in quantization.formats):
         report.append("quantised weights that no kernel has (8-bit floats, groups of 5 to 8 bits) are held as floats")
-    model = _load_native(folder, family, config, chosen, torch_dtype, torch_device)
-    return LoadedModel(model, chosen, [*report, *lines])
+    model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device)
+    return LoadedModel(model, chosen, [*report, *lines], linears)
 
 
 def resolve_dtype(folder: ModelFolder, name: str) -> torch.dtype:
@@ -131,7 +133,7 @@ def _load_native(
     kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device,
-) -> Decoder:
+) -> tuple[Decoder, dict[str, LinearPart]]:
     reader = folder.weights
     family_names = family.names_of(folder.config)
     prefix = next((item for item in family.prefixes if reader.names_of(item + family_names["embedding"])), "")
@@ -146,4 +148,5 @@ def _load_native(
         parameters.finish(ignored)
     finally:
         reader.close()
-    return model
+    # Under names without a prefix: folders of base models and of adapters may differ in it.
+    return model, {name.removeprefix(prefix): part for name, part in parameters.linears.items()}

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Kernels
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 
 

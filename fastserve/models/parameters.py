@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +18,25 @@ from torch import Tensor
 from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
-from fastserve.kernels.interface import Kernels, PackedLinear, Weight
+from fastserve.kernels.interface import PackedLinear, Weight
 from fastserve.kernels.quant import QuantizedWeight, reordered
+from fastserve.kernels.reference import Kernels
 from fastserve.models.quantized import read_quantized
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """Where a module's matrix went: rows first .. first + num_rows of a packed one, which has `all_rows`.
+
+    order: which of the module's rows comes where; None: as they are.
+    """
+
+    packed: PackedLinear
+    first: int
+    num_rows: int
+    all_rows: int
+    num_inputs: int
+    order: Tensor | None
 
 
 class ParameterLoader:
@@ -34,6 +51,7 @@ class ParameterLoader:
 
     Attributes:
         num_parameters, num_bytes: of what was loaded so far.
+        linears: module -> the part of a linear that it became, but for embeddings, heads and experts.
     """
 
     def __init__(
@@ -54,6 +72,7 @@ class ParameterLoader:
         self._names = names
         self._transposed = transposed
         self._quantization = quantization
+        self.linears: dict[str, LinearPart] = {}
         self._used: set[str] = set()
         self._missing: list[str] = []
 
@@ -68,6 +87,7 @@ class ParameterLoader:
     def of_expert(self, expert: int) -> ParameterLoader:
         """This loader for one of a layer's experts: the names' {expert} is its number."""
         other = copy.copy(self)
+        other.linears = {}
         other._names = {role: name.replace("{expert}", str(expert)) for role, name in self._names.items()}
         return other
 
@@ -133,8 +153,13 @@ class ParameterLoader:
         packed = self.kernels.pack_linear(weights, merged_bias, is_gated)
         self._count(sum(parts.values()) * num_inputs, packed.num_bytes)
         del weights
-        for role in parts:
+        first, all_rows = 0, sum(parts.values())
+        for role, num_rows in parts.items():
             self._release(role, layer)
+            if role not in ("embedding", "head"):
+                part = LinearPart(packed, first, num_rows, all_rows, num_inputs, order if len(parts) == 1 else None)
+                self.linears[self._module(role, layer)] = part
+            first += num_rows
         return packed
 
     def finish(self, ignored: tuple[str, ...]) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, FastServeError
 from fastserve.kernels import select
-from fastserve.kernels.interface import Batch, HeadTransform, Kernels, KernelSpec
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.interface import Batch, HeadTransform, KernelSpec
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
 from fastserve.models.model import ModelShape, ServingModel
 from fastserve.models.transformers_network import (
@@ -27,42 +27,13 @@ from fastserve.models.transformers_network import (
     Network,
     NotPagedError,
     Probe,
+    TransformersModel,
     register_attention,
     run_body,
 )
 from fastserve.models.transformers_own_cache import OwnCacheModel
 
 _logger = logging.getLogger(__name__)
-
-
-class TransformersModel:
-    """A ServingModel around a transformers model whose attention goes through the context."""
-
-    has_own_cache = False
-
-    def __init__(self, network: Network, shape: ModelShape) -> None:
-        self.shape = shape
-        self.device = network.device
-        self._network = network
-
-    @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
-        return run_body(self._network, input_ids, positions, context)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._network.logits(hidden)
-
-    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        return self._network.logits(hidden)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        return logits
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""
 
 
 def load(
@@ -96,7 +67,7 @@ def load(
         own = _with_own_cache(network, probe, own_attentions if can_switch else [])
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, FastServeError) else str(error)
         lines = [f"attention: the model's own, one sequence at a time, no prefix caching ({reason})", *own.report]
-        return own, ReferenceKernels(), lines
+        return own, Kernels(), lines
     spec = KernelSpec(device.type, dtype, shape.num_heads, shape.num_kv_heads, shape.head_size, block_size)
     chosen, lines = select.select(kernels, spec)
     checked = f"attention: paged; logits checked against the model's own attention (relative error {error_found:.1e})"
@@ -153,7 +124,7 @@ def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.de
 def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
     """Shape and error of a ragged step and of paged ones, or NotPagedError with the reason."""
     lengths = [len(ids) for ids in probe.sequences]
-    recorder = _Recorder(DenseContext(ReferenceKernels(), lengths))
+    recorder = _Recorder(DenseContext(Kernels(), lengths))
     positions = torch.cat([torch.arange(length, device=network.device) for length in lengths])
     error = _check_logits(network, run_body(network, torch.cat(probe.sequences), positions, recorder), probe)
     shapes = {call[:3] for call in recorder.calls.values()}
@@ -190,7 +161,7 @@ def _run_in_steps(network: Network, shape: ModelShape, sequences: list[Tensor]) 
             block_tables=[torch.tensor([0, 1], device=device), torch.tensor([2, 3], device=device)],
             logit_rows=torch.zeros(0, dtype=torch.int64, device=device),
         )
-        context = PagedContext(ReferenceKernels(), keys, values, batch)
+        context = PagedContext(Kernels(), keys, values, batch)
         hidden = run_body(network, batch.input_ids, batch.positions, context)
         for kept, part in zip(rows, hidden.split([len(span) for span in spans]), strict=True):
             kept.append(part)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.core.errors import CheckpointError, FastServeError
+from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
+from fastserve.models.model import ModelShape
 
 ATTENTION_NAME = "fastserve"
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
@@ -126,6 +128,36 @@ def run_body(network: Network, input_ids: Tensor, positions: Tensor, context: At
         fastserve_context=context,
     )
     return output.last_hidden_state[0]
+
+
+class TransformersModel:
+    """A ServingModel around a transformers model whose attention goes through the context."""
+
+    has_own_cache = False
+
+    def __init__(self, network: Network, shape: ModelShape) -> None:
+        self.shape = shape
+        self.device = network.device
+        self._network = network
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
+        return run_body(self._network, input_ids, positions, context)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
+        return self._network.logits(hidden)
+
+    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        return self._network.logits(hidden)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def release(self, request_ids: list[str]) -> None:
+        """Nothing is kept between steps."""
 
 
 def register_attention() -> None:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import CheckpointError
-from fastserve.kernels.interface import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.model import ModelShape
-from fastserve.models.transformers_network import Network, Probe
+from fastserve.models.transformers_network import Network, Probe, TransformersModel
 
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
 
@@ -29,7 +28,7 @@ class _Kept:
     num_tokens: int
 
 
-class OwnCacheModel:
+class OwnCacheModel(TransformersModel):
     """A ServingModel that runs one sequence at a time.
 
     Args:
@@ -44,10 +43,8 @@ class OwnCacheModel:
     has_own_cache = True
 
     def __init__(self, network: Network, shape: ModelShape, probe: Probe) -> None:
-        self.shape = shape
-        self.device = network.device
+        super().__init__(network, shape)
         self.report: list[str] = []
-        self._network = network
         self._kept: dict[str, _Kept] = {}
         self._one_by_one = False
         problem = self._problem(probe)
@@ -70,17 +67,6 @@ class OwnCacheModel:
             first_position = batch.context_lens[index] - (end - start)
             rows.append(self._run(request_id, input_ids[start:end], first_position))
         return torch.cat(rows)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._network.logits(hidden)
-
-    def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        return self._network.logits(hidden)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        return logits
 
     def release(self, request_ids: list[str]) -> None:
         """Drop the caches of these requests."""

@@ -17,11 +17,11 @@ from fastserve.checkpoint.text_stream import TextStream
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import RequestError
+from fastserve.core.grammars import check
 from fastserve.core.outputs import CompletionOutput, Logprob, RequestOutput
 from fastserve.core.request import FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.engine import Engine
-from fastserve.engine.grammar import check
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -54,6 +54,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts, batched; results are in the order of the prompts.
@@ -61,13 +62,14 @@ class LLM:
         Args:
             prompts: one text or one list of token ids, or a list of such.
             params: for all prompts, or one per prompt; by default 16 tokens at temperature 1.
+            lora: name of an adapter (option `lora`, or `load_lora`) for all prompts, or one per prompt; "" for none.
             use_tqdm: show a progress bar on a terminal.
 
         Raises:
-            RequestError: an empty or too long prompt, a grammar that is not supported, or as many params as there are
-                not prompts.
+            RequestError: an empty or too long prompt, a grammar that is not supported, an adapter that is not there,
+                or as many params as there are not prompts.
         """
-        jobs = self._jobs(_as_prompts(prompts), params)
+        jobs = self._jobs(_as_prompts(prompts), params, lora)
         try:
             with _progress_bar(len(jobs), use_tqdm) as advance:
                 self._run(jobs, advance)
@@ -81,59 +83,101 @@ class LLM:
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the model's chat template.
 
         Args:
             messages: [{"role": "user", "content": "..."}, ...] or a list of such lists.
+            params, lora, use_tqdm: as in `generate`.
         """
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         texts = [self.tokenizer.render_chat([dict(message) for message in one]) for one in conversations]
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        outputs = self.generate(prompts, params, lora=lora, use_tqdm=use_tqdm)
         for output, text in zip(outputs, texts, strict=True):
             output.prompt = text
         return outputs
 
-    def _jobs(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[_Job]:
-        if params is None:
-            params = SamplingParams()
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        num_beams: int = 4,
+        *,
+        lora: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """The most probable answers to each prompt that a beam search finds, the best first, with their scores.
+
+        Args:
+            options: fields of SamplingParams that a search may have: n (all beams by default), max_tokens,
+                length_penalty, early_stopping, ignore_eos, stop_token_ids.
+        """
+        options = {"n": num_beams, "temperature": 0.0, **options}
+        return self.generate(prompts, SamplingParams(num_beams=num_beams, **options), lora=lora)
+
+    def load_lora(self, name: str, path: str) -> None:
+        """Make a LoRA adapter folder known under a name, within max_loras.
+
+        Raises:
+            RequestError: the folder is no adapter of this model, the name is taken, or there is no room.
+        """
+        self.engine.load_adapter(name, path)
+
+    def unload_lora(self, name: str) -> None:
+        """Forget an adapter; RequestError when there is none of this name."""
+        self.engine.unload_adapter(name)
+
+    def _jobs(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        lora: str | Sequence[str] | None,
+    ) -> list[_Job]:
+        params, lora = params or SamplingParams(), lora or ""
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(per_prompt) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts need as many params (or one for all), not {len(per_prompt)}")
+        adapters = [lora] * len(prompts) if isinstance(lora, str) else list(lora)
+        for name, given in (("params", per_prompt), ("lora", adapters)):
+            if len(given) != len(prompts):
+                raise RequestError(f"{len(prompts)} prompts need as many {name} (or one for all), not {len(given)}")
         for wanted in {sampling.structured_outputs for sampling in per_prompt}:
             if wanted is not None:
                 check(wanted)
         self._num_calls += 1
         jobs: list[_Job] = []
-        for index, (prompt, sampling) in enumerate(zip(prompts, per_prompt, strict=True)):
+        for index, (prompt, sampling, adapter) in enumerate(zip(prompts, per_prompt, adapters, strict=True)):
             prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
             for number, single in enumerate(fork(sampling)):
-                request = Request(f"{self._num_calls}-{index}-{number}", prompt_ids, single, time.monotonic())
-                job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
+                name = f"{self._num_calls}-{index}-{number}"
+                request = Request(name, prompt_ids, single, time.monotonic(), adapter=adapter)
+                for _ in range(single.n):  # 1, but for the answers of a beam search
+                    job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
             jobs.append(job)
         return jobs
 
     def _run(self, jobs: list[_Job], advance: Any) -> None:
-        live: dict[str, tuple[_Job, _Stream]] = {}
+        live: dict[str, tuple[_Job, list[_Stream]]] = {}
         for job in jobs:
             for stream in job.streams:
-                self.engine.add(stream.request)
-                live[stream.request.request_id] = (job, stream)
+                request_id = stream.request.request_id
+                if request_id not in live:
+                    self.engine.add(stream.request)
+                live.setdefault(request_id, (job, []))[1].append(stream)
         while live:
             for output in self.engine.step():
-                job, stream = live[output.request_id]
+                job, streams = live[output.request_id]
                 if output.finish_reason == FINISH_ERROR:
                     raise RequestError(output.error or "the engine refused this request")
-                stream.take(output)
-                if stream.finish_reason is None:
+                for stream, answer in zip(streams, output.as_answers(), strict=True):
+                    stream.take(answer)
+                if streams[0].finish_reason is None:
                     continue
                 if output.finish_reason is None:
                     self.engine.abort([output.request_id])
                 del live[output.request_id]
-                job.num_finished += 1
+                job.num_finished += len(streams)
                 if job.num_finished == len(job.streams):
                     advance()
 
@@ -150,6 +194,7 @@ class LLM:
                 finish_reason=stream.finish_reason,
                 stop_reason=stream.stop_reason,
                 logprobs=[self._named(item) for item in stream.logprobs] if stream.logprobs else None,
+                score=stream.score,
             )
             for index, stream in enumerate(job.streams)
         ]
@@ -184,6 +229,7 @@ class _Stream:
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
 
     def take(self, output: TokenOutput) -> None:
         self.token_ids.extend(output.token_ids)
@@ -192,7 +238,7 @@ class _Stream:
             self.prompt_logprobs = output.prompt_logprobs
             self.num_cached_tokens = output.num_cached_tokens
         self.text.push(output.token_ids, output.finish_reason is not None, output.stop_token_id)
-        self.finish_reason = output.finish_reason
+        self.finish_reason, self.score = output.finish_reason, output.score
         if self.text.stop_reason is not None:
             self.finish_reason, self.stop_reason = FINISH_STOP, self.text.stop_reason
         elif output.stop_token_id in self.request.sampling.stop_token_ids:

@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 
+from fastserve.scheduler.sequence import Sequence
 from fastserve.scheduler.tier_pool import TierPool
 
 
@@ -85,6 +86,20 @@ class BlockPool:
             from_free += self._references[block_id] == 0
         return matched, from_free
 
+    def prefix_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
+        if not self.is_findable or sequence.request.sampling.prompt_logprobs is not None:
+            return []
+        return self._hashes_of(sequence, (len(sequence.token_ids) - 1) // self.block_size)
+
+    def count_cached(self, sequence: Sequence) -> int:
+        """Leading tokens that need not be computed: their blocks are here or in a tier."""
+        hashes = self.prefix_hashes(sequence)
+        matched, _ = self.count_free_matches(hashes)
+        if self.tiers is not None:
+            matched += self.tiers.count(hashes[matched:])
+        return matched * self.block_size
+
     def match_prefix(self, hashes: SequenceOf[bytes]) -> list[int]:
         """Blocks of the longest cached run of `hashes`, each now held once more by the caller."""
         found: list[int] = []
@@ -112,12 +127,39 @@ class BlockPool:
         self.num_used += num_blocks
         return taken
 
+    def share(self, block_ids: SequenceOf[int]) -> None:
+        """Hold blocks once more that somebody holds."""
+        for block_id in block_ids:
+            assert self._references[block_id] > 0, "only held blocks can be shared"
+            self._references[block_id] += 1
+
+    def num_holders(self, block_id: int) -> int:
+        return self._references[block_id]
+
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """Make a full, computed block findable. The first block with a given content wins."""
         assert self._references[block_id] > 0, "only held blocks can be published"
         if self.is_findable and self._hashes[block_id] is None and block_hash not in self._by_hash:
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
+
+    def publish_computed(self, sequence: Sequence) -> None:
+        """Make a sequence's full, computed blocks findable."""
+        num_full = sequence.num_computed // self.block_size
+        if self.is_findable:
+            hashes = self._hashes_of(sequence, num_full)
+            for index in range(sequence.num_published, num_full):
+                self.publish(sequence.block_ids[index], hashes[index])
+            sequence.num_published = max(sequence.num_published, num_full)
+
+    def _hashes_of(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        """Of its leading full blocks. Sequences with different adapters have none in common."""
+        hashes, size = sequence.block_hashes, self.block_size
+        root = sequence.request.adapter if self.prefix_caching else sequence.request_id
+        while len(hashes) < num_blocks:
+            start = len(hashes) * size
+            hashes.append(hash_block(hashes[-1] if hashes else root.encode(), sequence.token_ids[start : start + size]))
+        return hashes[:num_blocks]
 
     def free(self, block_ids: SequenceOf[int]) -> None:
         """Give up one hold on each block. Later positions are evicted before earlier ones, which more prompts share."""

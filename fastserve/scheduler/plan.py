@@ -1,13 +1,15 @@
-"""What the scheduler decided for one step, as plain integers: the only thing that passes to the executor.
+"""What the scheduler decided for one step, as plain integers, and what the executor made of it: all that passes.
 
 The same plan drives one process, is broadcast to tensor-parallel ranks, and is replayed by the simulator.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import msgspec
 
-from fastserve.core.request import Request
+from fastserve.core.request import Request, TokenLogprobs
 
 
 class PlanEntry(msgspec.Struct, frozen=True, gc=False):
@@ -56,3 +58,24 @@ class StepPlan(msgspec.Struct, frozen=True):
     @property
     def num_tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the executor made of a plan.
+
+    Attributes:
+        tokens: request id -> sampled token, for entries with `samples`.
+        further: request id -> the tokens after that one, where guesses were right.
+        errors: request id -> why the request cannot go on; it has no token.
+        logprobs: request id -> its log probabilities, where asked for, and those of beams (their token is not used).
+        prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
+        loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
+    """
+
+    tokens: dict[str, int]
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    loaded: list[tuple[int, bool, float]] = field(default_factory=list)
+    further: dict[str, list[int]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)

@@ -21,7 +21,7 @@ class Ranked(NamedTuple):
     """A sequence and its place in the order of service; compares by rank, then arrival."""
 
     rank: Rank
-    arrival_order: int
+    arrival_order: float
     version: int
     sequence: Sequence
 

@@ -9,49 +9,21 @@ near, the rest is computed again. Pure Python over integers; the clock is an arg
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from fastserve.core.request import (
-    FINISH_ERROR,
-    FINISH_LENGTH,
-    FINISH_STOP,
-    Request,
-    TokenLogprobs,
-    TokenOutput,
-)
-from fastserve.scheduler.block_pool import BlockPool, hash_block
+from fastserve.core.request import Request, TokenOutput
+from fastserve.scheduler.answers import Answers
+from fastserve.scheduler.beams import BeamGroup, BeamSearch
+from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
-from fastserve.scheduler.plan import PlanEntry, StepPlan
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 from fastserve.scheduler.turns import order_by_next_turn
 
-_MEMORY = 0.02  # weight of the newest request in means
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What the executor made of a plan.
-
-    Attributes:
-        tokens: request id -> sampled token, for entries with `samples`.
-        further: request id -> the tokens after that one, where guesses were right.
-        errors: request id -> why the request cannot go on; it has no token.
-        logprobs: request id -> its log probabilities, where asked for.
-        prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
-        loaded: (block, whether it could be read, seconds) for blocks that came from a tier since the last step.
-    """
-
-    tokens: dict[str, int]
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    loaded: list[tuple[int, bool, float]] = field(default_factory=list)
-    further: dict[str, list[int]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -94,23 +66,20 @@ class Scheduler:
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._target_tpot = target_tpot
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._answers = Answers(eos_token_ids, max_model_len)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
         self._fresh = WaitingQueue(policy)  # waiting without memory
         self._paused = WaitingQueue(policy)  # waiting, but holding blocks
-        self._loads = Loads()
+        self._loads = Loads(block_pool, self.cost)
         self._away: dict[str, Sequence] = {}  # in `_fresh`: lost their memory, but tiers may have the content
         self._may_place = True
         self._has_dropped = False
         self._planned_blocks = block_pool.num_blocks
         self._num_arrived = 0
-        self._mean_prompt = 0.0  # tokens to compute, of late
-        self._mean_output = 0.0
-        self._num_finished = 0
         self._freed: list[str] = []
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._copies: list[tuple[int, int]] = []  # in this plan; the sources are held until it is carried out
 
     @property
     def num_running(self) -> int:
@@ -128,10 +97,10 @@ class Scheduler:
     @property
     def request_seconds(self) -> float:
         """Time of the engine that one request takes when the batch is full; 0 before any has finished."""
-        if self._mean_output == 0.0:
+        prompt, output = self._answers.mean_prompt, self._answers.mean_output
+        if output == 0.0:
             return 0.0
-        decoding = self.cost.decode_seconds(self._mean_output, self._mean_prompt, self._max_sequences)
-        return self.cost.prefill_seconds(int(self._mean_prompt)) + decoding
+        return self.cost.prefill_seconds(int(prompt)) + self.cost.decode_seconds(output, prompt, self._max_sequences)
 
     def has_work(self) -> bool:
         return bool(self._sequences) or len(self._loads) > 0
@@ -147,17 +116,29 @@ class Scheduler:
         assert 0 < len(request.prompt_ids) < self._max_model_len
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
-        self._sequences[request.request_id] = sequence
-        sequence.num_cached_expected = self._count_cached(sequence)
-        self._policy.on_arrival(sequence, now)
+        if request.sampling.num_beams > 1:
+            sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
+            search = BeamSearch(sampling, self._answers.end_ids(sampling), min(room, sampling.max_tokens or room))
+            sequence.group = BeamGroup(request.request_id, search, [sequence])
+        sequence.num_cached_expected = self.block_pool.count_cached(sequence)
+        self._arrive(sequence, now)
         self._fresh.push(sequence, now)
+
+    def _arrive(self, sequence: Sequence, now: float) -> None:
+        self._sequences[sequence.request_id] = sequence
+        self._policy.on_arrival(sequence, now)
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a live sequence has this adapter."""
+        return any(sequence.request.adapter == adapter for sequence in self._sequences.values())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop these requests and free what they hold; unknown ids are ignored (they may just have finished)."""
         for request_id in request_ids:
             sequence = self._sequences.get(request_id)
             if sequence is not None:
-                self._finish(sequence)
+                for one in sequence.group.members if sequence.group is not None else [sequence]:
+                    self._finish(one)
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work. An empty plan means that there is nothing to do."""
@@ -215,31 +196,45 @@ class Scheduler:
         num_blocks = self.block_pool.num_reachable
         is_same, self._planned_blocks = num_blocks == self._planned_blocks, num_blocks
         freed, self._freed = self._freed, []
-        return StepPlan(entries, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
+        return StepPlan(entries, self._copies, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
         shares = self.cost.account(plan, seconds)
         block_size = self.block_pool.block_size
+        self.block_pool.free([source for source, _ in self._copies])
+        self._copies = []
+        searches: dict[BeamGroup, None] = {}
         for entry, share in zip(plan.entries, shares, strict=True):
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            made = self._made(sequence, result) if entry.samples else []
+            makes_tokens = entry.samples and sequence.group is None
+            made = self._answers.made(sequence, result) if makes_tokens else []
             sequence.token_ids.extend(made[:-1])
             num_tokens = len(entry.token_ids) - entry.num_drafts + len(made[:-1])
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
-                self._publish_full_blocks(sequence)
+                self.block_pool.publish_computed(sequence)
             self._policy.on_service(sequence, num_tokens, share, now)
-            if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
-                kept = self._prompt_logprobs.setdefault(entry.request_id, [None])
-                kept.extend(result.prompt_logprobs[entry.request_id])
-            if entry.samples:
-                outputs.append(self._append(sequence, made, result, now))
+            if entry.request_id in result.prompt_logprobs:
+                sequence.prompt_logprobs.extend(result.prompt_logprobs[entry.request_id])
+            if makes_tokens:
+                outputs.append(self._answers.append(sequence, made, result, now))
+                if outputs[-1].finish_reason is not None:
+                    self._finish(sequence)
+            elif entry.samples and sequence.group is not None:
+                sequence.group.candidates[sequence.request_id] = result.logprobs[sequence.request_id]
+                sequence.first_token_time = sequence.first_token_time or now
+                searches[sequence.group] = None
+        for group in searches:
+            outputs += self._advance(group, now)
         for block_id, is_good, load_seconds in result.loaded:
-            self._take_block(block_id, is_good, load_seconds, now)
+            loaded = self._loads.arrive(block_id, is_good, load_seconds)
+            if loaded is not None:
+                self._settle(loaded)
+                self._paused.push(loaded, now)
         return outputs
 
     def _token_budget(self) -> int:
@@ -289,6 +284,9 @@ class Scheduler:
     def _pause(self, sequence: Sequence, now: float) -> None:
         """Back to a queue; what it holds stays its own."""
         self.num_pauses += 1
+        self._enqueue(sequence, now)
+
+    def _enqueue(self, sequence: Sequence, now: float) -> None:
         sequence.status = Status.WAITING
         queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
         queue.push(sequence, now)
@@ -302,12 +300,8 @@ class Scheduler:
         """Take a sequence out of `_fresh` and give it the cached prefix, or start to load it, if all its tokens so far
         fit beside what those who hold memory still need (and `num_spare` blocks)."""
         sequence = item.sequence
-        hashes = self._prefix_hashes(sequence)
-        matched, from_free = self.block_pool.count_free_matches(hashes)
-        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free + num_spare
-        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
-            needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
-        while needed > self.block_pool.num_free:
+        hashes = self.block_pool.prefix_hashes(sequence)
+        while self._num_needed(sequence, hashes) + num_spare > self.block_pool.num_free:
             victim = self._worst_holder() if self._may_evict and not num_spare else None
             if victim is None or victim < item:
                 return False
@@ -315,56 +309,22 @@ class Scheduler:
         sequence.block_ids = self.block_pool.match_prefix(hashes)
         self._fresh.discard(sequence)
         self._away.pop(sequence.request_id, None)
-        if not self._load(sequence, hashes):
+        if not self._loads.begin(sequence, hashes):
             self._settle(sequence)
         return True
+
+    def _num_needed(self, sequence: Sequence, hashes: list[bytes]) -> int:
+        """Free blocks that it would take, and those who hold memory for their tokens so far."""
+        matched, from_free = self.block_pool.count_free_matches(hashes)
+        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free
+        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
+            needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
+        return needed
 
     @property
     def _may_evict(self) -> bool:
         """With tiers, order may take memory from others: little of what was computed is lost."""
         return self._policy.evicts or (self._policy.preemptive and self.block_pool.tiers is not None)
-
-    def _load(self, sequence: Sequence, hashes: list[bytes]) -> bool:
-        """Fetch what follows the blocks at hand from the tiers, when that is quicker than computing it."""
-        pool, tiers, first = self.block_pool, self.block_pool.tiers, len(sequence.block_ids)
-        found = tiers.count(hashes[first:]) if tiers is not None else 0
-        if tiers is None or found == 0:
-            return False
-        seconds = tiers.seconds(hashes[first : first + found]) * (1 + self._loads.num_blocks / found)
-        if seconds > self.cost.prefill_seconds(found * pool.block_size, first * pool.block_size):
-            return False
-        blocks = pool.allocate(found)
-        assert blocks is not None
-        found = tiers.count(hashes[first : first + found])  # making room may have cost us some
-        pool.free(blocks[found:])
-        if found == 0:
-            return False
-        for block_hash, block_id in zip(hashes[first:], blocks[:found], strict=False):
-            tiers.restore(block_hash, block_id)
-        sequence.block_ids.extend(blocks[:found])
-        sequence.residency = Residency.LOADING
-        self._loads.begin(sequence, first)
-        return True
-
-    def _take_block(self, block_id: int, is_good: bool, seconds: float, now: float) -> None:
-        """A block came from a tier. When it was a sequence's last, the sequence may go on from the first bad one."""
-        pool, sequence = self.block_pool, self._loads.find(block_id).sequence
-        assert pool.tiers is not None
-        pool.tiers.restored(sequence.block_hashes[sequence.block_ids.index(block_id)], is_good, seconds)
-        load = self._loads.arrive(block_id, is_good)
-        if load is None:
-            return
-        if sequence.status is Status.FINISHED:
-            pool.free(sequence.block_ids)
-            sequence.block_ids, sequence.residency = [], Residency.NONE
-            return
-        num_good = load.num_good
-        pool.free(sequence.block_ids[num_good:])
-        del sequence.block_ids[num_good:]
-        for index in range(load.first, num_good):
-            pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        self._settle(sequence)
-        self._paused.push(sequence, now)
 
     def _settle(self, sequence: Sequence) -> None:
         """Its blocks hold what they will before it is computed."""
@@ -376,7 +336,7 @@ class Scheduler:
         if self.block_pool.prefix_caching and sequence.scheduled_time is None:
             sequence.num_cached_tokens = sequence.num_computed
         if self.block_pool.prefix_caching:
-            self.block_pool.num_queries += len(self._prefix_hashes(sequence)) * self.block_pool.block_size
+            self.block_pool.num_queries += len(self.block_pool.prefix_hashes(sequence)) * self.block_pool.block_size
             self.block_pool.num_hits += sequence.num_computed
 
     def _move_ahead(self, now: float) -> None:
@@ -404,10 +364,15 @@ class Scheduler:
         Returns False when it was itself the worst and had to go back to the queue, or must wait. Nothing new is placed
         in a step that dropped for this reason.
         """
-        if sequence.num_computed + take <= len(sequence.block_ids) * self.block_pool.block_size:
-            return True
-        missing = self._num_blocks(sequence.num_computed + take) - len(sequence.block_ids)
-        while (blocks := self.block_pool.allocate(missing)) is None:
+        held, pool = sequence.block_ids, self.block_pool
+        first = sequence.num_computed // pool.block_size  # the first that is written
+        added = max(0, self._num_blocks(sequence.num_computed + take) - len(held))
+        while True:
+            # A block that other beams read, too, is copied; dropping one of them may have made it this one's own.
+            is_shared = sequence.group is not None and first < len(held) and self._is_shared(held[first])
+            blocks = pool.allocate(added + is_shared)
+            if blocks is not None:
+                break
             self._may_place = False
             victim = self._worst_holder()
             if victim is None and len(self._loads) > 0:
@@ -417,8 +382,16 @@ class Scheduler:
                 self._drop(sequence, now)
                 return False
             self._drop(victim.sequence, now)
-        sequence.block_ids.extend(blocks)
+        if is_shared:
+            self._copies.append((held[first], blocks[-1]))
+            held[first] = blocks.pop()
+            sequence.is_known = False
+        held.extend(blocks)
         return True
+
+    def _is_shared(self, block_id: int) -> bool:
+        """Whether others will read this block after this plan is carried out."""
+        return self.block_pool.num_holders(block_id) - sum(source == block_id for source, _ in self._copies) > 1
 
     def _worst_holder(self) -> Ranked | None:
         """The worst-ranked sequence with blocks that this step has not chosen."""
@@ -429,66 +402,65 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence, now: float) -> None:
         """Free the blocks; the sequence waits, and what is gone when it returns is computed again from its tokens."""
-        self.block_pool.free(sequence.block_ids)
-        sequence.num_lost = sequence.num_computed
-        sequence.num_cached_expected = 0
+        self._give_up(sequence)
         if self.block_pool.tiers is not None:
             sequence.num_cached_expected = sequence.num_published * self.block_pool.block_size
             self._away[sequence.request_id] = sequence
-        self._has_dropped = True
-        sequence.block_ids = []
-        sequence.num_computed = 0
         sequence.num_published = 0
-        sequence.residency = Residency.NONE
-        sequence.is_known = False
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
-        self._prompt_logprobs.pop(sequence.request_id, None)
+        self._has_dropped = True
         if self._pending and self._pending[0].sequence is sequence:
             del self._pending[0]
         self._paused.discard(sequence)
         self._pause(sequence, now)
 
-    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the leading full blocks, one token short of all: at least one token must be computed."""
-        if not self.block_pool.is_findable or sequence.request.sampling.prompt_logprobs is not None:
+    def _give_up(self, sequence: Sequence) -> None:
+        """Free the blocks of a sequence that goes on later."""
+        self.block_pool.free(sequence.block_ids)
+        sequence.num_lost = sequence.num_computed
+        sequence.num_cached_expected = 0
+        sequence.block_ids = []
+        sequence.num_computed = 0
+        sequence.residency = Residency.NONE
+        sequence.is_known = False
+        sequence.num_preemptions += 1
+        sequence.prompt_logprobs = [None]
+        self.num_preemptions += 1
+
+    # -- beams ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, group: BeamGroup, now: float) -> list[TokenOutput]:
+        """New beams of a search whose beams have all found their next tokens; those that must wait give up their
+        memory (what is cached of it comes back)."""
+        if not group.is_complete:
+            for member in group.members:
+                if member.request_id in group.candidates and member.status is Status.RUNNING:
+                    self._stop_running(member)
+                    self._give_up(member)
+                    member.num_published = 0
             return []
-        limit = (len(sequence.token_ids) - 1) // self.block_pool.block_size
-        self._extend_hashes(sequence, limit)
-        return sequence.block_hashes[:limit]
+        kept = group.advance()
+        if not kept:
+            for member in group.members:
+                self._finish(member)
+            return [group.output()]
+        group.fork(kept, self.block_pool, lambda member: self._arrive(member, now))
+        for member in group.members:
+            if member.status is Status.WAITING or member.residency is not Residency.DEVICE:
+                self._stop_running(member)
+                self._enqueue(member, now)
+        return []
 
-    def _count_cached(self, sequence: Sequence) -> int:
-        """Leading tokens that need not be computed."""
-        hashes = self._prefix_hashes(sequence)
-        matched, _ = self.block_pool.count_free_matches(hashes)
-        if self.block_pool.tiers is not None:
-            matched += self.block_pool.tiers.count(hashes[matched:])
-        return matched * self.block_pool.block_size
-
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
-        size = self.block_pool.block_size
-        hashes = sequence.block_hashes
-        root = b"" if self.block_pool.prefix_caching else sequence.request_id.encode()
-        while len(hashes) < num_blocks:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else root
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
-
-    def _publish_full_blocks(self, sequence: Sequence) -> None:
-        if not self.block_pool.is_findable:
-            return
-        num_full = sequence.num_computed // self.block_pool.block_size
-        self._extend_hashes(sequence, num_full)
-        for index in range(sequence.num_published, num_full):
-            self.block_pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
+    def _stop_running(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running = [item for item in self._running if item.sequence is not sequence]
+            sequence.status = Status.WAITING
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
     def _draft(self, sequence: Sequence, room: int) -> list[int]:
         """Guesses for a sequence that decodes: at most `room`, within its limits, into blocks that nobody needs."""
         sampling = sequence.request.sampling
-        if not sequence.is_decoding or sampling.logprobs is not None or self._drafter is None:
+        if not sequence.is_decoding or sampling.logprobs is not None or sequence.group or self._drafter is None:
             return []
         num_tokens = len(sequence.token_ids)
         room = min(room, self._max_model_len - num_tokens - 1)
@@ -518,67 +490,19 @@ class Scheduler:
             len(drafts),
         )
 
-    def _made(self, sequence: Sequence, result: StepResult) -> list[int]:
-        """The step's tokens of a sequence, up to the first that ends it; none when it cannot go on."""
-        request_id = sequence.request_id
-        if request_id in result.errors:
-            return []
-        made = [result.tokens[request_id], *result.further.get(request_id, ())]
-        for place, token_id in enumerate(made[:-1]):
-            if self._ends(sequence, token_id):
-                return made[: place + 1]
-        return made
-
-    def _ends(self, sequence: Sequence, token_id: int) -> bool:
-        sampling = sequence.request.sampling
-        is_end = not sampling.ignore_eos and token_id in self._eos_token_ids
-        return is_end or token_id in sampling.stop_token_ids
-
-    def _append(self, sequence: Sequence, made: list[int], result: StepResult, now: float) -> TokenOutput:
-        request_id = sequence.request_id
-        if not made:
-            self._finish(sequence)
-            return TokenOutput(request_id, [], FINISH_ERROR, error=result.errors[request_id])
-        token_id = made[-1]
-        sequence.token_ids.append(token_id)
-        output = TokenOutput(request_id, made)
-        if request_id in result.logprobs:
-            output.logprobs = [result.logprobs[request_id]]
-        if sequence.first_token_time is None:
-            sequence.first_token_time = now
-            output.num_cached_tokens = sequence.num_cached_tokens
-            output.scheduled_time = sequence.scheduled_time or now
-            if sequence.request.sampling.prompt_logprobs is not None:
-                output.prompt_logprobs = self._prompt_logprobs.pop(request_id, [None])
-        sampling = sequence.request.sampling
-        if self._ends(sequence, token_id):
-            output.finish_reason, output.stop_token_id = FINISH_STOP, token_id
-        elif sequence.num_output == sampling.max_tokens or len(sequence.token_ids) >= self._max_model_len:
-            output.finish_reason = FINISH_LENGTH
-        if output.finish_reason is not None:
-            self._finish(sequence)
-        return output
-
     def _finish(self, sequence: Sequence) -> None:
-        if sequence.status is Status.RUNNING:
-            self._running = [item for item in self._running if item.sequence is not sequence]
-        else:
-            self._fresh.discard(sequence)
-            self._paused.discard(sequence)
-            self._away.pop(sequence.request_id, None)
+        self._stop_running(sequence)
+        self._fresh.discard(sequence)
+        self._paused.discard(sequence)
+        self._away.pop(sequence.request_id, None)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
             self.block_pool.free(sequence.block_ids)
             sequence.block_ids = []
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)
-        if sequence.num_output > 0:
-            self._num_finished += 1
-            weight = max(_MEMORY, 1.0 / self._num_finished)
-            self._mean_output += weight * (sequence.num_output - self._mean_output)
-            self._mean_prompt += weight * (sequence.num_prompt - sequence.num_cached_tokens - self._mean_prompt)
+        self._answers.observe_end(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence.request_id)
         self._freed.append(sequence.request_id)
-        self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from fastserve.core.request import Request
+from fastserve.core.request import Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from fastserve.scheduler.beams import BeamGroup
 
 
 class Status(enum.Enum):
@@ -47,12 +51,14 @@ class Sequence:
         num_lost: tokens that were computed when it lost its memory.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         scheduled_time, first_token_time: monotonic seconds, None until then.
+        prompt_logprobs: of the prompt so far, for requests that ask for them; the first token has none.
+        group: the beam search that it is a beam of.
     """
 
     request: Request
     token_ids: list[int]
     num_prompt: int
-    arrival_order: int = 0
+    arrival_order: float = 0
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -66,6 +72,8 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    group: BeamGroup | None = None
 
     request_id: str = field(init=False)
 
@@ -73,8 +81,15 @@ class Sequence:
         self.request_id = self.request.request_id
 
     @classmethod
-    def from_request(cls, request: Request, arrival_order: int) -> Sequence:
+    def from_request(cls, request: Request, arrival_order: float) -> Sequence:
         return cls(request, list(request.prompt_ids), len(request.prompt_ids), arrival_order)
+
+    def take_over(self, other: Sequence) -> None:
+        """Become another beam of the same search: its tokens, and its blocks where it has some."""
+        self.token_ids, self.num_computed = other.token_ids[:], other.num_computed
+        self.block_ids, self.block_hashes = other.block_ids[:], other.block_hashes[:]
+        self.num_published, self.residency = other.num_published, other.residency
+        self.num_lost, self.num_cached_expected, self.is_known = other.num_lost, other.num_cached_expected, False
 
     @property
     def is_decoding(self) -> bool:

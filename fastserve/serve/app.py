@@ -23,6 +23,7 @@ from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
 from fastserve.serve import errors
+from fastserve.serve.adapters import AdaptersApi
 from fastserve.serve.admission import Admission
 from fastserve.serve.batches import BatchesApi, BatchRunner
 from fastserve.serve.completions import best_of, fill_in_prompt, without_text
@@ -80,7 +81,7 @@ class Api:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self._tokenizer = tokenizer
-        self._names = aliases | {model_name}
+        self.adapters = AdaptersApi(client, aliases | {model_name})
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
@@ -97,6 +98,7 @@ class Api:
         router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
         router.post("/v1/completions", summary="Continue a text")(self.completions)
         self._responses.add_routes(router)
+        self.adapters.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
         router.get("/v1/models/{model:path}", summary="Describe a model")(self.model)
         router.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
@@ -109,17 +111,17 @@ class Api:
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's extra sampling fields."""
-        self.check_model(body.model)
+        name = self.adapters.find(body.model) or self.model_name
         use = self.tool_use(body.tools or [], body.tool_choice, body)
         prompt, prompt_ids = await self.encode_messages(body.messages, body, use)
         sampling = self.chat_sampling(body, prompt, use)
         reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-        reply = ChatReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, lambda: use.reader(prompt))
+        reply = ChatReply(reply_id, name, self._tokenizer, body.num_logprobs, lambda: use.reader(prompt))
         return await self._answer(body, [prompt_ids], sampling, reply, request)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """OpenAI's completions, with vLLM's extra sampling fields."""
-        self.check_model(body.model)
+        name = self.adapters.find(body.model) or self.model_name
         self.generator.check_open()
         texts = body.prompts()
         prompts = [await self._encode_prompt(prompt, body) for prompt in texts]
@@ -127,7 +129,7 @@ class Api:
         if body.echo:
             echoed = [prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt) for prompt in texts]
         reply_id = f"cmpl-{uuid.uuid4().hex}"
-        reply = CompletionReply(reply_id, self.model_name, self._tokenizer, body.num_logprobs, echoed)
+        reply = CompletionReply(reply_id, name, self._tokenizer, body.num_logprobs, echoed)
 
         def choose(answers: list[Answer]) -> list[Answer]:
             if body.num_candidates > body.num_choices:
@@ -180,21 +182,22 @@ class Api:
             sampling,
             body.priority,
             tenant=tenant_of(request),
+            adapter=self.adapters.find(body.model),
             seconds=min(seconds, default=None),
         )
 
     async def models(self) -> Response:
-        """The one model that is served."""
-        return _json({"object": "list", "data": [self._describe_model()]})
+        """The model that is served, and its adapters."""
+        return _json({"object": "list", "data": self._describe_models()})
 
     async def model(self, model: str) -> Response:
         """The model of this name."""
-        self.check_model(model)
-        return _json(self._describe_model())
+        name = self.adapters.find(model) or self.model_name
+        return _json(next(entry for entry in self._describe_models() if entry["id"] == name))
 
     async def tokenize(self, body: TokenizeBody) -> Response:
         """Token ids of a text, or of messages put through the chat template."""
-        self.check_model(body.model)
+        self.adapters.find(body.model)
         self.generator.check_open()
         if body.messages is not None:
             _, token_ids = await self.encode_messages(body.messages, body)
@@ -211,7 +214,7 @@ class Api:
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
         """Text of token ids."""
-        self.check_model(body.model)
+        self.adapters.find(body.model)
         return _json({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     async def health(self) -> Response:
@@ -238,25 +241,16 @@ class Api:
         """The version of FastServe."""
         return _json({"version": __version__})
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) for a model that is not this one."""
-        if name is not None and name not in self._names:
-            raise ApiError(
-                f"there is no model {name!r} here; this server has {self.model_name!r}",
-                404,
-                param="model",
-                code="model_not_found",
-            )
-
-    def _describe_model(self) -> dict[str, Any]:
+    def _describe_models(self) -> list[dict[str, Any]]:
         ready = self.client.ready
-        return {
+        model = {
             "id": self.model_name,
             "object": "model",
             "created": self._created,
             "owned_by": "fastserve",
             "max_model_len": None if ready is None else ready.max_model_len,
         }
+        return [model, *self.adapters.describe(model)]
 
     def tool_use(
         self, tools: Sequence[Tool], choice: str | NamedTool | None, body: ChatBody | ResponsesBody

@@ -84,7 +84,7 @@ class Generation:
         self._stream = stream
         self._metrics = metrics
         self._on_close = on_close
-        self._by_id = {choice.request.request_id: choice for choice in choices}
+        self._first_of = {choice.request.request_id: choice.index for choice in reversed(choices)}
         self._deadline: asyncio.TimerHandle | None = None
 
     def end_after(self, seconds: float) -> None:
@@ -103,15 +103,16 @@ class Generation:
             FastServeError: the engine died, or refused the request.
         """
         async for output in self._stream:
-            choice = self._by_id[output.request_id]
             if output.finish_reason == FINISH_ERROR:
                 raise FastServeError(output.error or "the engine refused this request")
-            delta = self._take(choice, output)
-            if choice.finish_reason is not None:
-                if output.finish_reason is None:
-                    self._stream.drop(output.request_id)
-                self._metrics.observe_end(choice)
-            yield delta
+            first = self._first_of[output.request_id]
+            for choice, answer in zip(self.choices[first:], output.as_answers(), strict=False):
+                delta = self._take(choice, answer)
+                if choice.finish_reason is not None:
+                    if answer.finish_reason is None:
+                        self._stream.drop(output.request_id)
+                    self._metrics.observe_end(choice)
+                yield delta
 
     async def collect(self) -> list[Answer]:
         """Every choice, finished. Stops the engine's work when this is cancelled."""
@@ -234,12 +235,14 @@ class Generator:
         priority: int = 0,
         *,
         tenant: str = "",
+        adapter: str = "",
         seconds: float | None = None,
     ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
 
         Args:
             tenant: on whose account.
+            adapter: with which LoRA adapter; "" for none.
             seconds: time that the client gives us; None is no limit of its own.
 
         Raises:
@@ -254,29 +257,33 @@ class Generator:
                 "the server with --scheduler priority",
                 "priority",
             )
-        self._client.check_count(len(prompts) * sampling.n)
+        self._client.check_count(len(prompts) * max(sampling.n, sampling.num_beams))
         now = time.monotonic()
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
             fitted = self._fit(prompt_ids, sampling)
             for single in fork(fitted):
-                index = len(choices)
-                request = Request(f"{name}-{index}", prompt_ids, single, now, priority, tenant)
-                text_stream = TextStream(self._tokenizer, prompt_ids, single)
-                choices.append(Choice(index, prompt_index, request, text_stream))
-        cost = sum(len(choice.request.prompt_ids) + (choice.request.sampling.max_tokens or 0) for choice in choices)
+                request = Request(f"{name}-{len(choices)}", prompt_ids, single, now, priority, tenant, adapter)
+                for _ in range(single.n):  # 1, but for the answers of a beam search
+                    text_stream = TextStream(self._tokenizer, prompt_ids, single)
+                    choices.append(Choice(len(choices), prompt_index, request, text_stream))
+        requests = list({choice.request.request_id: choice.request for choice in choices}.values())
+        cost = sum(
+            (len(request.prompt_ids) + (request.sampling.max_tokens or 0)) * request.sampling.num_beams
+            for request in requests
+        )
         full_batch = self._client.config.max_batch_sequences * self.max_model_len
         try:
             leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
             try:
-                stream = self._client.stream(*(choice.request for choice in choices))
+                stream = self._client.stream(*requests)
             except BaseException:
                 leave()
                 raise
         except QueueFullError:
             self._metrics.observe_refusal(tenant, len(choices))
             raise
-        self._metrics.observe_admission(tenant, len(choices), sum(len(choice.request.prompt_ids) for choice in choices))
+        self._metrics.observe_admission(tenant, len(choices), sum(len(request.prompt_ids) for request in requests))
         generation = Generation(choices, stream, self._metrics, leave)
         limit = min(filter(None, (seconds, self._max_seconds)), default=0.0)
         if limit:

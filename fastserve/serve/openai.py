@@ -178,12 +178,16 @@ class GenerationBody(Body):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     guided_grammar: str | None = None
+    num_beams: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
     # Fields that are passed to SamplingParams as they are.
     _SAMPLING: ClassVar[tuple[str, ...]] = (
         *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
         *("frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
-        *("min_tokens", "prompt_logprobs", "skip_special_tokens"),
+        *("min_tokens", "prompt_logprobs", "skip_special_tokens", "length_penalty", "early_stopping"),
     )
 
     @model_validator(mode="after")
@@ -210,7 +214,9 @@ class GenerationBody(Body):
         Raises:
             RequestError: a value is out of its range.
         """
-        values: dict[str, Any] = dict(defaults)
+        num_beams = self._width()
+        # A search is not sampled, so the model's defaults of sampling have no place in it.
+        values: dict[str, Any] = {"temperature": 0.0, "num_beams": num_beams} if num_beams > 1 else dict(defaults)
         for name in self._SAMPLING:
             value = getattr(self, name)
             if value is not None:
@@ -221,6 +227,15 @@ class GenerationBody(Body):
             values["logit_bias"] = _token_biases(self.logit_bias)
         values["structured_outputs"] = self.wanted_structure()
         return SamplingParams(**values)
+
+    def _width(self) -> int:
+        """Beams of a search, as `num_beams` or as vLLM has it; 1 for no search."""
+        if self.num_beams is None and self.use_beam_search:
+            width: int = getattr(self, "best_of", None) or self.n or 1
+            if width < 2:
+                raise RequestError("use_beam_search needs num_beams, or n, above 1", "use_beam_search")
+            return width
+        return 1 if self.num_beams is None or self.use_beam_search is False else self.num_beams
 
     def wanted_structure(self) -> StructuredOutputs | None:
         """The form that the answer must have, in whichever of the three ways it was asked for.
@@ -290,7 +305,7 @@ class CompletionBody(GenerationBody):
     @property
     def num_candidates(self) -> int:
         """Answers per prompt that are made; the reply has the best of them."""
-        return self.num_choices if self.best_of is None else self.best_of
+        return self.num_choices if self.best_of is None or self.use_beam_search else self.best_of
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         params = super().sampling_params(defaults)

@@ -51,7 +51,7 @@ class ResponsesApi:
 
     async def create(self, body: ResponsesBody, request: Request) -> Response:
         """OpenAI's responses, for text and functions."""
-        self._api.check_model(body.model)
+        name = self._api.adapters.find(body.model) or self._api.model_name
         if body.background and not self.store.max_bytes:
             raise ApiError("this server stores no responses (response_store_bytes), so none can be background", 400)
         tenant = tenant_of(request)
@@ -60,7 +60,7 @@ class ResponsesApi:
         use = self._api.tool_use(body.chat_tools(), body.chat_tool_choice(), body)
         prompt, prompt_ids = await self._api.encode_messages(_messages(body.instructions, history), body, use)
         sampling = self._api.chat_sampling(body, prompt, use)
-        reply = ResponseReply(body, self._api.model_name, self._api.tokenizer, sampling, use.reader(prompt))
+        reply = ResponseReply(body, name, self._api.tokenizer, sampling, use.reader(prompt))
         stored = StoredResponse(tenant, reply.body, _listed(items), history)
         generation = await self._api.start(reply.id, body, [prompt_ids], sampling, request)
         headers = {"X-Request-Id": reply.id}

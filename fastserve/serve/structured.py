@@ -1,6 +1,6 @@
 """Whether a grammar can be compiled, found out before a request enters: off the event loop, a few at a time.
 
-Compiling is bounded by fuel (see `engine/grammar.py`); here it is bounded in number as well, and in what is remembered.
+Compiling is bounded by fuel (see `core/grammars.py`); here it is bounded in number as well, and in what is remembered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GrammarGate:
         except TimeoutError as error:
             raise ApiError("too many grammars wait to be compiled", 503, code="grammars_busy", retry_after=5) from error
         try:
-            from fastserve.engine.grammar import check
+            from fastserve.core.grammars import check
 
             await asyncio.to_thread(check, wanted)
         finally:

@@ -14,12 +14,12 @@ from torch import Tensor
 from fastserve.kernels.cpu import CPUKernels
 from fastserve.kernels.interface import Batch
 from fastserve.kernels.quant import int8_kv_views, quantize_kv
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 
 HEADS = [(2, 2, 64), (4, 1, 128), (6, 2, 80), (3, 3, 16), (4, 2, 36)]  # H, G, D
 BLOCK_SIZE = 16
-REFERENCE = ReferenceKernels()
+REFERENCE = Kernels()
 
 
 class Sequence:
@@ -58,7 +58,7 @@ class Cache:
 
 
 def attend(
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     cache: Cache,
     sequences: list[Sequence],
     ranges: list[tuple[int, int, int]],

@@ -9,10 +9,10 @@ from torch import Tensor
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import HeadTransform
 from fastserve.kernels.quant import int8_kv_views
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 
-REFERENCE = ReferenceKernels()
+REFERENCE = Kernels()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -101,9 +101,9 @@ def test_heads_in_one_operation_are_the_operations_one_by_one(
     transform = HeadTransform(*norms, 1e-6, *tables, torch.tensor([0, 39, 7, 7, 1, 20]))
     slots = torch.tensor([7, 0, 30, 31, 2, 19])
 
-    def run(operations: ReferenceKernels, *, fused: bool) -> tuple[Tensor, ...]:
+    def run(operations: Kernels, *, fused: bool) -> tuple[Tensor, ...]:
         caches = [torch.zeros(4, 8, 2, size, dtype=cache_dtype) for _ in range(2)]
-        owner = type(operations) if fused else ReferenceKernels
+        owner = type(operations) if fused else Kernels
         return owner.transform_and_store(operations, query, key, value, transform, *caches, slots), *caches
 
     fused = run(kernels, fused=True)

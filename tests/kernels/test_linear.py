@@ -16,7 +16,7 @@ from torch import Tensor
 from fastserve.bench.rounding import quantize
 from fastserve.kernels.interface import PackedLinear
 from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize_activations
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 
 SHAPES = [(1, 1), (16, 64), (33, 70), (64, 128), (100, 200), (130, 1088), (256, 512)]  # N, K
@@ -86,7 +86,7 @@ def test_packing_keeps_every_weight(isa: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_are_one_matrix_and_its_rows_can_be_looked_up(isa: str, name: str) -> None:
-    native, reference = native_kernels(isa), ReferenceKernels()
+    native, reference = native_kernels(isa), Kernels()
     first, second, third = parts = [make_weight(name, rows, 200) for rows in (70, 33, 1)]
     if isinstance(first, QuantizedWeight) and first.codebook is not None:
         parts = [first, *(dataclasses.replace(item, codebook=first.codebook) for item in (second, third))]
@@ -144,7 +144,7 @@ def test_threads_do_not_change_a_bit(isa: str, name: str) -> None:
 @pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_fused_epilogue_is_the_reference_s(isa: str, activation: str, is_gated: bool) -> None:
-    kernels, reference = native_kernels(isa), ReferenceKernels()
+    kernels, reference = native_kernels(isa), Kernels()
     if is_gated and not activation:
         pytest.skip("a gated layer has an activation")
     for num_outputs, num_inputs in [(2, 16), (66, 100), (200, 64), (256, 128)]:
@@ -205,3 +205,40 @@ def test_packed_layer_frees_what_it_was_made_from() -> None:
     assert isinstance(packed, PackedLinear)
     assert packed.weight.numel() == 0
     assert packed.native.bytes == 64 * 64 * 4
+
+
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+def test_adapters_are_added_before_the_epilogue(isa: str, dtype: torch.dtype, is_gated: bool) -> None:
+    """Two parts with ranks of their own, slots of 3 and 10 ranks, one empty, rows without any; each row as if alone."""
+    generator = torch.Generator().manual_seed(1)
+    for num_outputs, num_inputs in ((70, 33), (200, 130), (64, 512)):
+        weight = torch.randn(num_outputs, num_inputs, generator=generator).to(dtype)
+        bias, x = torch.randn(num_outputs, generator=generator), make_rows(13, num_inputs, dtype)
+        pairs = []
+        for ranks in (3, 10):
+            b = torch.randn(num_outputs, ranks, generator=generator)
+            b[: num_outputs // 2, ranks // 2 :] = 0.0
+            b[num_outputs // 2 :, : ranks // 2] = 0.0
+            pairs.append(((torch.randn(ranks, num_inputs, generator=generator) / num_inputs**0.5), b))
+        slots = torch.tensor([1, 0, -1, 2, 1, 1, -1, 0, 0, 1, 2, -1, 0])
+        results = []
+        for kernels in (Kernels(), native_kernels(isa)):
+            packed = kernels.pack_linear(weight, bias, is_gated)
+            step: list[Tensor | None] = [slots]
+            kernels.allow_adapters(packed, step, 3)
+            for slot, pair in enumerate(pairs):
+                kernels.set_adapter(packed, slot, pair, dtype)
+            activation = "silu" if is_gated else "relu"
+            results.append(kernels.linear(packed, x, activation))
+            for row in range(len(x)):
+                step[0] = slots[row : row + 1]
+                alone = kernels.linear(packed, x[row : row + 1], activation)
+                if kernels.name == "cpu":
+                    assert torch.equal(alone[0], results[-1][row])
+            step[0] = slots
+            kernels.set_adapter(packed, 0, None, dtype)
+            without = kernels.linear(packed, x, activation)
+            assert not torch.equal(without[1], results[-1][1])
+            assert torch.equal(without[0], results[-1][0])
+        assert_close(results[1], results[0].double(), 2e-5 if dtype is torch.float32 else 2e-2)

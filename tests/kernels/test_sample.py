@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.interface import RowSampling
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 
-REFERENCE = ReferenceKernels()
+REFERENCE = Kernels()
 INF = math.inf
 
 

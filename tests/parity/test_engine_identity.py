@@ -25,7 +25,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[list[int]]]:
-    llm = LLM(folder, dtype="float32", max_batch_sequences=1, prefix_caching=False, kv_cache_memory="8MiB")
+    llm = LLM(
+        folder, dtype="float32", speculation="off", max_batch_sequences=1, prefix_caching=False, kv_cache_memory="8MiB"
+    )
     return {
         "greedy": tokens(llm.generate(PROMPTS, GREEDY)),
         "sampled": tokens(llm.generate(PROMPTS, seeded())),
@@ -56,7 +58,8 @@ def test_chunked_at_16_tokens(folder: Path, alone: dict[str, list[list[int]]]) -
 def test_preempted_midway(folder: Path, alone: dict[str, list[list[int]]]) -> None:
     probe = LLM(folder, dtype="float32", max_model_len=160)
     small = 40 * probe.engine.memory.block_bytes  # 640 tokens for 32 sequences of 29 to 122
-    llm = LLM(folder, dtype="float32", max_model_len=160, kv_cache_memory=small, prefix_caching=False)
+    options = {"kv_cache_memory": small, "prefix_caching": False, "speculation": "off"}  # guesses end sequences sooner
+    llm = LLM(folder, dtype="float32", max_model_len=160, **options)
     check(llm, alone)
     assert llm.engine.stats().num_preemptions > 0
 

@@ -16,8 +16,9 @@ from fastserve import LLM, SamplingParams
 from fastserve.bench.rounding import quantize
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.kernels.cpu import CPUKernels, create
-from fastserve.kernels.interface import Batch, Kernels, PackedLinear, Weight
+from fastserve.kernels.interface import Batch, PackedLinear, Weight
 from fastserve.kernels.quant import QuantScheme
+from fastserve.kernels.reference import Kernels
 from fastserve.models import loader
 from fastserve.models.attention import PagedContext
 from fastserve.models.loader import load_model

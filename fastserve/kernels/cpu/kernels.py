@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.cpu.threads import usable_cpus
+from fastserve.core.machine import usable_cpus
 from fastserve.kernels.interface import (
     Batch,
     HeadTransform,
-    Kernels,
     KernelSpec,
+    LinearAdapters,
     PackedLinear,
     RecordedStep,
     RowSampling,
     Weight,
 )
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES, QuantizedWeight
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 
 # Numbers of the enumerations in csrc/common.h and csrc/packed_weight.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -38,7 +38,7 @@ _ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _BYTES, _NIBBLES, _CODEBOOK = 2, 3, 4
 
 
-class CPUKernels(ReferenceKernels):
+class CPUKernels(Kernels):
     """Native kernels of one instruction set.
 
     Args:
@@ -120,8 +120,24 @@ class CPUKernels(ReferenceKernels):
             0 if residual is None else residual.stride(0),
             _activation_code(activation),
             packed.activation_bits == 8,
+            *_adapter_arguments(packed.adapters),
         )
         return out
+
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+        native = importlib.import_module("fastserve.kernels.cpu._native")
+        packed.adapters = LinearAdapters(step, native=native.Adapters(packed.native, num_slots))
+
+    def set_adapter(
+        self, packed: PackedLinear, slot: int, weights: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
+        assert packed.adapters is not None
+        if weights is None:
+            packed.adapters.native.clear(slot)
+            return
+        a, b = (item.float().contiguous() for item in weights)
+        assert a.shape == (b.shape[1], packed.native.k) and b.shape[0] == packed.native.n
+        packed.adapters.native.set(slot, len(a), a.data_ptr(), b.data_ptr(), _DTYPES[dtype])
 
     def embed(
         self,
@@ -318,6 +334,10 @@ class CPUKernels(ReferenceKernels):
                 [row.top_p for row in rows], [row.min_p for row in rows], [row.random for row in rows],
             )  # fmt: skip
         return out.tolist()
+
+
+def _adapter_arguments(adapters: LinearAdapters | None) -> tuple[Any, int]:
+    return (None, 0) if adapters is None else (adapters.native, _address(adapters.step[0]))
 
 
 def _address(tensor: Tensor | None) -> int:

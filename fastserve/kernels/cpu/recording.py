@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve.kernels.cpu.kernels import CPUKernels
-from fastserve.kernels.interface import Batch, Kernels, RecordedStep
+from fastserve.kernels.interface import Batch, RecordedStep
+from fastserve.kernels.reference import Kernels
 
 # Two different numbers, so that a count tells tokens from rows of logits.
 _PROBE_TOKENS, _PROBE_ROWS = 5, 3
@@ -43,6 +44,7 @@ class NativeStep:
             batch.query_starts,
             batch.context_lens,
             [table.data_ptr() for table in batch.block_tables],
+            0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(),
             choose,
         )
         if not num_rows:
@@ -89,6 +91,7 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
         context_lens=[longest],
         block_tables=[block_table],
         logit_rows=torch.zeros(_PROBE_ROWS, dtype=torch.int64),
+        adapter_slots=ids,
     )
     for number, tensor in enumerate((ids, positions, slots, probe.logit_rows)):
         plan.input(number, tensor.data_ptr(), tensor.nbytes, tensor.shape[0])

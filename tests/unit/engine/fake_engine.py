@@ -60,6 +60,14 @@ class FakeEngine:
     def resize_kv_cache(self, num_bytes: int) -> None:
         self._stats.kv_blocks_total = num_bytes
 
+    def load_adapter(self, name: str, path: str) -> None:
+        if not Path(path).is_dir():
+            raise RequestError(f"{path} is no adapter folder", "lora_path")
+
+    def unload_adapter(self, name: str) -> None:
+        if any(request.adapter == name for request, _ in self._requests.values()):
+            raise RequestError(f"adapter {name!r} is in use", "lora_name")
+
     def has_work(self) -> bool:
         return bool(self._requests)
 

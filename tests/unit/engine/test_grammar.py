@@ -20,8 +20,9 @@ from fastserve import LLM, SamplingParams, StructuredOutputs
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.errors import RequestError
+from fastserve.core.grammars import byte_tokenizer, check, compile_for, to_grammar
 from fastserve.core.request import FINISH_ERROR, Request
-from fastserve.engine.grammar import GrammarCompiler, _byte_tokenizer, _compile, check, to_grammar
+from fastserve.engine.grammar import GrammarCompiler
 from tests import folders
 
 PERSON = {
@@ -43,7 +44,7 @@ OWN = [
 
 
 def compiled(wanted: StructuredOutputs) -> Any:
-    return _compile(_byte_tokenizer(), to_grammar(wanted))
+    return compile_for(byte_tokenizer(), to_grammar(wanted))
 
 
 def accepts(matcher: Any, text: str) -> bool:

@@ -12,9 +12,9 @@ import torch
 
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.sampler import SamplingState, gather_logprobs, process_logits, random_bits, sample
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 
-KERNELS = ReferenceKernels()
+KERNELS = Kernels()
 
 
 def make_state(**options: object) -> SamplingState:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.interface import Batch
-from fastserve.kernels.reference import ReferenceKernels, padded_rows
+from fastserve.kernels.reference import Kernels, padded_rows
 
-KERNELS = ReferenceKernels()
+KERNELS = Kernels()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,12 +11,12 @@ import torch
 from fastserve.core.errors import ConfigError
 from fastserve.kernels import select
 from fastserve.kernels.interface import KernelSpec
-from fastserve.kernels.reference import ReferenceKernels
+from fastserve.kernels.reference import Kernels
 
 SPEC = KernelSpec("cpu", torch.float32, 4, 2, 16, 16)
 
 
-class Fussy(ReferenceKernels):
+class Fussy(Kernels):
     name = "fussy"
 
     def supports(self, spec: KernelSpec) -> list[str]:

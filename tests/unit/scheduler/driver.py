@@ -6,9 +6,9 @@ from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
-from fastserve.scheduler.plan import PlanEntry, StepPlan
+from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import PolicyContext, SchedulingPolicy, make_policy
-from fastserve.scheduler.scheduler import Scheduler, StepResult
+from fastserve.scheduler.scheduler import Scheduler
 
 STEP = Coefficients(step=0.006, prefill_token=0.00025, decode=0.0009)
 
@@ -58,6 +58,8 @@ class FakeMemory:
         if plan.num_blocks:
             self.num_blocks = plan.num_blocks
             self._device = {block: content for block, content in self._device.items() if block < self.num_blocks}
+        copied = [(target, self._device[source][:]) for source, target in plan.copies]
+        self._device.update(copied)
         for entry in plan.entries:
             assert max(entry.block_ids) < self.num_blocks
             self._compute(entry, tokens[entry.request_id])

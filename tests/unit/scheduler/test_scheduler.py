@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
-from fastserve.scheduler.plan import StepPlan
+from fastserve.scheduler.plan import StepPlan, StepResult
 from fastserve.scheduler.policy import POLICY_NAMES, make_policy
-from fastserve.scheduler.scheduler import Scheduler, StepResult
+from fastserve.scheduler.scheduler import Scheduler
 
 EOS = 7
 

@@ -8,13 +8,16 @@ been meanwhile; at the end everything finishes with the tokens it would have mad
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from random import Random
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastserve.core.request import Request
+from fastserve.core.request import Request, TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
+from fastserve.scheduler.beams import BeamSearch
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.plan import StepPlan
@@ -26,6 +29,26 @@ from tests.unit.scheduler.driver import STEP, FakeMemory, execute, next_token
 
 BLOCK = 4
 SHARED = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
+END = 3  # ends the answers of searches
+VOCABULARY = 12
+
+
+def candidates(name: str, output_ids: list[int]) -> TokenLogprobs:
+    """What a beam finds: every token, with log probabilities that depend on nothing but the search and the beam."""
+    random = Random(f"{name} {output_ids}")
+    ranked = sorted(((-4 * random.random(), token_id) for token_id in range(VOCABULARY)), reverse=True)
+    return TokenLogprobs([0, *(token_id for _, token_id in ranked)], [0.0, *(value for value, _ in ranked)], 1)
+
+
+def search_alone(request: Request, longest: int) -> list[list[int]]:
+    """The answers of a search without a scheduler."""
+    most = min(longest - len(request.prompt_ids), request.sampling.max_tokens or longest)
+    search, beams = BeamSearch(request.sampling, frozenset({END}), most), [[]]
+    while kept := search.advance([candidates(request.request_id, beam) for beam in beams]):
+        beams = [[*beams[parent], token_id] for parent, token_id in kept]
+    return [answer.token_ids for answer in search.answers()]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -65,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.requests: dict[str, Request] = {}
         self.made: dict[str, list[int]] = {}
+        self.found: dict[str, list[list[int]]] = {}
         self.aborted: set[str] = set()
         self.in_flight: StepPlan | None = None
 
@@ -74,17 +98,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         output=st.integers(1, 30),
         priority=st.integers(0, 2),
         tenant=st.sampled_from("abc"),
+        beams=st.sampled_from((1, 1, 1, 2, 3)),
     )
-    def arrive(self, shared: int, own: int, output: int, priority: int, tenant: str) -> None:
+    def arrive(self, shared: int, own: int, output: int, priority: int, tenant: str, beams: int) -> None:
         name = f"r{len(self.requests)}"
         prompt = (SHARED[:shared] + [100 + len(self.requests) + index for index in range(own)])[: self.longest - 1]
         params = SamplingParams(max_tokens=output, ignore_eos=True, seed=0)
+        if beams > 1:
+            params = replace(params, num_beams=beams, n=beams, stop_token_ids=(END,))
         self.requests[name] = Request(name, prompt, params, self.now, priority, tenant)
         self.scheduler.add(self.requests[name], self.now)
 
     @rule(which=st.integers(0, 50))
     def abort(self, which: int) -> None:
-        live = sorted(self.scheduler._sequences)
+        live = sorted(self.scheduler._sequences.keys() & self.requests.keys())
         self.scheduler.abort(["unknown", *([live[which % len(live)]] if live else [])])
         if live:
             self.aborted.add(live[which % len(live)])
@@ -145,9 +172,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += seconds
         result = execute(plan)
         result.loaded = self.loaded
+        for entry in plan.entries:
+            sequence = self.scheduler._sequences.get(entry.request_id)
+            if entry.samples and sequence is not None and sequence.group is not None:
+                found = candidates(sequence.group.request_id, sequence.output_ids)
+                result.logprobs[entry.request_id] = found
         for output in self.scheduler.update(plan, result, seconds, self.now):
             assert output.request_id not in self.aborted
             self.made.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.beams is not None:
+                self.found[output.request_id] = [beam.token_ids for beam in output.beams]
 
     @invariant()
     def blocks_are_held_as_often_as_sequences_hold_them(self) -> None:
@@ -156,6 +190,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         owners = {id(sequence): sequence for sequence in self.scheduler._sequences.values()}
         owners.update((id(sequence), sequence) for sequence in self.scheduler._loads.sequences())  # aborted ones too
         held = Counter(block for sequence in owners.values() for block in sequence.block_ids)
+        held.update(source for source, _ in self.scheduler._copies)  # until they are copied
         assert self.pool._references == [held[block] for block in range(self.pool.num_reachable)]
         assert self.pool.num_used == len(held)
         assert self.pool.num_free == sum(block not in held for block in range(self.pool.num_blocks))
@@ -182,7 +217,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(scheduler._away) <= fresh
         waiting = paused | fresh | loading
         assert not running & waiting
-        assert running | waiting == set(scheduler._sequences)
+        # Beams that have found their next tokens wait for the others without a place in any queue.
+        found = {name for item in scheduler._sequences.values() if item.group for name in item.group.candidates}
+        assert not found & (running | waiting)
+        assert running | waiting | found == set(scheduler._sequences)
         for name, sequence in scheduler._sequences.items():
             assert (sequence.status is Status.RUNNING) == (name in running)
             assert (sequence.residency is not Residency.NONE) or not sequence.block_ids
@@ -202,6 +240,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._update()
         assert not self.scheduler.has_work(), "livelock"
         for name, request in self.requests.items():
+            if request.sampling.num_beams > 1:
+                if name not in self.aborted:
+                    assert self.found[name] == search_alone(request, self.longest)
+                continue
             start = len(request.prompt_ids)
             end = min(start + (request.sampling.max_tokens or 0), self.longest)
             expected = [next_token(name, position) for position in range(start, end)]

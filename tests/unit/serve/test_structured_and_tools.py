@@ -135,7 +135,7 @@ def test_every_way_to_ask_is_taken(http, extra):
 @pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "json"])
 def test_a_forced_call_can_be_written_and_is_read_back(form):
     """What the grammar of a forced call allows is what the parser reads: schema with references of its own included."""
-    from fastserve.engine.grammar import check
+    from fastserve.core.grammars import check
     from fastserve.serve.openai import ChatBody
     from fastserve.serve.tools import ChatStyle, ToolUse, describe_calls
     from tests.unit.engine.test_grammar import accepts, compiled

@@ -1,10 +1,12 @@
-"""How many threads, and where: what the process may really use, not what the machine has."""
+"""What this process may use of its machine: processors and memory, cut to the limits of its control group."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
+
+from fastserve.core.errors import MemoryPlanError
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -31,3 +33,31 @@ def cgroup_quota(root: Path = _CGROUP) -> float:
         return max(0.0, limit_us / int((root / "cpu" / "cpu.cfs_period_us").read_text()))
     except (OSError, ValueError):
         return 0.0
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take.
+
+    Raises:
+        MemoryPlanError: the system does not say.
+    """
+    free = _meminfo("MemAvailable")
+    limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _meminfo(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise MemoryPlanError("cannot tell how much memory is free here; set kv_cache_memory")
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

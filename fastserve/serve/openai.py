@@ -216,7 +216,7 @@ class GenerationBody(Body):
         """
         num_beams = self._width()
         # A search is not sampled, so the model's defaults of sampling have no place in it.
-        values: dict[str, Any] = {"temperature": 0.0, "num_beams": num_beams} if num_beams > 1 else dict(defaults)
+        values: dict[str, Any] = {**({"temperature": 0.0} if num_beams > 1 else defaults), "num_beams": num_beams}
         for name in self._SAMPLING:
             value = getattr(self, name)
             if value is not None:

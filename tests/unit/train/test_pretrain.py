@@ -116,18 +116,20 @@ def test_documents_of_a_row_do_not_see_each_other(corpora: dict[str, Path], atte
         network = make_network(recipe.model, parts.config, objective_kind, 0).eval()
         [batch] = PretrainTask(recipe, parts, Path()).micro_batches(0, 0, 1)
         tensors = {name: torch.from_numpy(values) for name, values in batch.items() if name != "labels"}
-        positions = tensors["position_ids"][0]
-        starts = (positions == positions.min()).nonzero().flatten().tolist()
+        is_start = tensors["position_ids"] == tensors["position_ids"].min()
+        row = int(is_start.sum(1).argmax())
+        starts = is_start[row].nonzero().flatten().tolist()
         assert len(starts) > 1
         seen: list[torch.Tensor] = []
         network.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.logits))
         with torch.no_grad():
             parts.objectives[0].loss(network, {**tensors, "labels": torch.from_numpy(batch["labels"])})
-            for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+            for start, end in zip(starts, [*starts[1:], is_start.shape[1]], strict=True):
                 alone = network(
-                    input_ids=tensors["input_ids"][:1, start:end], position_ids=tensors["position_ids"][:1, start:end]
+                    input_ids=tensors["input_ids"][row : row + 1, start:end],
+                    position_ids=tensors["position_ids"][row : row + 1, start:end],
                 ).logits
-                assert torch.allclose(seen[0][0, start:end], alone[0], atol=1e-5)
+                assert torch.allclose(seen[0][row, start:end], alone[0], atol=1e-5)
 
 
 def test_divergence_goes_back_and_leaves_the_rows_out(

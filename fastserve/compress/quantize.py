@@ -135,7 +135,8 @@ def quantization_config(network: Network, plan: Plan) -> dict[str, Any]:
         schemes[plan.head] = ModuleScheme(HEAD)
     linears = [name for name, module in network.model.named_modules() if isinstance(module, nn.Linear)]
     renamed = {_on_disk(network, name): scheme for name, scheme in schemes.items()}
-    return storage.config(renamed, [_on_disk(network, name) for name in linears if name not in schemes])
+    ignored = [_on_disk(network, name) for name in linears if name not in schemes]
+    return storage.config(renamed, ignored, has_embedding=bool(plan.head) and plan.head not in linears)
 
 
 def _on_disk(network: Network, module: str) -> str:

@@ -63,13 +63,16 @@ def _signed(values: Tensor, grid: WeightScheme) -> Tensor:
     return (values.to(torch.int16) - grid.centre).to(torch.int8)
 
 
-def config(modules: Mapping[str, ModuleScheme], ignored: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` for modules by name, and the linears that were left as they are."""
+def config(modules: Mapping[str, ModuleScheme], ignored: Sequence[str], has_embedding: bool = False) -> dict[str, Any]:
+    """The `quantization_config` for modules by name, and the linears that were left as they are.
+
+    has_embedding: an embedding is among the modules, which "Linear" does not mean.
+    """
     schemes = list(dict.fromkeys(modules.values()))
     groups = {}
     for number, scheme in enumerate(schemes):
         names = sorted(name for name, own in modules.items() if own == scheme)
-        groups[f"group_{number}"] = _group(scheme, ["Linear"] if len(schemes) == 1 else names)
+        groups[f"group_{number}"] = _group(scheme, ["Linear"] if len(schemes) == 1 and not has_embedding else names)
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",

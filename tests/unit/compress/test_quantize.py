@@ -21,6 +21,7 @@ from fastserve.compress.run import compress
 from fastserve.compress.walk import walk
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
 from fastserve.models.loader import load_model
+from tests import folders
 from tests.paged_driver import PagedDriver
 
 IDS = [5, 17, 99, 3, 250, 8, 8, 41]
@@ -73,6 +74,16 @@ def test_a_llama_is_served_as_what_its_values_stand_for(
     else:
         assert (found - dense[-len(found) :]).abs().max() < 2e-3 * dense.abs().max()
     assert folder.weight_bytes < ModelFolder.open(str(models["llama"])).weight_bytes
+
+
+@pytest.mark.parametrize("name", ["rtn4-head", "rtn8-head"])
+def test_a_tied_embedding_takes_the_place_of_the_head(tmp_path: Path, name: str) -> None:
+    source = folders.llama(tmp_path / "tied", tie_word_embeddings=True)
+    step = {"bits": 8, "head": "int8"} if name == "rtn8-head" else STEPS[name]
+    folder = compress(str(source), tmp_path / "out", recipe(None, **step))
+    dense = logits(load_dense(folder), folder)
+    found = served_logits(folder.path)
+    assert (found - dense[-len(found) :]).abs().max() < 2e-3 * dense.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])

@@ -87,7 +87,8 @@ def measure_engine(part: str, folder: Path, precision: str, repeats: int) -> dic
     from fastserve.kernels.cpu import _native, create  # type: ignore[attr-defined]
 
     shape = Shape(folder)
-    llm = LLM(str(folder), dtype="bfloat16", kernels="cpu", prefix_caching=False, kv_cache_memory=shape.kv_bytes * 4200)
+    settings = {"kv_cache_memory": shape.kv_bytes * 4200, "prefix_caching": False, "speculation": "off"}
+    llm = LLM(str(folder), dtype="bfloat16", kernels="cpu", **settings)
     backend = create().native_backend
     meter = _native.ReadMeter(1 << 30, backend) if part == "decode" else None
 

@@ -120,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         "max_model_len": 640,
         "block_size": BLOCK_SIZE,
         "prefix_caching": False,
+        "speculation": "off",  # a random network repeats itself
     }
     probe = Engine(EngineConfig(**options, kv_cache_memory=64 << 20))
     block_bytes = probe.memory.block_bytes

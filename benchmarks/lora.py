@@ -71,6 +71,7 @@ def main() -> None:
         options.shape, options.adapters, options.tokens, options.repeats = "llama-0.1b", 4, 8, 1
     path = random_model.make(options.shape)
     settings = {"dtype": options.dtype, "max_model_len": options.prompt + options.tokens, "prefix_caching": False}
+    settings["speculation"] = "off"  # a random network repeats itself
     settings |= {"max_batch_sequences": options.adapters, "scheduler": "fcfs"}
     config = {name: vars(options)[name] for name in ("shape", "adapters", "rank", "prompt", "tokens")}
     report = Report("lora", {**config, **settings, "kv_cache_dtype": options.dtype, "lm_head": options.dtype})

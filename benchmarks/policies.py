@@ -72,6 +72,7 @@ def serve_alone(options: dict[str, Any], requests: list[Request]) -> list[Reques
 def measure(arguments: argparse.Namespace, file: Path) -> Report:
     model = arguments.model or str(random_model.make("llama-0.1b"))
     options: dict[str, Any] = {
+        "speculation": "off",  # a random network repeats itself, and guesses would change what the lengths cost
         "model": model,
         "dtype": "bfloat16",
         "max_batch_sequences": MAX_BATCH_SEQUENCES,

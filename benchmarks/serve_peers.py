@@ -49,6 +49,7 @@ def command(name: str, model: Path, context: int, port: int) -> list[str]:
     where = ["--host", "127.0.0.1", "--port", str(port)]
     if name == OURS:
         serve = [sys.executable, "-m", "fastserve.cli.main", "serve", str(model), "--dtype", "bfloat16"]
+        serve += ["--speculation", "off"]  # a random network repeats itself
         serve += ["--max-batch-sequences", str(NUM_SEQUENCES), "--max-model-len", str(context), "--name", "model"]
         return [*serve, "--kv-cache-memory", "4GiB", *where]
     if name == "vllm":

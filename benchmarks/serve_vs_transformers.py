@@ -62,7 +62,12 @@ class Ours:
         from fastserve import LLM
 
         self._llm = LLM(
-            folder, dtype="bfloat16", kernels="reference", prefix_caching=False, kv_cache_memory=kv_bytes(folder)
+            folder,
+            dtype="bfloat16",
+            kernels="reference",
+            prefix_caching=False,
+            speculation="off",
+            kv_cache_memory=kv_bytes(folder),
         )
 
     def generate_one(self, prompt: workload.Prompt) -> list[int]:

@@ -70,6 +70,7 @@ def bias(run: Measured, coefficients: Coefficients) -> float:
 def compare(arguments: argparse.Namespace, report: Report) -> Coefficients:
     """Fill in `error_vs_engine`; returns the calibrated coefficients."""
     options: dict[str, Any] = {
+        "speculation": "off",  # a random network repeats itself, and the simulator does not guess
         "model": arguments.model or str(random_model.make("llama-0.1b")),
         "dtype": "bfloat16",
         "max_batch_sequences": 16,

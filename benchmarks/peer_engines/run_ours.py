@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from worker import KV_GIB, Engine, Ids, serve
 
@@ -18,7 +19,8 @@ class Ours(Engine):
 
     def __init__(self, folder: str, precision: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        settings = {"max_model_len": 2048, "kv_cache_memory": KV_GIB << 30, "prefix_caching": False}
+        settings: dict[str, Any] = {"max_model_len": 2048, "kv_cache_memory": KV_GIB << 30, "prefix_caching": False}
+        settings["speculation"] = "off"  # a random network repeats itself
         self._llm = LLM(folder, dtype="bfloat16", **settings)
         is_whole = "quantization_config" not in config
         self.precision = {

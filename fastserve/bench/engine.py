@@ -13,7 +13,7 @@ def open_engine(model: str, options: dict[str, Any]) -> LLM:
     prompts again must not be answered from memory."""
     from fastserve.offline.llm import LLM
 
-    return LLM(model, **{"prefix_caching": False, **options})
+    return LLM(model, **{"prefix_caching": False, "speculation": "off", **options})
 
 
 def describe(llm: LLM, model: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class CoastingScheduler(Scheduler):
         running = self._running
         if not running or len(running) != len(plan.entries) or self._freed:
             return 0
-        if self.num_waiting and len(running) < self._max_sequences:
-            return 0  # somebody waits for memory or tokens: planned anew each time
+        if self.num_waiting and (len(running) < self._max_sequences or self._policy.preemptive):
+            return 0  # somebody waits for memory or tokens, or may overtake: planned anew each time
         steps = math.inf
         for item in running:
             sequence = item.sequence

@@ -44,6 +44,18 @@ def test_coasting_changes_nothing(
     assert fast.busy_seconds == pytest.approx(slow.busy_seconds)
 
 
+def test_who_waits_for_memory_may_overtake_while_others_decode() -> None:
+    sizes = [(0.0, 12, 22), (0.0, 24, 39), (0.0, 19, 41), (1.0, 4, 51), (1.0, 3, 53), (1.0, 50, 36), (1.33, 13, 19)]
+    tenants, hashes = "baabbab", [(3,), (1, 2), (1,), (3,), (3,), (3,), (1, 2)]
+    items = [
+        TraceRequest(*size, tenant, prefix, 16) for size, tenant, prefix in zip(sizes, tenants, hashes, strict=True)
+    ]
+    machine = Machine(STEP, 1, 32, 128, 10, 16, is_known=False)
+    trace = Trace("found", tuple(items), True)
+    slow, fast = (simulate(make_requests(trace, 500), machine, "aged-srpt", coasting=jump) for jump in (False, True))
+    assert fast.times == slow.times
+
+
 def test_coasting_plans_far_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastserve.scheduler.scheduler import Scheduler
 

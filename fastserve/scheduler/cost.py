@@ -110,10 +110,12 @@ class CostModel:
         shares: list[float] = []
         for entry in plan.entries:
             num_tokens, start = len(entry.token_ids), entry.start
-            work.add(start, num_tokens)
-            if num_tokens == 1 and start > 0:
+            if num_tokens == 1 and start > 0:  # what most entries are: `add` without its call
+                work.decodes += 1
+                work.decode_context += start + 1
                 shares.append(each.decode + each.decode_context * (start + 1))
             else:
+                work.add(start, num_tokens)
                 shares.append(self.prefill_seconds(num_tokens, start))
         self.observe(work, seconds)
         scale = seconds / max(sum(shares), 1e-12)

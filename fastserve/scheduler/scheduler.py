@@ -202,7 +202,7 @@ class Scheduler:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
         shares = self.cost.account(plan, seconds)
-        block_size = self.block_pool.block_size
+        answers, block_size = self._answers, self.block_pool.block_size
         self.block_pool.free([source for source, _ in self._copies])
         self._copies = []
         searches: dict[BeamGroup, None] = {}
@@ -211,18 +211,21 @@ class Scheduler:
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
             makes_tokens = entry.samples and sequence.group is None
-            made = self._answers.made(sequence, result) if makes_tokens else []
-            sequence.token_ids.extend(made[:-1])
-            num_tokens = len(entry.token_ids) - entry.num_drafts + len(made[:-1])
+            num_tokens = len(entry.token_ids) - entry.num_drafts
+            made = answers.made(sequence, result) if makes_tokens else []
+            if len(made) > 1:
+                sequence.token_ids.extend(made[:-1])
+                num_tokens += len(made) - 1
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self.block_pool.publish_computed(sequence)
             self._policy.on_service(sequence, num_tokens, share, now)
-            if entry.request_id in result.prompt_logprobs:
+            if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
                 sequence.prompt_logprobs.extend(result.prompt_logprobs[entry.request_id])
             if makes_tokens:
-                outputs.append(self._answers.append(sequence, made, result, now))
-                if outputs[-1].finish_reason is not None:
+                output = answers.append(sequence, made, result, now)
+                outputs.append(output)
+                if output.finish_reason is not None:
                     self._finish(sequence)
             elif entry.samples and sequence.group is not None:
                 sequence.group.candidates[sequence.request_id] = result.logprobs[sequence.request_id]
@@ -365,6 +368,8 @@ class Scheduler:
         in a step that dropped for this reason.
         """
         held, pool = sequence.block_ids, self.block_pool
+        if sequence.group is None and sequence.num_computed + take <= len(held) * pool.block_size:
+            return True
         first = sequence.num_computed // pool.block_size  # the first that is written
         added = max(0, self._num_blocks(sequence.num_computed + take) - len(held))
         while True:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import tokenizers
@@ -190,16 +192,23 @@ def test_decoder_of_the_library(tmp_path: Path) -> None:
 def test_work_per_token_does_not_grow(byte_level: Tokenizer) -> None:
     stop = SamplingParams(stop=("z" * 1000, "y"))
 
-    def seconds(count: int) -> float:
+    def lines(count: int) -> int:
+        """Python lines that run while `count` tokens are pushed."""
         stream = TextStream(byte_level, [], stop)
-        ids = [byte_level.encode("z")[0]] * count
-        began = time.perf_counter()
-        for token_id in ids[:999]:
-            stream.push([token_id])
-        for token_id in byte_level.encode("a") * (count - 999):
-            stream.push([token_id])
-        return time.perf_counter() - began
+        num_lines = 0
 
-    short = min(seconds(5_000) for _ in range(3))
-    long = min(seconds(20_000) for _ in range(3))
-    assert long < 4 * 3 * short
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal num_lines
+            num_lines += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for token_id in byte_level.encode("z") * 999 + byte_level.encode("a") * (count - 999):
+                stream.push([token_id])
+        finally:
+            sys.settrace(before)
+        return num_lines
+
+    assert lines(6_000) - lines(4_000) == lines(4_000) - lines(2_000)

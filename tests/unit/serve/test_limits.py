@@ -12,6 +12,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fastserve.serve.connection import BoundedConnection
 from fastserve.serve.errors import ApiError
@@ -98,7 +99,7 @@ def test_dropped_streams_leave_nothing_behind(server: RunningServer, http: httpx
             with http.stream("POST", "/v1/completions", json=body) as response:
                 lines = response.iter_lines()
                 next(lines)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while server.client.num_live or server.client.stats.num_running or tasks() > settled:
             assert time.monotonic() < deadline, "something was left behind"
             time.sleep(0.02)
@@ -142,10 +143,12 @@ def test_a_million_faults_are_one_error(http: httpx.Client, field):
     path = "/v1/chat/completions" if field == "messages" else "/v1/completions"
     value = {str(number): [] for number in range(15_000)} if field == "logit_bias" else [[None]] * 25_000
     body = {"messages": [{"role": "user", "content": "x"}]} if field == "messages" else {"prompt": "x"}
-    began = time.process_time()
     response = http.post(path, json={**body, field: value})
-    assert response.status_code == 400
-    assert time.process_time() - began < 1.0  # client and server are one process
+    assert response.status_code == 400 and len(response.text) < 1000
+    kind = ChatBody if field == "messages" else CompletionBody
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({**body, field: value})
+    assert caught.value.error_count() <= 16  # one for each form that the field may take
 
 
 def test_api_errors_carry_their_status():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint import bitmask
 from fastserve.compress import sparse, structure
 from fastserve.compress.activations import observe
 from fastserve.compress.folder_writer import FolderWriter
@@ -64,7 +65,7 @@ def run(
             progress("prune", number - 1, total)
             network.fill(name)
             _prune_block(network, Visit(name, network.block(name), []), step)
-            writer.write(f"{number:04d}", tensors_of(network, name))
+            writer.write(f"{number:04d}", _stored(network, name, step))
             network.drop(name)
     else:
         for number, visit in enumerate(walk(network, batches), 1):
@@ -73,7 +74,7 @@ def run(
                 _restore(network, visit, writer, f"{number:04d}", step)
             else:
                 _prune_block(network, visit, step)
-                writer.write(f"{number:04d}", tensors_of(network, visit.block))
+                writer.write(f"{number:04d}", _stored(network, visit.block, step))
     progress("prune", total, total)
     return _changes(network, step), {}
 
@@ -86,7 +87,22 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
         return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
         return {_channels_key(network): num_channels(network, step)}
+    if step.store == "bitmask":
+        return {"quantization_config": bitmask.config(0.5 if step.pattern else step.ratio)}
     return {}
+
+
+def _stored(network: Network, block: str, step: Prune) -> dict[str, Tensor]:
+    """The block's tensors as they are written: without zeros, where that was asked for and takes less."""
+    tensors = tensors_of(network, block)
+    if step.store == "dense":
+        return tensors
+    found: dict[str, Tensor] = {}
+    linears = {network.tensor_name(f"{name}.weight") for name in network.linears(block)}
+    for name, values in tensors.items():
+        is_smaller = name in linears and bitmask.packed_bytes(values) < values.nbytes
+        found |= bitmask.pack(name.removesuffix(".weight"), values) if is_smaller else {name: values}
+    return found
 
 
 def num_channels(network: Network, step: Prune) -> int:
@@ -135,6 +151,11 @@ def _restore(network: Network, visit: Visit, writer: FolderWriter, shard: str, s
     reader = writer.shard(shard)
     for parameter in network.parameters_of(visit.block):
         name = network.tensor_name(parameter)
+        module = name.removesuffix(".weight")
+        if f"{module}.bitmask" in reader:
+            rows, columns = network.model.get_parameter(parameter).shape
+            network.set(parameter, bitmask.read(reader, module, (rows, columns)).float())
+            continue
         values = torch.empty(reader.shape(name))
         reader.read_into(name, values)
         network.set(parameter, values)

@@ -105,8 +105,7 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         elif isinstance(step, Rotate):
             rotate.check(network)
         else:
-            teacher = ModelFolder.open(step.teacher) if step.teacher else source
-            distill.check(teacher, step, step.text or recipe.calibration.text)
+            distill.check(source, step, step.text or recipe.calibration.text)
     total = len(source.weights.names())
     for number, _ in enumerate(network.check_finite()):
         progress("check the weights", number + 1, total)
@@ -153,9 +152,8 @@ def _distill(
             changes = prune.write_layers(network, list(step.layers), layers)
             layers.finish({**student.config, **changes}, {})
         student = ModelFolder.open(str(short))
-    teacher = ModelFolder.open(step.teacher) if step.teacher else original
     text = Path(step.text or recipe.calibration.text)
-    changes, found = distill.run(teacher, student, step, text, writer, progress)
+    changes, found = distill.run(original, student, step, text, writer, progress)
     result = writer.finish({**student.config, **changes}, make_card(current, original, plain, found))
     if step.layers:
         shutil.rmtree(student.path)

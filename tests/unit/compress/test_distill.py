@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.compress.distill import relation_loss, soft_loss
 from fastserve.compress.evaluate import compare
 from fastserve.compress.grid import WeightScheme, fit, nearest
+from fastserve.compress.losses import relation_loss, soft_loss
 from fastserve.compress.recipe import Evaluation, make_recipe
 from fastserve.compress.run import compress
 from fastserve.core.errors import ConfigError

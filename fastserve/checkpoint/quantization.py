@@ -1,8 +1,8 @@
 """What config.json says about quantised weights: which scheme a module has, and how it lies on disk.
 
 Reads the `quantization_config` of compressed-tensors (pack-, int- and float-quantized, sparse-bitmask, and codebooks
-of our own), GPTQ and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
-weights is `models/quantized.py`.
+of our own), GPTQ and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning
+tensors into weights is `models/quantized.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The step "distill": train a student to say what a teacher says, on a text or on what the student writes itself.
 
 The losses are those of `losses.py`, the teacher (a folder, a server, what either said before) is `teacher.py`'s, and
-what holds for the student's matrices meanwhile (zeros, low rank, rounding) is `constraints.py`'s. Without a soft loss it
-is plain training. B windows, L tokens, V vocabulary.
+what holds for the student's matrices meanwhile (zeros, low rank, rounding) is `constraints.py`'s. Without a soft loss
+it is plain training. B windows, L tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint import bitmask
-from fastserve.compress import sparse, structure
+from fastserve.compress import operators, sparse, structure, vocabulary
 from fastserve.compress.activations import observe
 from fastserve.compress.folder_writer import FolderWriter
 from fastserve.compress.network import Network, unsupported
@@ -29,8 +29,13 @@ def check(network: Network, step: Prune) -> None:
     """ConfigError for what cannot be done with this network, before work starts."""
     config = network.folder.config
     blocks = (item for name in network.blocks for item in network.block(name).named_modules(prefix=name))
-    if step.method != "layers" and (found := unsupported(blocks)):
+    if step.method not in ("layers", "vocabulary") and (found := unsupported(blocks)):
         raise ConfigError(f"{found} holds a matrix but is no Linear; of this architecture only layers can be left out")
+    if step.method == "vocabulary":
+        vocabulary.check(network.folder)
+    elif step.method == "operators":
+        for name in network.blocks:
+            operators.find(name, network.linears(name))
     if step.method in ("heads", "kv-heads"):
         for name in network.blocks:
             structure.check_attention(network.block(name), name)
@@ -58,6 +63,8 @@ def run(
     """Write the tensors; returns what changes in config.json, and what the card says."""
     if step.method == "layers":
         return _drop_layers(network, step, batches, writer, progress)
+    if step.method == "operators":
+        return _drop_operators(network, step, batches, writer, progress)
     total = len(network.blocks)
     writer.write("0000", outside(network))
     if not batches:  # nothing looks at inputs
@@ -87,9 +94,12 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
         return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
         return {_channels_key(network): num_channels(network, step)}
-    if step.store == "bitmask":
-        return {"quantization_config": bitmask.config(0.5 if step.pattern else step.ratio)}
-    return {}
+    return _stored_config(step)
+
+
+def _stored_config(step: Prune) -> dict[str, Any]:
+    is_short = step.store == "bitmask"
+    return {"quantization_config": bitmask.config(0.5 if step.pattern else step.ratio)} if is_short else {}
 
 
 def _stored(network: Network, block: str, step: Prune) -> dict[str, Tensor]:
@@ -203,6 +213,29 @@ def _drop_layers(
     dropped = set(sorted(influence, key=lambda name: influence[name])[: _num_dropped(network, step)])
     kept = [name for name in network.blocks if name not in dropped]
     return write_layers(network, [network.blocks.index(name) for name in kept], writer), {"layer_influence": influence}
+
+
+def _drop_operators(
+    network: Network, step: Prune, batches: list[Mapping[str, Tensor]], writer: FolderWriter, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    dropped, influence = operators.least(network, batches, step.ratio)
+    writer.write("0000", outside(network))
+    for number, name in enumerate(network.blocks, 1):
+        progress("prune", number - 1, len(network.blocks))
+        network.fill(name)
+        operators.clear(network.linears(name), dropped)
+        writer.write(f"{number:04d}", _stored(network, name, step))
+        network.drop(name)
+    return _stored_config(step), {"operator_influence": influence, "dropped": dropped}
+
+
+def drop_tokens(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:
+    """Write the network with these tokens alone; returns what changes in config.json."""
+    writer.write("0000", vocabulary.tensors(network, kept))
+    for number, name in enumerate(network.blocks, 1):
+        tensors = {network.tensor_name(item): network.read(item, None) for item in network.parameters_of(name)}
+        writer.write(f"{number:04d}", tensors)
+    return vocabulary.config(network.folder, kept)
 
 
 def write_layers(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:

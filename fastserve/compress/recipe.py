@@ -119,15 +119,18 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     """Weights set to zero, or whole parts left out.
 
     Attributes:
-        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts) or
-            kv-heads (keys and values of neighbouring heads become their mean).
+        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts), operators (whole
+            attentions and feed-forwards), vocabulary (tokens that the text does not use), or kv-heads (keys and
+            values of neighbouring heads become their mean).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).
         store: "dense", which loads everywhere, or "bitmask": zeros are left out of the file (single weights).
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers"] = "magnitude"
+    method: Literal[
+        "magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers", "operators", "vocabulary"
+    ] = "magnitude"
     ratio: Share = 0.5
     pattern: Literal["", "2:4"] = ""
     store: Literal["dense", "bitmask"] = "dense"
@@ -142,11 +145,11 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
         return self.needs_text
 
     def check(self) -> None:
-        if self.method in ("magnitude", "wanda", "sparsegpt"):
-            return
-        for key, value in (("pattern", self.pattern), ("store", self.store)):
-            if value not in ("", "dense"):
-                raise ConfigError(f"{key} = {value!r} is for single weights: magnitude, wanda or sparsegpt")
+        is_sparse = self.method in ("magnitude", "wanda", "sparsegpt")
+        if self.pattern and not is_sparse:
+            raise ConfigError(f"pattern = {self.pattern!r} is for single weights: magnitude, wanda or sparsegpt")
+        if self.store != "dense" and not is_sparse and self.method != "operators":
+            raise ConfigError(f"store = {self.store!r} is for zeros: magnitude, wanda, sparsegpt or operators")
 
 
 class Rotate(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="rotate"):
@@ -241,7 +244,26 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
             raise ConfigError("distill: random weights (shape) cannot be learnt with lora_rank; leave out one")
 
 
-Step = Quantize | Prune | Rotate | Distill
+class Window(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="window"):
+    """Attention that sees the last tokens alone.
+
+    Attributes:
+        size: how many.
+        full_every: every so many layers one keeps seeing all (Qwen); 0: none.
+    """
+
+    size: Count
+    full_every: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def needs_text(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Nothing to add to the types."""
+
+
+Step = Quantize | Prune | Rotate | Window | Distill
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):

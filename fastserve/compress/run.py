@@ -18,11 +18,23 @@ from torch import Tensor
 
 from fastserve import __version__
 from fastserve.checkpoint.folder import ModelFolder, read_json
-from fastserve.compress import calibration, distill, evaluate, mixed, prune, quantize, report, rotate, served
+from fastserve.compress import (
+    calibration,
+    distill,
+    evaluate,
+    mixed,
+    prune,
+    quantize,
+    report,
+    rotate,
+    served,
+    vocabulary,
+    window,
+)
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
-from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step
+from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
 from fastserve.core.errors import ConfigError
 
 REPORT_FILE = "report.html"
@@ -90,6 +102,7 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
     num_channels = 0  # that a step before leaves
+    _check_vocabulary(recipe)
     for step in recipe.steps:
         if isinstance(step, Quantize):
             plan = quantize.Plan.make(network, step)
@@ -104,11 +117,26 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
             num_channels = prune.num_channels(network, step) or num_channels
         elif isinstance(step, Rotate):
             rotate.check(network)
+        elif isinstance(step, Window):
+            window.check(network, step)
         else:
             distill.check(source, step, step.text or recipe.calibration.text)
     total = len(source.weights.names())
     for number, _ in enumerate(network.check_finite()):
         progress("check the weights", number + 1, total)
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    """Models of other tokens cannot be held against each other token by token."""
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Prune) and step.method == "vocabulary":
+            if recipe.calibration.text == calibration.GENERATED:
+                raise ConfigError("vocabulary keeps what a text uses: give calibration.text a file")
+            if recipe.evaluation.text or any(isinstance(item, Distill) for item in recipe.steps[number:]):
+                raise ConfigError(
+                    "after vocabulary the tokens are others than the original's: leave out evaluation.text, and put "
+                    "distill before it"
+                )
 
 
 def _run_step(
@@ -122,6 +150,14 @@ def _run_step(
     if isinstance(step, Rotate):
         changes = rotate.run(network, step, writer, progress)
         return writer.finish({**current.config, **changes}, make_card(current, original, plain, {}))
+    if isinstance(step, Window):
+        changes = window.run(network, step, writer)
+        return writer.finish({**current.config, **changes}, make_card(current, original, plain, {}))
+    if isinstance(step, Prune) and step.method == "vocabulary":
+        kept = vocabulary.choose(current, Path(recipe.calibration.text), step.ratio)
+        changes = prune.drop_tokens(network, kept, writer)
+        card = make_card(current, original, plain, {"tokens": len(kept)})
+        return writer.finish({**current.config, **changes}, card, vocabulary.files(current, kept))
     if isinstance(step, Prune):
         changes, found = prune.run(network, step, _batches(network, step, recipe), writer, progress)
         return writer.finish({**current.config, **changes}, make_card(current, original, plain, found))

@@ -78,7 +78,21 @@ def compress(
         chosen = make_recipe({"steps": [step], **texts, "evaluation": {"text": evaluation}})
     from fastserve.compress.run import compress as run
 
-    _show(as_json, lambda progress: run(model or "", out, chosen, progress))
+    score = _scorer(chosen.evaluation.task, chosen.evaluation.examples) if chosen.evaluation.task else None
+    _show(as_json, lambda progress: run(model or "", out, chosen, progress, score))
+
+
+def _scorer(task: str, examples: str) -> Callable[[str], dict[str, float]]:
+    """What scores a folder on examples of a task; ConfigError before work starts."""
+    from fastserve.train.evaluate import score_examples
+    from fastserve.train.finetune.settings import TASKS, FinetuneSettings
+
+    known = [name for name in TASKS if name != "preference"]
+    if task not in known:
+        raise ConfigError(f"evaluation.task must be one of {', '.join(known)}")
+    if not Path(examples).is_file():
+        raise ConfigError(f"evaluation.examples = {examples!r} is no file")
+    return lambda folder: score_examples(task, folder, Path(examples), FinetuneSettings())
 
 
 def _export(model: str, out: Path, kind: str, as_json: bool) -> None:

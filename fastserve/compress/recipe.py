@@ -53,12 +53,15 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
         text: a plain text file that was not calibrated on; "" leaves the comparison out.
         tokens, length: how many tokens of it, in windows of which length.
         speed: also time prefill and decoding of both as FastServe serves them.
+        task, examples: also score both on examples of a task, as `fastserve eval --task` does.
     """
 
     text: str = ""
     tokens: Count = 8192
     length: Count = 512
     speed: bool = False
+    task: str = ""
+    examples: str = ""
 
 
 class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="quantize"):
@@ -291,6 +294,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the recipe does not fit: {error}; docs/compression.md lists the keys") from error
+    if bool(recipe.evaluation.task) != bool(recipe.evaluation.examples):
+        raise ConfigError("evaluation.task and evaluation.examples (a file of them) are given together")
     for number, step in enumerate(recipe.steps, 1):
         step.check()
         if isinstance(step, Quantize) and number < len(recipe.steps):

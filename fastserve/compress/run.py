@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import resource
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgspec
 from torch import Tensor
 
 from fastserve import __version__
-from fastserve.checkpoint.folder import ModelFolder, read_json
+from fastserve.checkpoint.folder import INDEX_FILE, ModelFolder, read_json
 from fastserve.compress import (
     calibration,
     distill,
@@ -32,16 +33,22 @@ from fastserve.compress import (
     window,
 )
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
-from fastserve.compress.network import Network
+from fastserve.compress.network import Network, load_dense
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
 from fastserve.core.errors import ConfigError
 
 REPORT_FILE = "report.html"
+Score = Callable[[str], dict[str, float]]  # a model folder -> figures by name
 
 
-def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = None) -> ModelFolder:
+def compress(
+    model: str, out: Path, recipe: Recipe, progress: Progress | None = None, score: Score | None = None
+) -> ModelFolder:
     """Run `recipe` on a folder (or hub id, or "" for the built-in model) and write the result to `out`.
+
+    Args:
+        score: what a model folder reaches on `recipe.evaluation.examples`; needed where they are given.
 
     Returns:
         The new folder; its card (fastserve.json) says what was done and how much each layer lost.
@@ -51,6 +58,8 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
         CheckpointError: the folder is damaged, holds values that are not finite, or has an unknown architecture.
     """
     say = progress or (lambda *_: None)
+    if recipe.evaluation.task and score is None:
+        raise ConfigError("evaluation.task needs a function that scores a folder: compress(..., score=...)")
     source = ModelFolder.open(model)
     _check(source, recipe, say)
     started = time.perf_counter()
@@ -66,11 +75,31 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
         current = _run_step(current, target, step, recipe, source, say)
     for folder in between:
         shutil.rmtree(folder)
-    _measure(source, current, recipe, time.perf_counter() - started, say)
+    _measure(source, current, recipe, time.perf_counter() - started, say, score)
     return current
 
 
-def _measure(source: ModelFolder, result: ModelFolder, recipe: Recipe, seconds: float, progress: Progress) -> None:
+def _score(folder: ModelFolder, score: Score) -> dict[str, float]:
+    """Scores of a folder by its weights' values, whatever form they are stored in."""
+    with tempfile.TemporaryDirectory(prefix="fastserve-score-") as place:
+        model = load_dense(folder)
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(place)
+        for file in folder.path.iterdir():
+            is_wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX_FILE
+            if is_wanted and not (Path(place) / file.name).exists():
+                shutil.copyfile(file, Path(place) / file.name)
+        return score(place)
+
+
+def _measure(
+    source: ModelFolder,
+    result: ModelFolder,
+    recipe: Recipe,
+    seconds: float,
+    progress: Progress,
+    score: Score | None,
+) -> None:
     """Add to the card what was gained and lost, and write report.html beside it."""
     card = read_json(result.path / CARD_FILE)
     found: dict[str, Any] = card["compressed"]
@@ -82,12 +111,16 @@ def _measure(source: ModelFolder, result: ModelFolder, recipe: Recipe, seconds: 
         found["loss"] = evaluate.compare(source, result, settings, progress).as_dict()
         if served.is_served(result):
             ids = calibration.text_ids(source, Path(settings.text), settings.tokens).tolist()
-            prompt, before, speed_before = served.run(source, ids, settings.speed)
+            prompts, before, speed_before = served.run(source, ids, settings.speed)
             _, after, speed_after = served.run(result, ids, settings.speed)
-            found["samples"] = [{"prompt": prompt, "original": before, "compressed": after}]
+            sides = zip(prompts, before, after, strict=True)
+            found["samples"] = [{"prompt": prompt, "original": old, "compressed": new} for prompt, old, new in sides]
             found["speed"] = {
                 name: {"original": value, "compressed": speed_after[name]} for name, value in speed_before.items()
             }
+    if score is not None and settings.task:
+        scores = {"original": _score(source, score), "compressed": _score(result, score)}
+        found["task"] = {"name": settings.task, **scores}
     write_json(result.path / CARD_FILE, card)
     (result.path / REPORT_FILE).write_text(report.page(found), encoding="utf-8")
 

@@ -78,7 +78,7 @@ def test_tokens_that_a_text_does_not_use_go(models: dict[str, Path], text: Path,
             {} if start is None else {"decoder_input_ids": torch.tensor([[start]])} for start in begin
         ]
         found = [model(ids, **more).logits[0] for model, ids, more in zip(models_, inputs, extra, strict=True)]
-    kept = {token: index for token, index in zip(new, old, strict=True)}
+    kept = dict(zip(new, old, strict=True))
     ids = sorted(kept)
     assert torch.allclose(found[1][:, ids], found[0][:, [kept[token] for token in ids]], atol=1e-5)
 

@@ -123,7 +123,7 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
 
     Attributes:
         method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts), operators (whole
-            attentions and feed-forwards), vocabulary (tokens that the text does not use), or kv-heads (keys and
+            attentions and feed-forwards), vocabulary (tokens that the text uses least), or kv-heads (keys and
             values of neighbouring heads become their mean).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).

@@ -1,4 +1,4 @@
-"""Leave out tokens that a text does not use: fewer rows of the embedding and of the head, and a tokenizer without them.
+"""Leave out tokens that a text uses least: fewer rows of the embedding and of the head, and a tokenizer without them.
 
 The likeliest tokens of the calibration text stay, with the merges that lead to them; so do single characters and bytes
 and everything special, so that any text can still be written. V tokens, D hidden size.
@@ -35,7 +35,7 @@ def check(folder: ModelFolder) -> None:
 
 
 def choose(folder: ModelFolder, text: Path, ratio: float) -> list[int]:
-    """Ids that stay, in order: at most a share 1 - ratio of all, unless more than that cannot go."""
+    """Ids that stay, in order: a share 1 - ratio of all, or more where what must stay is more."""
     content = _read(folder)
     tokens = _tokens(content)
     counts = torch.bincount(text_ids(folder, text), minlength=max(tokens) + 1)
@@ -44,9 +44,7 @@ def choose(folder: ModelFolder, text: Path, ratio: float) -> list[int]:
     parts = _parts(content)
     budget = round((1 - ratio) * len(tokens))
     for index in counts.argsort(descending=True, stable=True).tolist():
-        if not counts[index] or index not in tokens:
-            break
-        needed = _with_parts(index, parts) - kept
+        needed = _with_parts(index, parts) - kept if index in tokens else set()
         if len(kept) + len(needed) <= budget:
             kept |= needed
     return sorted(kept)
@@ -115,7 +113,8 @@ def _is_basic(token: str) -> bool:
 
 def _parts(content: Mapping[str, Any]) -> dict[int, tuple[int, int]]:
     """Token -> the two that the first merge to it joins."""
-    vocab, found = content["model"]["vocab"], {}
+    vocab = content["model"]["vocab"]
+    found: dict[int, tuple[int, int]] = {}
     for item in content["model"].get("merges", []):
         left, right = item if isinstance(item, list) else item.split(" ")
         if left + right in vocab:

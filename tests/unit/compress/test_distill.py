@@ -70,6 +70,17 @@ def test_a_student_of_another_shape(teacher: Path, text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
+@pytest.mark.parametrize("keys", [{"lora_rank": 4, "learning_rate": 1e-2}, {"sparsity": 0.2, "learning_rate": 5e-4}])
+def test_other_networks_by_other_ways(
+    models: dict[str, Path], text: Path, tmp_path: Path, kind: str, keys: dict[str, Any]
+) -> None:
+    prune = {"do": "prune", "method": "channels", "ratio": 0.5}
+    before = compress(str(models[kind]), tmp_path / "before", recipe(text, prune))
+    after = compress(str(models[kind]), tmp_path / "after", recipe(text, prune, {**STEP, **keys}))
+    assert kl(models[kind], after, text) < kl(models[kind], before, text)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_other_networks(models: dict[str, Path], text: Path, tmp_path: Path, kind: str) -> None:
     prune = {"do": "prune", "method": "channels", "ratio": 0.5}
     before = compress(str(models[kind]), tmp_path / "before", recipe(text, prune))

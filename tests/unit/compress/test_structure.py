@@ -46,22 +46,23 @@ def test_attention_looks_no_farther(tmp_path: Path, name: str) -> None:
     model, ids = load_dense(folder), torch.randint(3, 200, (1, 40))
     other = ids.clone()
     other[0, :4] = ids[0, :4] + 1
+    whole = load_dense(ModelFolder.open(str(source)))
     with torch.no_grad():
-        is_same = torch.allclose(model(ids).logits[0, -1], model(other).logits[0, -1], atol=1e-6)
+        last, changed, unlimited = (network(given).logits[0, -1] for network, given in
+                                    ((model, ids), (model, other), (whole, ids)))  # fmt: skip
+    is_same = torch.allclose(last, changed, atol=1e-6)
     assert is_same == (name == "llama")  # with full attention in the second layer, what went before is seen
-    found, wanted = served_logits(folder.path), logits(model, folder)
-    assert torch.allclose(found[-1], wanted[-1], atol=1e-4)
-    whole = ModelFolder.open(str(source))
-    assert not torch.allclose(logits(load_dense(whole), whole)[-1], wanted[-1], atol=1e-3)
+    assert not torch.allclose(last, unlimited, atol=1e-3)
+    assert torch.allclose(served_logits(folder.path)[-1], logits(model, folder)[-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
 def test_tokens_that_a_text_does_not_use_go(models: dict[str, Path], text: Path, tmp_path: Path, kind: str) -> None:
     source = ModelFolder.open(str(models[kind]))
-    step = {"do": "prune", "method": "vocabulary", "ratio": 0.1}
+    step = {"do": "prune", "method": "vocabulary", "ratio": 0.02}
     folder = compress(str(source.path), tmp_path / "out", recipe(text, step))
     size = folder.config["vocab_size"]
-    assert size < source.config["vocab_size"]
+    assert size == round(0.98 * source.config["vocab_size"])
     before, after = Tokenizer.load(source), Tokenizer.load(folder)
     words = text.read_text()[:200]
     old, new = before.encode(words), after.encode(words)

@@ -13,11 +13,22 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 constexpr int kKeyBlock = 64;
 constexpr int64_t kSplitKeys = 512;
-constexpr int64_t kTileQueryRows = 96;
 constexpr int64_t kFewRows = 12;     // rows that do not repay a panel of values
 constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
 constexpr int64_t kFetches = 32;     // while a head's block is worked on
 constexpr float kNever = -3.0e38f;    // a masked score; any real one is larger
+
+// Limits of scores: kNever before a position, or from it on; none on the other side. Read from where the position is 64.
+struct Bounds {
+    float from[2 * kKeyBlock]{}, to[2 * kKeyBlock]{};
+    constexpr Bounds() {
+        for (int64_t i = 0; i < kKeyBlock; ++i) {
+            from[i] = to[kKeyBlock + i] = kNever;
+            from[kKeyBlock + i] = to[i] = __builtin_inff();
+        }
+    }
+};
+static constexpr Bounds kBounds;
 
 // Where one thread's working memory lies.
 struct AttentionScratch {
@@ -501,29 +512,39 @@ private:
             bias += head * args_.bias_stride + args_.bias_origin + first_key - position;
         }
         const F scale = f_set(args_.scale), cap = f_set(args_.softcap), inverse_cap = f_set(1.0f / args_.softcap);
-        F highest = f_set(kNever);
-        for (int column = 0; column < kKeyBlock; column += W) {
-            F value = f_mul(f_load(scores + column), scale);
-            if (is_s8()) value = f_mul(value, f_load(s_.key_scales + column));
-            if (bias && column < end) value = f_add(value, load_lanes(bias, DType::f32, column, end - column));
+        constexpr int kVectors = kKeyBlock / W;
+        F values[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            F value = f_mul(f_load(scores + v * W), scale);
+            if (is_s8()) value = f_mul(value, f_load(s_.key_scales + v * W));
+            if (bias && v * W < end) value = f_add(value, load_lanes(bias, DType::f32, v * W, end - v * W));
             if (args_.softcap > 0.0f) value = f_mul(cap, f_tanh(f_mul(value, inverse_cap)));
-            f_store(scores + column, value);
+            values[v] = value;
         }
-        for (int64_t i = 0; i < begin; ++i) scores[i] = kNever;
-        for (int64_t i = end < begin ? begin : end; i < kKeyBlock; ++i) scores[i] = kNever;
-        for (int column = 0; column < kKeyBlock; column += W) highest = f_max(highest, f_load(scores + column));
+        if (begin > 0 || end < kKeyBlock) {
+            const float* first = kBounds.from + kKeyBlock - min_of(begin, kKeyBlock);
+            const float* last = kBounds.to + kKeyBlock - max_of(end, 0);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                values[v] = f_min(f_load(last + v * W), f_min(f_load(first + v * W), values[v]));  // a NaN stays one
+            }
+        }
+        F highest = f_set(kNever);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) highest = f_max(highest, values[v]);
         const float block_top = f_largest(highest);
         const float top = block_top > s_.top[row] ? block_top : s_.top[row];
         const F top_v = f_set(top);
         F sum = f_zero();
         char* probs = s_.probs + row * kKeyBlock * sizes_.element;
-        for (int column = 0; column < kKeyBlock; column += W) {
-            F value = f_load(scores + column);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
             // exp is clamped, so that a masked score would leave a trace: it is zeroed instead.
-            F p = f_zero_below(value, f_set(kNever * 0.5f), f_exp(f_sub(value, top_v)));
+            F p = f_zero_below(values[v], f_set(kNever * 0.5f), f_exp(f_sub(values[v], top_v)));
             sum = f_add(sum, p);
-            if (is_s8()) p = f_mul(p, f_load(s_.value_scales + column));
-            store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, column, p);
+            if (is_s8()) p = f_mul(p, f_load(s_.value_scales + v * W));
+            store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, v * W, p);
         }
         if (top > s_.top[row]) {
             const float share = s_.top[row] <= kNever ? 0.0f : exp_one(s_.top[row] - top);

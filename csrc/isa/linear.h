@@ -44,6 +44,8 @@ struct Block {
     bool load;                 // c holds what came before
     bool finish;               // the (only) group ends here: apply its scale
     bool stream;               // the words come from memory: fetch ahead
+    const uint8_t* ahead;      // what is read next, to be fetched into the L2 cache meanwhile
+    int64_t ahead_lines, ahead_lines_at_once;  // in all; per word row
     int64_t rows, columns;     // of this tile; the kernels in registers are made for theirs
     TileShape* tiles;
 };
@@ -126,6 +128,7 @@ static void block_kernel(const Block& b) {
     const uint8_t* words = b.words;
     const char* a = b.a;
     const bool grouped = Scaled && b.weight->groups > 1;
+    const uint8_t *ahead = b.ahead, *ahead_end = b.ahead + 64 * b.ahead_lines;
     for (int64_t g = 0; g < b.groups; ++g) {
         typename D::Acc acc[R][NV];
         if (b.load && !grouped) {
@@ -145,6 +148,9 @@ static void block_kernel(const Block& b) {
         const uint8_t* at = words;
         const int64_t steps = g == b.groups - 1 ? b.last_words : b.words_per_group;
         for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t i = 0; i < b.ahead_lines_at_once && ahead < ahead_end; ++i, ahead += 64) {
+                __builtin_prefetch(ahead, 0, 2);
+            }
             I row[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) row[v] = i_load(at + v * W * 4);
@@ -326,6 +332,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         b.words_per_group = group_words;
         b.last_words = count - (groups_here - 1) * group_words;
         b.group_stride = block_bytes;
+        // Pieces and panels follow one another in memory.
+        const uint8_t* ahead = block + groups_here * block_bytes;
+        int64_t ahead_lines = ceil_div(groups_here * block_bytes, 64);
+        if (groups == 1) ahead = words + count * word_row, ahead_lines = ceil_div(count * word_row, 64);
+        const int64_t steps = (direct ? count : count * parts);
         if (!direct) {
             for (int64_t g = 0; g < groups_here; ++g) {
                 int64_t here = g == groups_here - 1 ? b.last_words : group_words;
@@ -347,13 +358,18 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
             const int64_t step = recipe.tiles ? width : wide ? kPanelColumns : kColumnMultiple;
             b.rows = r;
             b.columns = step;
-            b.stream = direct && i == 0;
+            b.stream = direct && row_blocks == 1;
+            const Range lines{ahead_lines * i / row_blocks, ahead_lines * (i + 1) / row_blocks};
+            b.ahead = ahead + 64 * lines.begin;
+            b.ahead_lines = row_blocks == 1 && !recipe.tiles ? 0 : lines.end - lines.begin;
+            b.ahead_lines_at_once = ceil_div(b.ahead_lines, steps);
             for (int64_t column = 0; column < width; column += step) {
                 b.words = words + column * 4;
                 b.header = block + column * weight.scale_bytes();
                 b.zeros_offset = (width - column) * weight.scale_bytes() + column;  // from this tile's scales
                 b.c = c + range.begin * kPanelColumns + column;
                 (recipe.tiles ? recipe.tiles : (wide ? kernels.wide : kernels.narrow)[r - 1])(b);
+                b.ahead_lines = b.ahead_lines_at_once = 0;
             }
         }
     }

@@ -18,7 +18,7 @@ constexpr int kDirectLimit = 24;             // rows from which it pays to unpac
 constexpr int kSegmentWords = 128;           // words of K per piece of panel: 32 KB
 constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in the L2 cache
 constexpr int64_t kPrivateRows = 4;          // up to here every thread prepares the activations for itself
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 8192;
 
 // How the tile unit is configured, where there is one.
 struct TileShape {
@@ -221,7 +221,6 @@ template <class D>
 static void unpack_words(const PackedWeight& weight, const uint8_t* words, int64_t count, int64_t width, uint8_t* out) {
     const D dot(weight);
     for (int64_t i = 0; i < count; ++i) {
-        for (int64_t line = 0; line < width * 4; line += 64) __builtin_prefetch(words + kPrefetchBytes + line, 0, 3);
         for (int64_t column = 0; column < width; column += W) {
             store_parts<D, 0>(dot, i_load(words + column * 4), out + column * 4, width * 4);
         }

@@ -22,7 +22,7 @@ from fastserve.core.config import EngineConfig
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.adapters import Adapters
-from fastserve.engine.executor import Executor, LocalExecutor
+from fastserve.engine.executor import Executor
 from fastserve.engine.grammar import GrammarCompiler
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
@@ -111,7 +111,7 @@ class Engine:
             self._adapters,
         )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
-        self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
+        self._executor = Executor(runner, kv_cache, self._tiers)
         self._device = loaded.model.device
         # One place in the batch each; a model that keeps its own cache cannot share it.
         self._max_beams = 1 if loaded.model.has_own_cache else min(config.max_batch_sequences, self.vocab_size // 4)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
+from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
-from fastserve.kernels.quant import QuantizedWeight, reordered
+from fastserve.kernels.quant import reordered
 from fastserve.kernels.reference import Kernels
-from fastserve.models.quantized import read_quantized
 
 _OLD_SUFFIXES = {"weight": "gamma", "bias": "beta"}  # of norms, in folders made of TensorFlow checkpoints
 

@@ -19,9 +19,8 @@ from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import SchedulingPolicy
-from fastserve.scheduler.queue import Ranked, WaitingQueue
+from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
-from fastserve.scheduler.turns import order_by_next_turn
 
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 

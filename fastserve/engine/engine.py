@@ -222,7 +222,10 @@ class Engine:
 
         Memory of running sequences is given back when they end.
         """
-        self._resize(num_bytes // self.memory.block_bytes)
+        num_blocks = min(num_bytes // self.memory.block_bytes, self._elastic.max_blocks)
+        self._scheduler.resize(num_blocks)
+        if not self._scheduler.has_work():
+            self._compute()  # an empty plan, which carries the size to the executor
 
     def tend(self) -> None:
         """What is to be done from time to time, busy or idle: with kv_cache_max_memory, follow the free memory."""
@@ -231,12 +234,7 @@ class Engine:
             elastic.next_look = now + elastic.interval
             advised = elastic.advise(free_memory(self._device), pool.num_blocks, pool.num_used)
             if advised != pool.num_blocks:
-                self._resize(advised)
-
-    def _resize(self, num_blocks: int) -> None:
-        self._scheduler.resize(min(num_blocks, self._elastic.max_blocks))
-        if not self._scheduler.has_work():
-            self._compute()  # an empty plan, which carries the size to the executor
+                self.resize_kv_cache(advised * self.memory.block_bytes)
 
     def stats(self) -> EngineStats:
         """Counters so far and gauges now. The same object each time; copy it to keep it."""

@@ -18,10 +18,7 @@ HEADER = struct.Struct("<I")
 
 
 class Configure(msgspec.Struct, tag=True):
-    """API -> engine, first frame: EngineConfig as a mapping, and the models that do not generate.
-
-    generates: whether the options are those of a model that does.
-    """
+    """API -> engine, first frame: EngineConfig as a mapping (of a model that `generates`, or not); the other models."""
 
     options: dict[str, object]
     models: list[ModelSpec] = []
@@ -56,12 +53,6 @@ class Abort(msgspec.Struct, tag=True):
     """API -> engine: stop these requests and free what they hold. No output follows."""
 
     request_ids: list[str]
-
-
-class ResizeCache(msgspec.Struct, tag=True):
-    """API -> engine: grow or shrink the KV cache to this size, as far as it can. EngineStats tell the outcome."""
-
-    num_bytes: int
 
 
 class LoadAdapter(msgspec.Struct, tag=True):
@@ -123,10 +114,7 @@ class EngineStats(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Engine -> API: the models are loaded. `max_model_len` in tokens; `report` is the memory plan for people.
-
-    models: those that do not generate.
-    """
+    """Engine -> API: all is loaded. `report` is the memory plan for people; `models` are those that do not generate."""
 
     max_model_len: int
     vocab_size: int
@@ -163,7 +151,7 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Run | Load | Unload | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Configure | Add | Run | Load | Unload | Abort | LoadAdapter | UnloadAdapter | Shutdown
 FromEngine = Ready | Outputs | Answers | Loaded | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -39,7 +39,6 @@ from fastserve.engine.messages import (
     Loaded,
     Outputs,
     Ready,
-    ResizeCache,
     Run,
     Shutdown,
     ToEngine,
@@ -138,8 +137,6 @@ def _apply(connection: Connection, engine: Runtimes, message: ToEngine) -> list[
     """One request that cannot be served must not end the others."""
     if isinstance(message, Abort):
         engine.abort(message.request_ids)
-    elif isinstance(message, ResizeCache):
-        engine.resize_kv_cache(message.num_bytes)
     elif isinstance(message, Add):
         try:
             engine.add(message.request)

@@ -31,13 +31,8 @@ class ModelRunner:
     """One model on one device.
 
     Args:
-        model: the network.
-        kernels: its operations.
-        kv_cache: the paged memory.
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
         max_model_len: tokens of the longest sequence.
-        grammars: compiles what structured outputs ask for.
-        adapters: the LoRA adapters that requests may have.
 
     Attributes:
         report: how a step runs, for people.

@@ -51,7 +51,7 @@ _RETRY_AFTER, _MAX_RETRY_AFTER = 6.0, 60.0  # before the engine knows how long a
 _COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
     *("prompt_tokens", "generation_tokens", "step_seconds", "recomputed_tokens"),
-    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds"),
+    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds", "draft_tokens", "draft_tokens_right"),
 )
 
 

@@ -90,6 +90,7 @@ class EngineStats(msgspec.Struct):
         step_seconds: total time spent in steps.
         recomputed_tokens: computed again after their memory was taken.
         kv_blocks_kept, kv_blocks_restored, kv_errors: copied to lower tiers, brought back, and failed reads and writes.
+        draft_tokens, draft_tokens_right: guesses that were verified, and those that were right.
         kv_move_seconds: part of step_seconds in which a step waited for such copies.
         request_seconds: gauge: time of the engine that a request takes, as expected now.
     """
@@ -110,6 +111,8 @@ class EngineStats(msgspec.Struct):
     kv_blocks_restored: int = 0
     kv_errors: int = 0
     kv_move_seconds: float = 0.0
+    draft_tokens: int = 0
+    draft_tokens_right: int = 0
     request_seconds: float = 0.0
 
 

@@ -94,6 +94,14 @@ class ModelRunner:
             self._sample(result, logits, entries, greedy)
         return result
 
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Logits of the entries that sample, a row each, for who chooses the tokens himself; else as `run`."""
+        batch, rows = make_batch(plan, self._kv_cache.block_size, self._tables, set(), self._device)
+        if self._recorded is None:
+            return self._run_scoring(plan, batch, rows, StepResult({}))
+        return self._model.finish(self._recorded.run(batch, False)[0])
+
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
         """A whole step: [R, V] of the batch's logit rows, to be finished."""
         hidden = self._hidden(kernels, batch)

@@ -134,8 +134,8 @@ def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
     ((num_heads, num_kv_heads, head_size),) = shapes
     windows = tuple(call[3] for call in recorder.calls.values())
     _check_windows(network.config, windows)
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size}
-    shape = replace(_config_shape(network), num_layers=len(windows), windows=windows, **heads)
+    shape = replace(_config_shape(network), num_layers=len(windows), windows=windows, head_size=head_size)
+    shape = replace(shape, num_heads=num_heads, num_kv_heads=num_kv_heads)
     return shape, max(error, _check_logits(network, _run_in_steps(network, shape, probe.sequences), probe))
 
 

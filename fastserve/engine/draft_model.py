@@ -53,6 +53,7 @@ class DraftModel:
     ) -> None:
         self._kernels = loaded.kernels
         self._longest = loaded.model.shape.max_positions
+        self._top_id = loaded.model.shape.vocab_size - 1
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
@@ -138,7 +139,8 @@ class DraftModel:
         tokens_left = self._max_tokens
         for sequence in sequences:
             draft, length = self._drafts[sequence.request_id], len(sequence.token_ids)
-            token_ids = sequence.token_ids[draft.num_computed :][:tokens_left]
+            unread = sequence.token_ids[draft.num_computed : draft.num_computed + tokens_left]
+            token_ids = [min(token_id, self._top_id) for token_id in unread]  # vocabularies may be padded differently
             if token_ids and length <= min(self._longest, len(sequence.block_ids) * block_size):
                 tokens_left -= len(token_ids)
                 yield self._entry(sequence, draft, token_ids)

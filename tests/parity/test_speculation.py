@@ -145,3 +145,14 @@ def test_a_draft_model_with_another_vocabulary_is_refused(folder: Path, tmp_path
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match=r"another vocabulary than .* \(2 tokens differ\)"):
         LLM(folder, dtype="float32", draft_model=str(other), kv_cache_memory="8MiB")
+
+
+def test_ids_that_only_the_padding_of_a_vocabulary_has(folder: Path, tmp_path: Path) -> None:
+    padded = folders.FAMILIES["qwen3"](tmp_path / "padded", vocab_size=folders.VOCAB_SIZE + 64)
+    prompt = [*PERIOD, folders.VOCAB_SIZE + 60, *PERIOD]
+    made = []
+    for options in ({"speculation": "off"}, {"speculation": "draft", "draft_model": str(folder)}):
+        llm = LLM(padded, dtype="float32", kv_cache_memory="8MiB", **options)
+        outputs = llm.generate([prompt, prompt], [GREEDY, replace(SAMPLED, temperature=5.0, top_k=0, ignore_eos=True)])
+        made.append([output.outputs[0].token_ids for output in outputs])
+    assert made[0] == made[1] and max(made[0][1]) >= folders.VOCAB_SIZE

@@ -127,6 +127,7 @@ class Engine:
             interval=1.0 if config.kv_cache_max_memory else math.inf,
         )
         decides_by_cost = policy.uses_cost or tier_pool is not None or config.target_tpot_ms > 0
+        decides_by_cost |= loaded.draft is not None and config.speculation == "auto"
         if decides_by_cost and not loaded.model.has_own_cache:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)

@@ -212,8 +212,7 @@ class EngineClient:
         await self._ask(UnloadAdapter(name))
 
     async def _ask(self, message: LoadAdapter | UnloadAdapter) -> None:
-        if not self._send_frame(message):
-            raise EngineDeadError("the engine is not running; try again when /ready says so")
+        self._tell(message)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
         await answer
@@ -318,6 +317,10 @@ class EngineClient:
         assert self._link is not None
         self._link.send(Add(live.request))
         live.is_sent = True
+
+    def _tell(self, message: ToEngine) -> None:
+        if not self._send_frame(message):
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
 
     def _send_frame(self, message: ToEngine) -> bool:
         """Send to a ready engine; False when there is none."""

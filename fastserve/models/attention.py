@@ -106,9 +106,7 @@ class VarlenContext:
         transform: HeadTransform | None = None,
     ) -> Tensor:
         assert not softcap
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        query, key = _transformed(self.kernels, query, key, transform)
         return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scale, window, self._bias)
 
 
@@ -131,11 +129,20 @@ class DenseContext:
         softcap: float = 0.0,
         transform: HeadTransform | None = None,
     ) -> Tensor:
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        query, key = _transformed(self.kernels, query, key, transform)
         tables = [torch.arange(start, end, device=query.device) for start, end in pairwise(self._starts)]
         none = query.new_empty(0, dtype=torch.int64)
         batch = Batch(none, none, none, self._starts, self._lengths, tables, none)  # blocks of one token
         keys, values = key.unsqueeze(1), value.unsqueeze(1)
         return self.kernels.paged_attention(query, keys, values, batch, scale, window, softcap)
+
+
+def _transformed(
+    kernels: Kernels, query: Tensor, key: Tensor, transform: HeadTransform | None
+) -> tuple[Tensor, Tensor]:
+    if transform is None:
+        return query, key
+    return (
+        kernels.transform_heads(query, transform.query_norm, transform),
+        kernels.transform_heads(key, transform.key_norm, transform),
+    )

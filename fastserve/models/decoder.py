@@ -16,7 +16,7 @@ from torch import Tensor
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
-from fastserve.models.model import ModelShape, same_fields
+from fastserve.models.model import same_fields
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
 
@@ -152,12 +152,7 @@ class Decoder:
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
         self._rotation_of_layer = [len(ropes) if rope is None else ropes.index(rope) for rope in config.ropes]
-        self.shape = ModelShape(
-            **same_fields(config, ModelShape),
-            dtype=parameters.dtype,
-            num_parameters=parameters.num_parameters,
-            weight_bytes=parameters.num_bytes,
-        )
+        self.shape = parameters.shape(config, config.num_kv_heads)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:

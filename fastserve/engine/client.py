@@ -30,17 +30,16 @@ from fastserve.engine.messages import (
     Abort,
     Add,
     Answers,
+    ChangeAdapter,
     Configure,
     Done,
     EngineStats,
     FromEngine,
-    LoadAdapter,
     Loaded,
     Outputs,
     Ready,
     Shutdown,
     ToEngine,
-    UnloadAdapter,
 )
 from fastserve.engine.token_stream import TokenStream
 
@@ -130,7 +129,7 @@ class EngineClient:
         self.arrays = ArrayClient(models, self._send_frame, self._restarts.max_deaths_per_request)
         self.generates = generates
         self._live: dict[str, _Live] = {}
-        self._asked: deque[tuple[LoadAdapter | UnloadAdapter, asyncio.Future[None]]] = deque()
+        self._asked: deque[tuple[ChangeAdapter, asyncio.Future[None]]] = deque()
         self._past = EngineStats()
         self._link: EngineLink | None = None
         self._failure: FastServeError | None = None
@@ -200,7 +199,7 @@ class EngineClient:
 
         Raises RequestError when the engine refuses it, EngineDeadError when none is running now.
         """
-        await self._ask(LoadAdapter(name, path))
+        await self._ask(ChangeAdapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for this adapter, wait for those that use it, and forget it. Raises as `load_adapter`."""
@@ -209,9 +208,9 @@ class EngineClient:
         self._keep_adapters({other: path for other, path in self.adapters.items() if other != name})
         while any(live.request.adapter == name for live in self._live.values()):
             await asyncio.sleep(_LOOK_SECONDS)
-        await self._ask(UnloadAdapter(name))
+        await self._ask(ChangeAdapter(name))
 
-    async def _ask(self, message: LoadAdapter | UnloadAdapter) -> None:
+    async def _ask(self, message: ChangeAdapter) -> None:
         self._tell(message)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
@@ -222,7 +221,7 @@ class EngineClient:
 
     def _on_done(self, done: Done) -> None:
         message, answer = self._asked.popleft()
-        if not done.error and isinstance(message, LoadAdapter):
+        if not done.error and message.path:
             self._keep_adapters({**self.adapters, message.name: message.path})
         if answer.done():
             return  # nobody waits any more

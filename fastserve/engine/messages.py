@@ -55,21 +55,15 @@ class Abort(msgspec.Struct, tag=True):
     request_ids: list[str]
 
 
-class LoadAdapter(msgspec.Struct, tag=True):
-    """API -> engine: load the LoRA adapter in a folder. `Done` follows."""
+class ChangeAdapter(msgspec.Struct, tag=True):
+    """API -> engine: load the LoRA adapter in a folder, or without a path forget it. `Done` follows."""
 
     name: str
-    path: str
-
-
-class UnloadAdapter(msgspec.Struct, tag=True):
-    """API -> engine: forget an adapter that no request uses. `Done` follows."""
-
-    name: str
+    path: str = ""
 
 
 class Done(msgspec.Struct, tag=True):
-    """Engine -> API: the oldest LoadAdapter or UnloadAdapter without an answer was carried out; or why not."""
+    """Engine -> API: the oldest ChangeAdapter without an answer was carried out; or why not."""
 
     error: str = ""
     param: str | None = None
@@ -154,7 +148,7 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Run | Load | Unload | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Configure | Add | Run | Load | Unload | Abort | ChangeAdapter | Shutdown
 FromEngine = Ready | Outputs | Answers | Loaded | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -198,18 +198,14 @@ class Runtimes:
         self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())
         return self._stats
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """See `Adapters.load`."""
-        self._adapted().load_adapter(name, path)
-
-    def unload_adapter(self, name: str) -> None:
-        """See `Adapters.unload`."""
-        self._adapted().unload_adapter(name)
-
-    def _adapted(self) -> RunnableEngine:
+    def change_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter, or without a path forget it; see `Adapters`."""
         if self._generator is None:
             raise RequestError("LoRA adapters need a model that generates; there is none here", "lora_name")
-        return self._generator
+        if path:
+            self._generator.load_adapter(name, path)
+        else:
+            self._generator.unload_adapter(name)
 
     def _busy(self) -> dict[str, float]:
         """Name -> weight of those that have work."""

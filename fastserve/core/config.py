@@ -135,6 +135,8 @@ class EngineConfig:
         self._choice("kv_cache_dtype", ("auto", "int8"))
         if self.kv_cache_dtype == "int8" and self.block_size % 4:
             raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")
+        if self.speculation == "draft" and not self.draft_model:
+            raise ConfigError("speculation=draft needs draft_model, the folder of a smaller model that guesses")
         self._choice("speculation", ("auto", "draft") if self.draft_model else ("auto", "ngram", "off"))
         if self.draft_model and self.kv_cache_max_memory:
             raise ConfigError("with draft_model the KV cache keeps its size; leave out kv_cache_max_memory")

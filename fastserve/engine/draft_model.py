@@ -66,8 +66,9 @@ class DraftModel:
 
     def propose(self, sequence: Sequence, limit: int, num_sequences: int) -> list[int]:
         draft = self._drafts.get(sequence.request_id)
-        is_old = draft is None or draft.first != len(sequence.token_ids)
-        return [] if draft is None or is_old else draft.guesses[: max(0, limit)]
+        if draft is None or draft.first != len(sequence.token_ids):
+            return []
+        return draft.guesses[: max(0, limit)]
 
     def forget(self, request_id: str) -> None:
         self._ended.append(request_id)
@@ -89,7 +90,9 @@ class DraftModel:
         is_reading = sum(len(entry.token_ids) for entry in entries) > 2 * len(entries)
         guessing = {entry.request_id for entry in entries if entry.samples}
         left = [(item, self._drafts[item.request_id]) for item in sequences if item.request_id in guessing]
-        for number in range(1, num_guesses + 1):
+        number = 0
+        while entries and number < num_guesses:
+            number += 1
             for (_, draft), token_id in zip(left, self._draw(entries, left), strict=True):
                 draft.guesses.append(token_id)
             left = [
@@ -99,9 +102,7 @@ class DraftModel:
                 and draft.num_computed < min(self._longest, len(sequence.block_ids) * block_size)
             ]
             entries = [self._entry(sequence, draft, draft.guesses[-1:]) for sequence, draft in left]
-            if not entries:
-                break
-        if not is_reading:
+        if number and not is_reading:
             seconds = (time.perf_counter() - started) / number
             known = self._round_seconds or seconds
             self._round_seconds = known + GUESS_RATE * (min(seconds, 4 * known) - known)
@@ -152,10 +153,11 @@ class DraftModel:
         return PlanEntry(sequence.request_id, token_ids, start, sequence.block_ids[:], samples, request)
 
     def _draw(self, entries: list[PlanEntry], left: list[tuple[Sequence, _Draft]]) -> list[int]:
-        logits = self._runner.logits(StepPlan(entries))[:, : self._vocab_size]
+        logits = self._runner.logits(StepPlan(entries))
         for sequence, draft in left:
             draft.state.num_output = sequence.num_output + len(draft.guesses)
-        return sample(logits, [draft.state for _, draft in left], self._kernels) if left else []
+        states = [draft.state for _, draft in left]
+        return sample(logits[:, : self._vocab_size], states, self._kernels) if states else []
 
 
 def _state(sequence: Sequence) -> SamplingState:

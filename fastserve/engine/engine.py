@@ -20,7 +20,7 @@ import torch
 
 from fastserve.checkpoint.folder import TEXT_GENERATION, ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
-from fastserve.core.config import EngineConfig
+from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.adapters import Adapters
@@ -293,7 +293,14 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         draft_folder = ModelFolder.open(config.draft_model)
         draft = load(draft_folder)
         check_draft(folder, loaded, draft_folder, draft)
-        loaded = replace(loaded, draft=draft, report=[*loaded.report, f"draft model: {draft_folder.name}"])
+        loaded = replace(
+            loaded,
+            draft=draft,
+            report=[
+                *loaded.report,
+                f"draft model: {draft_folder.name}, {format_bytes(draft.model.shape.weight_bytes)}",
+            ],
+        )
     if config.kv_cache_dtype == "int8" and loaded.model.has_own_cache:
         raise ConfigError("this model keeps its own cache, which has no int8 form; use kv_cache_dtype=auto")
     memory = plan_memory(

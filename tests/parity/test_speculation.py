@@ -101,11 +101,14 @@ def test_a_draft_model_changes_nothing(folder: Path, draft: Path, without: list)
         assert right < guessed / 2
 
 
-def test_a_draft_model_with_little_memory_and_small_steps(folder: Path, draft: Path, without: list) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_draft_model_with_little_memory_and_small_steps(
+    folder: Path, draft: Path, without: list, kernels: str
+) -> None:
     options = {"dtype": "float32", "max_model_len": 160, "speculation": "draft", "draft_model": str(draft)}
     probe = LLM(folder, **options, kv_cache_memory="8MiB")
     small = 14 * probe.engine.memory.block_bytes
-    llm = LLM(folder, **options, kv_cache_memory=small, max_batch_tokens=24, max_batch_sequences=6)
+    llm = LLM(folder, **options, kernels=kernels, kv_cache_memory=small, max_batch_tokens=24, max_batch_sequences=6)
     assert results(llm) == without
     assert llm.engine.stats().num_preemptions > 0 and llm.engine.stats().draft_tokens > 0
 
@@ -122,11 +125,12 @@ def test_with_auto_a_draft_model_that_is_wrong_rests(folder: Path, tmp_path: Pat
     [
         ({"speculation": "off"}, "speculation must be one of auto, draft"),
         ({"kv_cache_max_memory": "1GiB"}, "leave out kv_cache_max_memory"),
+        ({"draft_model": "", "speculation": "draft"}, "needs draft_model"),
     ],
 )
 def test_what_does_not_go_with_a_draft_model(folder: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLM(folder, dtype="float32", draft_model=str(folder), **options)
+        LLM(folder, **{"dtype": "float32", "draft_model": str(folder), **options})
 
 
 def test_a_model_with_its_own_cache_can_neither_draft_nor_be_drafted_for(folder: Path, tmp_path: Path) -> None:

@@ -357,10 +357,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
             const int64_t step = recipe.tiles ? width : wide ? kPanelColumns : kColumnMultiple;
             b.rows = r;
             b.columns = step;
+            // A panel that is read once is fetched a little ahead; one that rows share, evenly while the one before it is used.
             b.stream = direct && row_blocks == 1;
             const Range lines{ahead_lines * i / row_blocks, ahead_lines * (i + 1) / row_blocks};
-            b.ahead = ahead + 64 * lines.begin;
-            b.ahead_lines = row_blocks == 1 && !recipe.tiles ? 0 : lines.end - lines.begin;
+            b.ahead = b.stream ? words + kPrefetchBytes : ahead + 64 * lines.begin;
+            b.ahead_lines = b.stream && !recipe.tiles ? 0 : lines.end - lines.begin;
             b.ahead_lines_at_once = ceil_div(b.ahead_lines, steps);
             for (int64_t column = 0; column < width; column += step) {
                 b.words = words + column * 4;

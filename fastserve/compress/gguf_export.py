@@ -21,10 +21,9 @@ from fastserve.checkpoint import bitmask
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.gguf_config import METADATA_KEYS, gguf_name
 from fastserve.checkpoint.quantization import Quantization, read_quantization
+from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.compress.quantize import Progress
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.quant import QuantizedWeight
-from fastserve.models.quantized import read_quantized
 from fastserve.models.rope import read_rope
 
 if TYPE_CHECKING:

@@ -23,6 +23,10 @@ void drop_zeros(PackedWeight& weight, ThreadPool& pool);
 const uint16_t* expand(const PackedWeight& weight, int64_t panel, int64_t first, int64_t count, const uint16_t* values,
                        uint8_t* words);
 
+// Products of a whole panel of 64 columns with one vector of bfloat16 pairs [k_padded / 2], into c [64], expanded in
+// registers: the additions of the dense kernel of pairs. False: this processor has no such kernel, nothing was done.
+bool multiply_vector(const PackedWeight& weight, int64_t panel, const char* x, float* c);
+
 // How many times as fast as dense a product with one vector is where this share of the values is zero, weights read
 // from memory: measured here and now, on random ones.
 double measure_sparse_gain(double zeros, const OpTable& table, ThreadPool& pool);

@@ -314,6 +314,10 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         if (groups > 1) piece = piece < group_words ? group_words : piece / group_words * group_words;
     }
     const int64_t row_blocks = ceil_div(rows, max_rows);
+    if (sparse && rows == 1 && width == kPanelColumns && recipe.path == Path::pairs && !recipe.tiles &&
+        multiply_vector(weight, panel, x.data + first * x.stride, c)) {
+        return;
+    }
     const uint16_t* values = nullptr;
     for (int64_t start = 0; start < all_words; start += piece) {
         const int64_t count = min_of(piece, all_words - start);

@@ -29,7 +29,7 @@ def run(folder: ModelFolder, ids: Sequence[int], with_speed: bool) -> tuple[list
     from fastserve.offline.llm import LLM
 
     length = min(_PREFILL + _DECODE + 1, max_length(folder))
-    llm = LLM(str(folder.path), max_model_len=length, max_batch_sequences=1, prefix_caching=False)
+    llm = LLM(str(folder.path), max_model_len=length, max_batch_sequences=_SAMPLES, prefix_caching=False)
     try:
         starts = [part * len(ids) // _SAMPLES for part in range(_SAMPLES)]
         prompts = [[int(item) for item in ids[start : start + _PROMPT_TOKENS]] for start in starts]

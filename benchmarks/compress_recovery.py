@@ -51,11 +51,17 @@ def variants(
 ) -> dict[str, list[dict[str, Any]]]:
     """Name -> the recipe's steps."""
     student = {"do": "distill", "shape": shape, "steps": steps, "learning_rate": 2e-3}
-    layers = {"do": "distill", "layers": list(range(0, num_layers - 1, 2)), "steps": steps, "learning_rate": 1e-3}
+    layers = {
+        "do": "distill",
+        "layers": list(range(0, num_layers - 1, 2)),
+        "steps": steps,
+        "learning_rate": 1e-3,
+        "temperature": 1.0,
+    }
     prune = {"do": "prune", "method": "channels", "ratio": 0.3}
     return {
         "scratch": [{**student, "soft": 0.0, "hard": 1.0}],
-        "distilled": [{**student, "soft": 1.0, "hard": 0.5}],
+        "distilled": [{**student, "soft": 1.0, "hard": 0.5, "temperature": 1.0}],
         "distilled_layers": [layers],
         "pruned": [prune],
         "mended": [prune, {"do": "distill", "steps": recovery_steps, "learning_rate": 5e-4}],

@@ -70,7 +70,7 @@ def test_a_student_of_another_shape(teacher: Path, text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
-@pytest.mark.parametrize("keys", [{"lora_rank": 4, "learning_rate": 1e-2}, {"sparsity": 0.2, "learning_rate": 5e-4}])
+@pytest.mark.parametrize("keys", [{"lora_rank": 4, "learning_rate": 1e-3}, {"sparsity": 0.2, "learning_rate": 5e-4}])
 def test_other_networks_by_other_ways(
     models: dict[str, Path], text: Path, tmp_path: Path, kind: str, keys: dict[str, Any]
 ) -> None:

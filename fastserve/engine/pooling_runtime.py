@@ -41,7 +41,13 @@ class PoolingRuntime:
         config = EngineConfig.from_options(spec.options)
         folder = ModelFolder.open(config.model)
         _check_memory(folder, config)
-        loaded = load_encoder(folder, dtype=config.dtype, device=config.device, kernels=config.kernels)
+        loaded = load_encoder(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            kernels=config.kernels,
+            quantization=config.quantization,
+        )
         self._model = loaded.model
         modules = SentenceModules.read(folder) or SentenceModules()
         self._embedder = Embedder(modules, self._model.device)

@@ -92,6 +92,14 @@ class QuantizedWeight:
         return (self.values.float() - zeros) * scales
 
 
+def quantize_rows(weight: Tensor) -> QuantizedWeight:
+    """A matrix [N, K] in 8 bits, for 8-bit activations: symmetric, one scale per row, the nearest integers."""
+    wide = weight.float()
+    scheme = QuantScheme(activation_bits=8)
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return QuantizedWeight(scheme, ((wide / scales).round() + scheme.centre).to(torch.uint8), scales)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [T, K] -> integers -127..127 as float32 [T, K] and scales [T, 1]: symmetric, per token, dynamic."""
     wide = x.float()

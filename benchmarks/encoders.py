@@ -8,8 +8,8 @@ is there, else a stated log-normal distribution. Peers get batches of like lengt
 transformers_in_order gets them as they come, which is what padding costs without sorting.
 All answer with the mean vector of each text; vectors must agree with ours (cosine over 0.999, in bfloat16 0.99, in
 int8 0.95). A single idle request is timed as well (P50). Ratios above 1 mean that ours is better. Peers: transformers
-in this environment; onnxruntime in it too (an ONNX file of transformers' model, fused by onnxruntime's own optimiser; no
-bfloat16 on processors); openvino where `benchmarks/peers.py install openvino` has put it.
+in this environment; onnxruntime in it too (an ONNX file of transformers' model, fused by onnxruntime's own optimiser;
+it has no bfloat16 on processors); openvino where `benchmarks/peers.py install openvino` has put it.
 int8 is 8-bit weights and activations everywhere: ours with scales per token, ONNX Runtime's by its quantize_dynamic,
 OpenVINO's by its NNCF.
 """

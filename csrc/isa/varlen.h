@@ -16,7 +16,7 @@ struct VarlenScratch {
     float* scores;    // per 64 keys of the segment: [rows, 64]
     char* probs;      // [rows, kVarlenKeys] of the dot's elements
     float* out;       // per 64 columns of D: [rows, 64]
-    float* top;       // [rows] largest score so far
+    float* top;       // [rows] largest score so far, as a power of two
     float* sum;       // [rows]
 };
 
@@ -218,42 +218,53 @@ private:
         const int64_t start = begin / W * W, stop = round_up(end, W);
         std::memset(probs, 0, start * element_);
         std::memset(probs + stop * element_, 0, max_of(0, padded - stop) * element_);
-        float* scores = s_.scores + row * kPanelColumns;
-        auto place = [&](int64_t key) { return scores + key / kPanelColumns * rows_ * kPanelColumns + key % kPanelColumns; };
-        F scale = f_set(args_.scale), highest = f_set(kNever);
+        float scale = args_.scale * kLog2E;
         if (args_.bias) {
             const float* bias = args_.bias + head_ * args_.bias_stride + args_.bias_origin - position;
-            for (int64_t key = start; key < stop; key += W) {
-                F value = f_mul(f_load(place(key)), scale);
-                f_store(place(key), f_add(value, load_lanes(bias, DType::f32, key, end - key)));
-            }
-            scale = f_set(1.0f);
+            for_scores(row, start, stop, [&](float* at, int64_t key) {
+                f_store(at, f_fma(f_load(at), f_set(args_.scale), load_lanes(bias, DType::f32, key, end - key)));
+            });
+            scale = kLog2E;
         }
-        for (int64_t key = start; key < begin; ++key) *place(key) = kNever;
-        for (int64_t key = end; key < stop; ++key) *place(key) = kNever;
-        for (int64_t key = start; key < stop; key += W) highest = f_max(highest, f_load(place(key)));
-        const float top = max_float(f_largest(highest) * (args_.bias ? 1.0f : args_.scale), s_.top[row]);
+        for (int64_t key = start; key < begin; ++key) *score_at(row, key) = kNever;
+        for (int64_t key = end; key < stop; ++key) *score_at(row, key) = kNever;
+        F highest = f_set(kNever);
+        for_scores(row, start, stop, [&](float* at, int64_t) { highest = f_max(highest, f_load(at)); });
+        const float top = max_float(f_largest(highest) * scale, s_.top[row]);
         if (is_later && top > s_.top[row]) rescale(row, s_.top[row] - top);
         s_.top[row] = top;
-        const F shift = f_set(-top), limit = f_set(kNever * 0.5f);
+        const F factor = f_set(scale), shift = f_set(-top);
+        const DType type = pairs_ ? DType::bf16 : DType::f32;
         F sum = f_zero();
-        for (int64_t key = start; key < stop; key += W) {
-            const F value = f_load(place(key));
-            // The exponential is clamped, so that a masked score would leave a trace: it is zeroed instead.
-            const F p = f_zero_below(value, limit, f_exp(f_fma(value, scale, shift)));
+        for_scores(row, start, stop, [&](float* at, int64_t key) {
+            const F p = f_exp2_below(f_fma(f_load(at), factor, shift));
             sum = f_add(sum, p);
-            store_as(probs, pairs_ ? DType::bf16 : DType::f32, key, p);
-        }
+            store_as(probs, type, key, p);
+        });
         s_.sum[row] += f_sum(sum);
+    }
+
+    float* score_at(int64_t row, int64_t key) const {
+        return s_.scores + (key / kPanelColumns * rows_ + row) * kPanelColumns + key % kPanelColumns;
+    }
+
+    // Calls body(scores, key) for every W keys; start and stop are multiples of W.
+    template <class Body> FASTSERVE_INLINE void for_scores(int64_t row, int64_t start, int64_t stop, const Body& body) const {
+        for (int64_t key = start; key < stop;) {
+            float* at = score_at(row, key);
+            for (const int64_t last = min_of(stop, (key / kPanelColumns + 1) * kPanelColumns); key < last; key += W, at += W) {
+                body(at, key);
+            }
+        }
     }
 
     static float max_float(float a, float b) { return a > b ? a : b; }
 
-    // The row's sums are multiplied by e^x.
+    // The row's sums are multiplied by 2^x.
     void rescale(int64_t row, float x) {
         alignas(64) float lanes[W];
-        f_store(lanes, f_exp(f_set(x)));
-        const float share = x < -87.0f ? 0.0f : lanes[0];
+        f_store(lanes, f_exp2_below(f_set(x)));
+        const float share = lanes[0];
         s_.sum[row] *= share;
         for (int64_t column = 0; column < columns_; column += W) {
             float* out = out_at(row, column);
@@ -277,6 +288,7 @@ private:
     }
 
     static constexpr int64_t kPieceWords = 128;
+    static constexpr float kLog2E = 1.44269504f;
 
     const VarlenArgs& args_;
     const bool pairs_;        // bfloat16 dots

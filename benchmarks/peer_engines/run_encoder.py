@@ -37,14 +37,14 @@ class FastServe:
         from fastserve.core.arrays import PoolingRequest
         from fastserve.engine.array_codec import to_numpy
 
-        before = self._runtime.num_tokens
+        before = self._runtime.num_computed
         vectors: dict[str, Any] = {}
         for index, ids in enumerate(sequences):
             self._runtime.add(PoolingRequest(str(index), "encoder", ids, head="embed"))
         while self._runtime.has_work():
             for output in self._runtime.step():
                 vectors[output.request_id] = to_numpy(output.arrays[""]).tolist()
-        return [vectors[str(index)] for index in range(len(sequences))], self._runtime.num_tokens - before
+        return [vectors[str(index)] for index in range(len(sequences))], self._runtime.num_computed - before
 
 
 class Transformers:

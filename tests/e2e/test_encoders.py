@@ -92,6 +92,30 @@ def test_embeddings_through_the_openai_client(mixed: ServerProcess, repository: 
     assert prompted.data[0].embedding == written.data[0].embedding != plain.data[0].embedding
 
 
+def test_metrics_tell_models_apart(mixed: ServerProcess) -> None:
+    def values(name: str, **labels: str) -> float:
+        listed = "".join(f',{key}="{value}"' for key, value in labels.items())
+        text = httpx.get(mixed.url + "/metrics", timeout=30).text
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith(f'fastserve_array_{name}{{model_name="vectors"{listed}}}')
+        ]
+        return float(lines[0].split()[-1]) if lines else 0.0
+
+    names = ["tokens_total", "batch_requests_sum", "request_latency_seconds_count", "step_seconds_total"]
+    before = [values(name) for name in names]
+    answered, refused_before = values("requests_total", outcome="answered"), values("requests_total", outcome="refused")
+    post(mixed, "/v1/embeddings", model="vectors", input=[[2, 8, 9, 3], [2, 3]])
+    post(mixed, "/v1/embeddings", model="vectors", input=[2, 3])
+    assert refused(mixed, "/pooling", model="vectors", input=[2, 3], output="scores")[0] == 400
+    tokens, requests, calls, seconds = (values(name) - start for name, start in zip(names, before, strict=True))
+    assert (tokens, requests, calls) == (8, 3, 2) and seconds > 0
+    assert values("requests_total", outcome="answered") == answered + 3
+    assert values("requests_total", outcome="refused") == refused_before + 1
+    assert values("padding_tokens_total") == 0 and values("requests_live") == 0
+
+
 def test_token_ids_are_taken_as_they_are(mixed: ServerProcess) -> None:
     one = post(mixed, "/v1/embeddings", model="vectors", input=[2, 8, 9, 3])["data"]
     several = post(mixed, "/v1/embeddings", model="vectors", input=[[2, 8, 9, 3], [2, 3]])["data"]

@@ -17,15 +17,7 @@ static inline F f_exp(F x) {
     p = f_fma(p, r, f_set(1.6666665459e-1f));
     p = f_fma(p, r, f_set(5.0000001201e-1f));
     p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, nf);
-#else
-    // 2^n in two factors, so that n = 128 does not overflow the exponent field.
-    I half = i_sra<1>(n);
-    F low = f_bits(i_shl<23>(i_add(half, i_set(127))));
-    F high = f_bits(i_shl<23>(i_add(i_sub(n, half), i_set(127))));
-    return f_mul(f_mul(p, low), high);
-#endif
+    return f_scale(p, n, nf);
 }
 
 // 2^x for x <= 0 to about 4 units in the last place; exactly 0 from -127 on, however far.

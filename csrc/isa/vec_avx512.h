@@ -74,6 +74,8 @@ static inline void f_store_bf16(uint16_t* p, F v) {
 static inline void i_store_s8(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
 }
+// v * 2^n; n as integers and as floats.
+static inline F f_scale(F v, I, F n) { return _mm512_scalef_ps(v, n); }
 static inline F f_where_positive(F x, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, f_zero(), _CMP_GT_OQ), no, yes);
 }

@@ -103,12 +103,15 @@ async def generate(client: httpx.AsyncClient, seconds: float) -> int:
     return sum(await asyncio.gather(*(one() for _ in range(NUM_STREAMS))))
 
 
-async def decoder_seconds(client: httpx.AsyncClient) -> float:
-    """Time that the decoder's steps took so far."""
+async def step_seconds(client: httpx.AsyncClient) -> tuple[float, float]:
+    """Time that the decoder's steps took so far, and the encoder's."""
     text = (await client.get("/metrics")).text
-    found = re.search(r"^fastserve_engine_step_seconds_total\{.*\} (\S+)$", text, re.MULTILINE)
-    assert found is not None
-    return float(found[1])
+    found = [
+        re.search(rf"^fastserve_{name}_step_seconds_total\{{.*\}} (\S+)$", text, re.MULTILINE)
+        for name in ("engine", "array")
+    ]
+    assert found[0] is not None and found[1] is not None
+    return float(found[0][1]), float(found[1][1])
 
 
 async def measure(url: str, seconds: float, report: Report) -> None:
@@ -117,9 +120,10 @@ async def measure(url: str, seconds: float, report: Report) -> None:
         await asyncio.gather(encode(client, 1.0, RATE), generate(client, 1.0))  # warm
         alone = await encode(client, seconds, RATE)
         beside, tokens = await asyncio.gather(encode(client, seconds, RATE), generate(client, seconds))
-        started, before = time.perf_counter(), await decoder_seconds(client)
+        before = await step_seconds(client)
         busy_tokens, texts = await asyncio.gather(generate(client, seconds), encode_without_pause(client, seconds))
-        share = (await decoder_seconds(client) - before) / (time.perf_counter() - started)
+        decoder, encoder = (now - then for now, then in zip(await step_seconds(client), before, strict=True))
+        share = decoder / (decoder + encoder)
     p99_alone, p99_beside = percentile(alone, 0.99), percentile(beside, 0.99)
     report.metrics = {
         "p99_ratio_alone": rounded(p99_alone / p99_beside),

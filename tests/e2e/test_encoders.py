@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     for name, (family, head, options) in MODELS.items():
         encoder_folders.encoder(folder / name, family, head, **options)
+    encoder_folders.encoder(folder / "late", "Bert", "ForSequenceClassification")
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
     (folder / "vectors" / "modules.json").write_text(json.dumps(listed))
@@ -215,6 +217,50 @@ def test_many_at_once_are_answered_as_alone(mixed: ServerProcess) -> None:
     for text, answer in zip(texts, together, strict=True):
         if text in alone:
             np.testing.assert_allclose(answer["data"][0]["embedding"], alone[text], atol=1e-5)
+
+
+def test_models_come_and_go_while_others_work(mixed: ServerProcess) -> None:
+    """Nobody else's answer changes or fails, and the newcomer has limits of its own."""
+    expected = post(mixed, "/v1/embeddings", model="vectors", input=TEXTS)["data"]
+    stop = threading.Event()
+
+    def embed() -> int:
+        count = 0
+        while not stop.is_set():
+            found = post(mixed, "/v1/embeddings", model="vectors", input=TEXTS)["data"]
+            for item, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(item["embedding"], other["embedding"], atol=1e-5)
+            count += 1
+        return count
+
+    def generate() -> int:
+        count = 0
+        while not stop.is_set():
+            usage = post(mixed, "/v1/completions", prompt="The fox", max_tokens=8, ignore_eos=True)["usage"]
+            assert usage["completion_tokens"] == 8
+            count += 1
+        return count
+
+    def answers(length: int) -> int:
+        body = {"model": "late", "input": [5] * length, "output": "scores"}
+        return httpx.post(mixed.url + "/pooling", json=body, timeout=60).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        working = [pool.submit(embed), pool.submit(embed), pool.submit(generate)]
+        try:
+            for _ in range(3):
+                config = json.dumps({"max_model_len": 16, "weight": 2})
+                loaded = httpx.post(
+                    mixed.url + "/v2/repository/models/late/load", json={"parameters": {"config": config}}, timeout=60
+                )
+                assert loaded.status_code == 200, loaded.text
+                assert [answers(16), answers(17)] == [200, 400]
+                gone = httpx.post(mixed.url + "/v2/repository/models/late/unload", json={}, timeout=60)
+                assert gone.status_code == 200, gone.text
+                assert answers(16) == 404
+        finally:
+            stop.set()
+        assert all(task.result(60) > 0 for task in working)
 
 
 def test_encoders_alone(repository: Path) -> None:

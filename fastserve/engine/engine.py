@@ -285,6 +285,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         device=config.device,
         kernels=config.kernels,
         backend=config.backend,
+        quantization=config.quantization,
         block_size=config.block_size,
         trust_remote_code=config.trust_remote_code,
     )

@@ -33,7 +33,7 @@ class FinetuneSettings:
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
         weight_decay: of the matrices.
         warmup_share: share of the steps in which the rate rises.
-        precision: float32 or bfloat16.
+        precision: float32, bfloat16, or float16 with a scaled loss.
         gradient_checkpointing: compute activations twice to save their memory.
         dtype: of the exported weights: float32 or bfloat16.
         lora_rank: tune low-rank additions of this rank instead of all weights; 0: all weights.
@@ -88,9 +88,9 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("precision", "dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ConfigError(f"{name} must be float32 or bfloat16, not {getattr(self, name)!r}")
+        for name, allowed in (("precision", ("float32", "bfloat16", "float16")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name, low in (("batch_size", 1), ("max_length", 8), ("epochs", 0), ("steps", 0), ("lora_rank", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")

@@ -149,7 +149,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps = 8
-    report = Report("same_losses", config={"steps": options.steps, "optimizer": options.optimizer, "precision": "float32"})
+    report = Report(
+        "same_losses", config={"steps": options.steps, "optimizer": options.optimizer, "precision": "float32"}
+    )
     with tempfile.TemporaryDirectory() as name:
         measure(Runs(Path(name), options.steps, options.optimizer), report)
     emit(report.as_dict())

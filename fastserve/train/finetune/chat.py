@@ -38,13 +38,14 @@ class Instruction:
         _set_template(tokenizer, settings)
 
     def configure(self, config: Any, rows: list[Example]) -> None:
-        pass
+        if all(map(_is_text, rows)):
+            messages_of(rows[0])  # says what a conversation needs
 
     def use_labels(self, config: Any) -> None:
         pass
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
-        items = [self._text(row["text"]) if set(row) == {"text"} else self._conversation(messages_of(row)) for row in rows]
+        items = [self._text(row["text"]) if _is_text(row) else self._conversation(messages_of(row)) for row in rows]
         kept = [item for item in items if any(label != IGNORED for label in item["labels"])]
         if not kept:
             raise ConfigError(f"no conversation has an answer within max_length ({self._settings.max_length} tokens)")
@@ -180,6 +181,10 @@ class Preference:
         import torch
 
         return torch.nn.functional.logsigmoid(margins)
+
+
+def _is_text(row: Example) -> bool:
+    return set(row) == {"text"}
 
 
 def messages_of(row: Example) -> Messages:

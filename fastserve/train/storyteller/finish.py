@@ -29,14 +29,19 @@ def finish(recipe: Recipe, out: Path) -> dict[str, Any]:
     folders = {stage: out / stage / "model" for stage in _STAGES}
     for stage, folder in folders.items():
         if not (folder / "config.json").exists():
-            raise ConfigError(f"there is no model in {folder}; run the step {stage!r} of examples/builtin_model.sh first")
+            raise ConfigError(
+                f"there is no model in {folder}; run the step {stage!r} of examples/builtin_model.sh first"
+            )
     fresh = out / "model.partial"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(folders["chat"], fresh, ignore=shutil.ignore_patterns("README.md", "training.svg"))
     _set_sampling(fresh / "generation_config.json", recipe.generation)
     generation = recipe.generation
     settings = SamplingParams(
-        temperature=generation.temperature, top_p=generation.top_p, max_tokens=generation.max_new_tokens, seed=recipe.seed
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        max_tokens=generation.max_new_tokens,
+        seed=recipe.seed,
     )
     model = LLM(str(fresh))
     scores, stories = on_topic(model, recipe.data.held_out_subjects, settings)
@@ -55,7 +60,9 @@ def _card(recipe: Recipe, out: Path, folders: dict[str, Path], scores: dict[str,
     from fastserve import __version__
     from fastserve.train.evaluate import perplexity
 
-    cards = {stage: json.loads((folder / "fastserve.json").read_text(encoding="utf-8")) for stage, folder in folders.items()}
+    cards = {
+        stage: json.loads((folder / "fastserve.json").read_text(encoding="utf-8")) for stage, folder in folders.items()
+    }
     held_out = {
         f"{corpus.stem}, after {stage}": perplexity(str(folder), corpus, length=_WINDOW, max_tokens=_ALL)
         for stage, folder in folders.items()

@@ -29,7 +29,10 @@ def write_texts(recipe: Recipe, corpora: Path, out: Path) -> None:
     epochs = range(recipe.seed + 1, recipe.seed + 1 + recipe.chats.epochs)
     _write_lines(out / "chats.jsonl", (row for seed in epochs for row in chats.rows(seed)))
     everything: list[Document] = [
-        document for texts in (corpus.training, corpus.held_out) for documents in texts.values() for document in documents
+        document
+        for texts in (corpus.training, corpus.held_out)
+        for documents in texts.values()
+        for document in documents
     ]
     (out / "CREDITS.md").write_text(credits_page(everything), encoding="utf-8")
     (out / SHA256_FILE).write_text(json.dumps(corpus.sha256, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From raw books to the built-in model's folder, at toy size: the script's steps by the functions behind its commands."""
+"""From raw books to the built-in model's folder, at toy size: the functions behind the script's commands."""
 
 from __future__ import annotations
 

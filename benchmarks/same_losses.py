@@ -3,7 +3,7 @@
     python benchmarks/same_losses.py            about three minutes on two cores
     python benchmarks/same_losses.py --smoke    8 steps
 
-Every run is `fastserve pretrain` on the same recipe, texts and seed, in float32, with another [parallel] table: DDP,
+Every run is pretraining by the same recipe, texts and seed, in float32, with another [parallel] table: DDP,
 FSDP2 and tensor parallel on two processes. A difference is the largest over the steps, relative to one process. The
 texts are told by the built-in model's story grammar, so that nothing is needed but the repository.
 """
@@ -15,14 +15,20 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from fastserve.bench.report import Report, emit
 from fastserve.train.checkpoints import whole_checkpoints
+from fastserve.train.data.prepare import prepare
+from fastserve.train.data.settings import PrepareSettings
+from fastserve.train.launch import launch
+from fastserve.train.pretrain import pretrain
+from fastserve.train.settings import read_recipe
 from fastserve.train.storyteller.plots import StoryGrammar
+from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder, texts_of
 
 RECIPE = """
 name = "same-losses"
@@ -72,16 +78,19 @@ class Runs:
         grammar, chooser = StoryGrammar(frozenset(), [], {}), random.Random(5)
         source, tokenizer = self.root / "stories.jsonl", self.root / "tokenizer"
         source.write_text("".join(json.dumps({"text": grammar.tell(chooser).text}) + "\n" for _ in range(1500)))
-        fastserve("tokenizer", "train", source, "--out", tokenizer, "--vocab-size", 1024)
-        data = ["data", "prepare", source, "--out", self.root / "data", "--tokenizer", tokenizer]
-        fastserve(*data, "--no-quality", "--no-near-duplicates", "--validation-share", 0.05, "--workers", 1)
+        make_tokenizer_folder(texts_of([str(source)]), tokenizer, TokenizerSettings(vocab_size=1024))
+        rules = PrepareSettings(quality=False, near_duplicates=False, validation_share=0.05, workers=1)
+        prepare([str(source)], self.root / "data", rules, tokenizer)
 
     def run(self, name: str, parallel: str = "") -> Path:
         """Run to the end, from the folder's last checkpoint if there is one; returns the folder."""
         recipe, folder = self.root / f"{name}.toml", self.root / name
         values = {"steps": self.num_steps, "half": self.half, "optimizer": self._optimizer}
         recipe.write_text(RECIPE.format(data=self.root / "data", parallel=parallel, **values))
-        fastserve("pretrain", recipe, "--out", folder, "--nproc", 2 if parallel else 1)
+        if parallel:
+            launch(recipe, folder, num_processes=2, max_restarts=0)
+        else:
+            pretrain(read_recipe(recipe), folder)
         return folder
 
     def cut_at_half(self, name: str, new_name: str) -> None:
@@ -94,14 +103,6 @@ class Runs:
         for left in ("models", "log.jsonl", "model"):
             path = folder / left
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def fastserve(*arguments: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastserve.cli.main", *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -149,6 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps = 8
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    torch.set_num_threads(1)
     report = Report(
         "same_losses", config={"steps": options.steps, "optimizer": options.optimizer, "precision": "float32"}
     )

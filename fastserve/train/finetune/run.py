@@ -33,7 +33,7 @@ from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh
 from fastserve.train.network import open_tokenizer, save_model_folder
 from fastserve.train.objectives import Batch
-from fastserve.train.settings import OptimizerSection, ParallelSection, TrainSection
+from fastserve.train.settings import OptimizerSection, TrainSection
 from fastserve.train.watch import RunWatch, Silence
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def measure(runs: Runs, report: Report) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--smoke", action="store_true", help="8 steps")
     options = parser.parse_args()
     if options.smoke:

@@ -212,7 +212,7 @@ class Bench:
             evaluate_examples=0,
             batch_size=16 if self._is_smoke else 32,
             learning_rate=1e-4 if network == "minilm" else 4e-4,
-            **{**task.settings, **({"epochs": 1.0, "max_answer_tokens": 8} if self._is_smoke else {})},
+            **{**task.settings, **({"epochs": 1.0} if self._is_smoke else {})},
         )
         data = _write(run.with_suffix(".train.jsonl"), learnt)
         found = finetune(task.kind, str(model), data, run, settings)

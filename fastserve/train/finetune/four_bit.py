@@ -24,12 +24,15 @@ _LEVELS = (
 class FourBitLinear(torch.nn.Linear):
     """A frozen linear module over packed weights; `weight` makes the dense ones."""
 
+    codes: torch.Tensor  # uint8, two weights each
+    scales: torch.Tensor  # [weights / BLOCK]
+
     def __init__(self, dense: torch.nn.Linear) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = dense.in_features, dense.out_features
         codes, scales = _packed(dense.weight.detach())
-        self.register_buffer("codes", codes, persistent=False)  # uint8, two weights each
-        self.register_buffer("scales", scales, persistent=False)  # [weights / BLOCK]
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
         self.bias = None if dense.bias is None else torch.nn.Parameter(dense.bias.detach().float(), requires_grad=False)
 
     @property
@@ -51,12 +54,12 @@ class FourBitLinear(torch.nn.Linear):
         return dense
 
 
-def quantize_linears(network: torch.nn.Module, excluded: tuple[str, ...] = ()) -> None:
+def quantize_linears(network: Any, excluded: tuple[str, ...] = ()) -> None:
     """Hold every linear module of a network in 4 bits, except heads: those named, and the one over the vocabulary.
 
     ConfigError where there is nothing to quantise or a width is not a multiple of 64.
     """
-    head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    head = network.get_output_embeddings()
     chosen = {
         name: module
         for name, module in network.named_modules()

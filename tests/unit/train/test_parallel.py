@@ -61,10 +61,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def sections(**parallel: int) -> dict[str, Any]:
+def sections(optimizer: str = "adamw", **parallel: int) -> dict[str, Any]:
     return {
         "model": {"type": "qwen3", "config": {**LLAMA, "head_dim": 8}},
-        "optimizer": {"kind": "muon"},
+        "optimizer": {"kind": optimizer},
         "train": {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": HALF, "micro_batch_tokens": 64},
         "parallel": parallel,
     }
@@ -98,6 +98,20 @@ def test_two_processes_agree_with_one_and_one_goes_on_from_two(
     pretrain(make_recipe(corpora["bpe"], **sections()), run)
     again = losses_of(run)
     assert min(again) == HALF + 1 and all(math.isclose(expected[step], again[step], rel_tol=1e-4) for step in again)
+
+
+def test_muon_on_shards(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """Its products are in bfloat16 in any run, so that differences grow over time; a few steps show it right."""
+    steps = {"steps": 12, "evaluate_every": 12}
+    values = recipe_values(corpora["bpe"], **sections("muon", shard=2))
+    values["train"].update(steps)
+    finish(start(write_toml(tmp_path / "recipe.toml", values), tmp_path / "run"))
+    alone = sections("muon")
+    alone["train"].update(steps)
+    pretrain(make_recipe(corpora["bpe"], **alone), tmp_path / "alone")
+    expected, found = losses_of(tmp_path / "alone"), losses_of(tmp_path / "run")
+    assert len(expected) == 12
+    assert all(math.isclose(expected[step], found[step], rel_tol=1e-4) for step in expected)
 
 
 def test_a_run_survives_the_loss_of_a_process(corpora: dict[str, Path], alone: Path, tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, special tokens included."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, for showing; part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")

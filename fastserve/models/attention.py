@@ -7,7 +7,7 @@ context as an argument; nothing is global.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -106,9 +106,7 @@ class VarlenContext:
         transform: HeadTransform | None = None,
     ) -> Tensor:
         assert not softcap
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        query, key = _transformed(self.kernels, query, key, transform)
         return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scale, window, self._bias)
 
 
@@ -118,7 +116,7 @@ class DenseContext:
     def __init__(self, kernels: Kernels, lengths: list[int]) -> None:
         self.kernels = kernels
         self.longest = max(lengths, default=0)
-        self._lengths = lengths
+        self._lengths, self._starts = lengths, [*accumulate(lengths, initial=0)]
 
     def attend(
         self,
@@ -131,25 +129,20 @@ class DenseContext:
         softcap: float = 0.0,
         transform: HeadTransform | None = None,
     ) -> Tensor:
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
-        starts = [0]
-        for length in self._lengths:
-            starts.append(starts[-1] + length)
-        output = torch.empty_like(query)
-        for start, end in zip(starts, starts[1:], strict=False):
-            length = end - start
-            batch = Batch(
-                input_ids=query.new_empty(0, dtype=torch.int64),
-                positions=query.new_empty(0, dtype=torch.int64),
-                slot_mapping=query.new_empty(0, dtype=torch.int64),
-                query_starts=[0, length],
-                context_lens=[length],
-                block_tables=[torch.zeros(1, dtype=torch.int64, device=query.device)],
-                logit_rows=query.new_empty(0, dtype=torch.int64),
-            )
-            output[start:end] = self.kernels.paged_attention(
-                query[start:end], key[None, start:end], value[None, start:end], batch, scale, window, softcap
-            )
-        return output
+        query, key = _transformed(self.kernels, query, key, transform)
+        tables = [torch.arange(start, end, device=query.device) for start, end in pairwise(self._starts)]
+        none = query.new_empty(0, dtype=torch.int64)
+        batch = Batch(none, none, none, self._starts, self._lengths, tables, none)  # blocks of one token
+        keys, values = key.unsqueeze(1), value.unsqueeze(1)
+        return self.kernels.paged_attention(query, keys, values, batch, scale, window, softcap)
+
+
+def _transformed(
+    kernels: Kernels, query: Tensor, key: Tensor, transform: HeadTransform | None
+) -> tuple[Tensor, Tensor]:
+    if transform is None:
+        return query, key
+    return (
+        kernels.transform_heads(query, transform.query_norm, transform),
+        kernels.transform_heads(key, transform.key_norm, transform),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
-from fastserve.models.model import ModelShape
+from fastserve.models.model import same_fields
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
 
@@ -79,31 +79,11 @@ class DecoderConfig:
     experts_sum_to_one: bool = True
 
     def attention_shape(self) -> AttentionShape:
-        return AttentionShape(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            hidden_size=self.hidden_size,
-            qkv_bias=self.qkv_bias,
-            output_bias=self.output_bias,
-            qk_norm=self.qk_norm,
-            qkv_groups=self.qkv_groups,
-            norm=self.norm,
-            scale=self.attention_scale or self.head_size**-0.5,
-            softcap=self.attention_softcap,
-            norm_epsilon=self.norm_epsilon,
-        )
+        scale = self.attention_scale or self.head_size**-0.5
+        return AttentionShape(**same_fields(self, AttentionShape), scale=scale, softcap=self.attention_softcap)
 
     def mlp_shape(self) -> MlpShape:
-        return MlpShape(
-            hidden_size=self.hidden_size,
-            inner_size=self.inner_size,
-            activation=self.activation,
-            bias=self.mlp_bias,
-            num_experts=self.num_experts,
-            num_active_experts=self.num_active_experts,
-            experts_sum_to_one=self.experts_sum_to_one,
-        )
+        return MlpShape(**same_fields(self, MlpShape), bias=self.mlp_bias)
 
 
 class DecoderLayer:
@@ -172,7 +152,7 @@ class Decoder:
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
         self._rotation_of_layer = [len(ropes) if rope is None else ropes.index(rope) for rope in config.ropes]
-        self.shape = _shape(config, parameters)
+        self.shape = parameters.shape(config, config.num_kv_heads)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
@@ -204,19 +184,3 @@ class Decoder:
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""
-
-
-def _shape(config: DecoderConfig, parameters: ParameterLoader) -> ModelShape:
-    return ModelShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_size=config.head_size,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_positions,
-        dtype=parameters.dtype,
-        windows=config.windows,
-        num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_bytes,
-    )

@@ -11,17 +11,19 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
+from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
-from fastserve.kernels.quant import QuantizedWeight, reordered
+from fastserve.kernels.quant import reordered
 from fastserve.kernels.reference import Kernels
-from fastserve.models.quantized import read_quantized
+from fastserve.models.model import ModelShape, same_fields
 
 _OLD_SUFFIXES = {"weight": "gamma", "bias": "beta"}  # of norms, in folders made of TensorFlow checkpoints
 
@@ -167,6 +169,11 @@ class ParameterLoader:
                 self.linears[self._module(role, layer)] = part
             first += num_rows
         return packed
+
+    def shape(self, config: Any, num_kv_heads: int) -> ModelShape:
+        """Of a network of our own, by its config, once all of it is loaded."""
+        known = {**same_fields(config, ModelShape), "num_kv_heads": num_kv_heads}
+        return ModelShape(**known, dtype=self.dtype, num_parameters=self.num_parameters, weight_bytes=self.num_bytes)
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.

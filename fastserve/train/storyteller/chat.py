@@ -70,8 +70,11 @@ class ChatSet:
         chooser, chat_words, book_words = random.Random(seed + 1), 0, 0
         share = self._section.book_share
         for conversation in self.conversations(seed):
+            num_words = sum(len(content.split()) for _, content in conversation)
+            if num_words > self._section.max_words:
+                continue
             yield {"messages": [{"role": role, "content": content} for role, content in conversation]}
-            chat_words += sum(len(content.split()) for _, content in conversation)
+            chat_words += num_words
             while self._books and book_words < chat_words * share / (1 - share):
                 piece = self._piece(chooser)
                 book_words += len(piece.split())

@@ -50,6 +50,7 @@ class Chats:
     epochs: int = 3  # each is made afresh
     min_answer_words: int = 30
     max_answer_words: int = 350
+    max_words: int = 365  # of a whole conversation, longer ones are left out: about what a row of tuning holds
     book_share: float = 0.2  # share of the words that are plain pieces of the books, against forgetting
     book_sources: list[str] = field(default_factory=list)  # where those come from
     follow_up_share: float = 0.12  # share of tales followed by a second request

@@ -26,7 +26,9 @@ def test_a_fifth_of_the_words_are_pieces_of_the_books(chat_set: ChatSet) -> None
             assert row.keys() == {"text"} and 0 < len(row["text"].split()) <= 120
             books += len(row["text"].split())
         else:
-            chats += sum(len(message["content"].split()) for message in row["messages"])
+            num_words = sum(len(message["content"].split()) for message in row["messages"])
+            assert num_words <= 365
+            chats += num_words
             assert row["messages"][-1]["role"] == "assistant" and row["messages"][-1]["content"]
     assert books / (books + chats) == pytest.approx(0.2, abs=0.02)
 

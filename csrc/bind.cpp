@@ -226,6 +226,36 @@ public:
         pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
     }
 
+    void varlen(uintptr_t query, int type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
+                int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
+                const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
+                const std::vector<int64_t>& query_starts, const std::vector<int64_t>& key_starts, float scale,
+                int64_t window, uintptr_t bias, int64_t bias_stride, int64_t bias_origin) {
+        VarlenArgs args{};
+        args.query = at<void>(query);
+        args.type = static_cast<DType>(type);
+        args.query_stride = query_stride;
+        args.query_head_stride = query_head_stride;
+        args.out = at<void>(out);
+        args.num_heads = num_heads;
+        args.num_kv_heads = num_kv_heads;
+        args.head_size = head_size;
+        args.keys = at<void>(keys);
+        args.values = at<void>(values);
+        args.key_stride = key_strides.at(0), args.key_head_stride = key_strides.at(1);
+        args.value_stride = value_strides.at(0), args.value_head_stride = value_strides.at(1);
+        args.num_sequences = static_cast<int64_t>(query_starts.size()) - 1;
+        args.query_starts = query_starts.data();
+        args.key_starts = key_starts.data();
+        args.scale = scale;
+        args.window = window;
+        args.bias = at<float>(bias);
+        args.bias_stride = bias_stride;
+        args.bias_origin = bias_origin;
+        nb::gil_scoped_release release;
+        pool_.run(varlen_scratch(args), [&](const Worker& worker) { table_->varlen(args, worker); });
+    }
+
     double peak(int kind, double seconds) {
         nb::gil_scoped_release release;
         return measure_peak(*table_, pool_, kind, seconds);
@@ -333,6 +363,7 @@ NB_MODULE(_native, m) {
              nb::arg("gated") = false)
         .def("drop_zeros", &Backend::drop_zeros, nb::arg("weight"))
         .def("sample", &Backend::sample)
+        .def("varlen", &Backend::varlen)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")
         .def(nb::init<Backend&, int64_t, int64_t>(), nb::arg("backend"), nb::arg("tokens"), nb::arg("rows"),

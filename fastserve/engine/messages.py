@@ -10,7 +10,7 @@ import struct
 
 import msgspec
 
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.request import Request, TokenOutput
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -129,9 +129,10 @@ class Loaded(msgspec.Struct, tag=True):
 
 
 class Answers(msgspec.Struct, tag=True):
-    """Engine -> API: answers to requests that are answered once."""
+    """Engine -> API: answers to requests that are answered once, and the step that made them; refusals have none."""
 
     outputs: list[ArrayOutput]
+    batch: ArrayBatch | None = None
 
 
 class Outputs(msgspec.Struct, tag=True):

@@ -124,7 +124,7 @@ def run(connection: Connection, engine: Runtimes) -> None:
             connection.send(news)
         answers = [output for output in outputs if isinstance(output, ArrayOutput)]
         if answers:
-            connection.send(Answers(answers))
+            connection.send(Answers(answers, engine.take_batch()))
         now = time.monotonic()
         if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
             tokens = [output for output in outputs if isinstance(output, TokenOutput)]

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from fastserve.checkpoint.folder import is_servable
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.engine.arbiter import Arbiter
@@ -42,10 +42,18 @@ class RunnableEngine(Protocol):
 
 
 class Runtime(Protocol):
-    """A model that answers each request once. `info` is what clients are told; `weight` its share of step time."""
+    """A model that answers each request once.
+
+    Attributes:
+        info: what clients are told.
+        weight: of its share of step time.
+        num_tokens, num_computed: asked for and computed so far (see `ArrayBatch`).
+    """
 
     info: ModelInfo
     weight: float
+    num_tokens: int
+    num_computed: int
 
     @property
     def num_waiting(self) -> int: ...
@@ -96,6 +104,7 @@ class Runtimes:
         self._loader = ThreadPoolExecutor(1, "model loader")
         self._loading: dict[str, Future[Runtime]] = {}
         self._stats = EngineStats()
+        self._batch: ArrayBatch | None = None
         self.max_model_len = self._generator.max_model_len if self._generator is not None else 0
         self.vocab_size = self._generator.vocab_size if self._generator is not None else 0
         reports = [runtime.info.report for runtime in self._others.values()]
@@ -142,15 +151,27 @@ class Runtimes:
         busy = self._busy()
         name = self._arbiter.pick(busy)
         started = self._clock()
-        runtime = self._generator if name == GENERATOR else self._others[name]
-        assert runtime is not None
-        outputs: list[TokenOutput | ArrayOutput] = [*runtime.step()]
-        seconds = self._clock() - started
+        if name == GENERATOR:
+            assert self._generator is not None
+            outputs: list[TokenOutput | ArrayOutput] = [*self._generator.step()]
+            seconds = self._clock() - started
+        else:
+            runtime = self._others[name]
+            tokens, computed = runtime.num_tokens, runtime.num_computed
+            outputs = [*runtime.step()]
+            seconds = self._clock() - started
+            counts = (runtime.num_tokens - tokens, runtime.num_computed - computed)
+            self._batch = ArrayBatch(name, len(outputs), *counts, seconds)
         self._arbiter.charge(name, seconds, busy[name])
         if self._generator is None:
             self._stats.num_steps += 1
             self._stats.step_seconds += seconds
         return outputs
+
+    def take_batch(self) -> ArrayBatch | None:
+        """What the last step was, if a model took it that does not generate; told once."""
+        batch, self._batch = self._batch, None
+        return batch
 
     def load(self, spec: ModelSpec) -> None:
         """Begin to load a further model; `tend` tells when it is there.

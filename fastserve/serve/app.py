@@ -89,7 +89,9 @@ class Api:
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
-        requests = ArrayRequests(client, admission, self.generator.check_open, options.request_timeout)
+        requests = ArrayRequests(
+            client, admission, self.metrics.arrays, self.generator.check_open, options.request_timeout
+        )
         self.encoders = Encoders(requests)
         self.kserve = KServe(requests, self.encoders.forget, options.model_repository)
         self._created = int(time.time())

@@ -24,13 +24,14 @@ from fastserve.core.metrics import (
 )
 from fastserve.core.request import FINISH_ABORT
 from fastserve.engine.client import EngineClient, EngineState
+from fastserve.serve.array_metrics import ArrayMetrics
 
 if TYPE_CHECKING:
     from fastserve.serve.generation import Choice
 
 
 class Metrics:
-    """What `/metrics` exports, and the places where requests are counted."""
+    """What `/metrics` exports, and the places where requests are counted; `arrays` is for those without tokens."""
 
     def __init__(self, client: EngineClient, model_name: str, compat: str = "none") -> None:
         """
@@ -43,6 +44,7 @@ class Metrics:
             self._extra.register(_VllmNames(self._registry))
         self._registry.register(_EngineCollector(client, model_name))
         ProcessCollector(registry=self._registry)
+        self.arrays = ArrayMetrics(client.arrays, self._registry)
         histograms: dict[str, Histogram] = {}
         for metric in REQUEST_METRICS:
             if metric.kind == "histogram":

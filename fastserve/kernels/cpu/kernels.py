@@ -10,7 +10,6 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -278,13 +277,18 @@ class CPUKernels(Kernels):
         window: int = 0,
         bias: Tensor | None = None,
     ) -> Tensor:
-        if key.stride(-1) != 1 or value.stride(-1) != 1:
-            key, value = key.contiguous(), value.contiguous()
-        lengths = [end - start for start, end in pairwise(key_starts)]
-        tables = [torch.arange(start, end) for start, end in pairwise(key_starts)]  # a cache of blocks of one key
-        keys, values = key.unsqueeze(1), value.unsqueeze(1)
+        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
         bias = None if bias is None else bias.float().contiguous()
-        return self._attention(query, keys, values, query_starts, lengths, tables, scale, 0.0, window, False, bias)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        if not query.numel():
+            return out
+        self._backend.varlen(
+            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
+            query.shape[1], key.shape[1], query.shape[2],
+            key.data_ptr(), value.data_ptr(), key.stride()[:2], value.stride()[:2], query_starts, key_starts,
+            scale, window, _address(bias), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
+        )  # fmt: skip
+        return out
 
     def _attention(
         self,

@@ -93,8 +93,7 @@ class CPUKernels(Kernels):
         native = self._backend.pack(code, tensors[0][0].shape[1], rows, **options)
         zeros, gain = self._backend.drop_zeros(native)
         if gain:  # measured now, for matrices with as many
-            kept = "without them" if gain > 1 else "with them"
-            _log.info("kernels: %d %% of a matrix is zero; leaving it out is %.2f times as fast: %s", zeros, gain, kept)
+            _log.info("kernels: %d %% zeros are left out if that is faster; it is %.2f times as fast", zeros, gain)
         return PackedLinear(torch.empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
 
     def linear(

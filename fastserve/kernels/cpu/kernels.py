@@ -91,9 +91,8 @@ class CPUKernels(Kernels):
         tensors = [tuple(None if item is None else item.contiguous() for item in part) for part in tensors]
         rows = [(len(part[0]), *(0 if item is None else item.data_ptr() for item in part)) for part in tensors]
         native = self._backend.pack(code, tensors[0][0].shape[1], rows, **options)
-        zeros, gain = self._backend.drop_zeros(native)
-        if gain:  # measured now, for matrices with as many
-            _log.info("kernels: %d %% zeros are left out if that is faster; it is %.2f times as fast", zeros, gain)
+        if (found := self._backend.drop_zeros(native))[1]:  # measured now, for matrices with as many
+            _log.info("kernels: %d %% zeros are left out if that is faster; it is %.2f times as fast", *found)
         return PackedLinear(torch.empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
 
     def linear(

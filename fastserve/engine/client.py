@@ -47,11 +47,7 @@ _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 3.0
 _LOOK_SECONDS = 0.05
 _RETRY_AFTER, _MAX_RETRY_AFTER = 6.0, 60.0  # before the engine knows how long a request takes; at most
-_COUNTERS = (
-    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
-    *("prompt_tokens", "generation_tokens", "step_seconds", "recomputed_tokens"),
-    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds", "draft_tokens", "draft_tokens_right"),
-)
+_GAUGES = {"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "request_seconds"}
 
 
 class EngineState(StrEnum):
@@ -474,6 +470,5 @@ class EngineClient:
 
 
 def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
-    return msgspec.structs.replace(
-        present, **{name: getattr(past, name) + getattr(present, name) for name in _COUNTERS}
-    )
+    counters = set(EngineStats.__struct_fields__) - _GAUGES
+    return msgspec.structs.replace(present, **{name: getattr(past, name) + getattr(present, name) for name in counters})

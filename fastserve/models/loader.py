@@ -47,7 +47,7 @@ def load_model(
     block_size: int = 16,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a folder. Arguments are those of `EngineConfig`.
+    """Load a folder; the arguments are those of `EngineConfig`.
 
     Raises:
         CheckpointError: unknown architecture or quantisation, missing, unexpected or misshapen tensors.
@@ -76,10 +76,8 @@ def load_model(
         )
         return LoadedModel(other, chosen, [*report, *lines])
     report.append(f"backend: native ({reason})")
-    spec = KernelSpec(
-        torch_device.type, torch_dtype, config.num_heads, config.num_kv_heads, config.head_size, block_size
-    )
-    chosen, lines = select.select(kernels, spec)
+    heads = (config.num_heads, config.num_kv_heads, config.head_size)
+    chosen, lines = select.select(kernels, KernelSpec(torch_device.type, torch_dtype, *heads, block_size))
     found = read_quantization(folder.config)
     if found is not None and any(item.is_dense for item in found.formats):
         report.append("quantised weights that no kernel has (8-bit floats, groups of 5 to 8 bits) are held as floats")

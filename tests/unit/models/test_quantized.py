@@ -161,6 +161,24 @@ def test_logits_are_those_of_the_dequantised_model(tmp_path: Path, scheme: str, 
     assert not torch.equal(found, logits(load_model(ModelFolder.open(str(source)), dtype="float32")))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_layers_become_int8_as_they_are_loaded(tmp_path: Path, kernels: str) -> None:
+    """As near to a folder that was quantised beforehand as its scales' rounding; a quantised one stays as it is."""
+    if kernels == "cpu" and load_native() is None:
+        pytest.skip("the native library was not built")
+    source = ModelFolder.open(str(folders.qwen3(tmp_path / "source")))
+    before = ModelFolder.open(str(quantize_folder(source, tmp_path / "quantised", "int8-a8")))
+    options = dict(dtype="float32", kernels=kernels)
+    loaded = load_model(source, quantization="int8", **options)
+    found, expected = logits(loaded), logits(load_model(before, **options))
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.995
+    assert not torch.equal(found, logits(load_model(source, **options)))
+    assert "layers: int8" in loaded.report
+    assert torch.equal(logits(load_model(before, quantization="int8", **options)), expected)
+    with pytest.raises(CheckpointError, match="quantization=auto"):
+        load_model(source, quantization="int8", backend="transformers")
+
+
 def test_a_head_beside_tied_embeddings_is_used(tmp_path: Path) -> None:
     """Some tools tie the embeddings in the config, and write the head once more, quantised."""
     source = folders.llama(tmp_path / "source", tie_word_embeddings=False)

@@ -17,10 +17,12 @@ from fastserve.engine.batch import BlockTables, make_batch
 from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs
+from fastserve.engine.sources import Sources
 from fastserve.engine.speculation import sample_verified
 from fastserve.kernels.interface import Batch, RecordedStep
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import PagedContext
+from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.model import ServingModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 
@@ -63,6 +65,7 @@ class ModelRunner:
         self._adapters = adapters
         self._adapter_slots: dict[str, int] = {}  # of requests that have one
         self._tables = BlockTables(model.device)
+        self._sources = Sources(model, kernels, kv_cache) if isinstance(model, EncoderDecoder) else None
         self._masks = GrammarMasks(grammars)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
@@ -81,12 +84,16 @@ class ModelRunner:
                 self._admit(entry)
         if plan.copies:
             self._kv_cache.copy_blocks(plan.copies, self._kernels)
+        if self._sources is not None:
+            plan = self._sources.compute(plan)
         if not plan.entries:
             return StepResult({})
         self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
         batch, row_ranges = make_batch(
             plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device, self._adapter_slots
         )
+        if self._sources is not None:
+            self._sources.describe(batch)
         result = StepResult({})
         entries = [entry for entry in plan.entries if entry.samples]
         if self._recorded is not None and not self._prompts:
@@ -136,7 +143,13 @@ class ModelRunner:
         state = SamplingState(sampling, stop_ids, frozenset(request.prompt_ids) if needs_prompt else frozenset())
         for token_id in entry.output_ids:
             state.count(token_id)
+        if sampling.no_repeat_ngram_size:
+            block_size = self._kv_cache.block_size
+            state.history = request.prompt_ids[-(-request.num_source // block_size) * block_size :] + entry.output_ids
         self._states[request.request_id] = state
+        self._tables.drop(request.request_id)
+        if self._sources is not None:
+            self._sources.admit(request)
         if request.adapter:
             self._adapter_slots[request.request_id] = self._adapters.slot(request.adapter)
         self._masks.admit(request.request_id, sampling.structured_outputs, entry.output_ids)
@@ -149,6 +162,8 @@ class ModelRunner:
             self._prompts.pop(request_id, None)
             self._adapter_slots.pop(request_id, None)
             self._tables.drop(request_id)
+            if self._sources is not None:
+                self._sources.drop(request_id)
             self._masks.drop(request_id)
         if request_ids:
             self._model.release(request_ids)
@@ -160,10 +175,16 @@ class ModelRunner:
         """
         states = [self._states[entry.request_id] for entry in entries]
         first_rows = [*accumulate((1 + entry.num_drafts for entry in entries[:-1]), initial=0)]
+        banned: dict[str, list[int]] = {}
+        for entry, state in zip(entries, states, strict=True):
+            if state.sampling.num_beams > 1:
+                if state.history:
+                    state.history[-1] = entry.token_ids[-1]  # the search chose it, not the sampler
+                banned[entry.request_id] = state.banned_ids()
         allowed = self._mask(logits, entries, first_rows)
         known = greedy if allowed is logits else None
         made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, self._kernels, known)
-        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made])
+        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made], banned)
         for entry, tokens in zip(entries, made, strict=True):
             error = self._masks.accept(entry.request_id, tokens)
             if error is not None:
@@ -186,14 +207,21 @@ class ModelRunner:
         return logits
 
     def _add_logprobs(
-        self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
+        self,
+        result: StepResult,
+        logits: Tensor,
+        entries: list[PlanEntry],
+        first_rows: list[int],
+        tokens: list[int],
+        banned: dict[str, list[int]],
     ) -> None:
         wanted = [self._states[entry.request_id].num_logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
             rows = [first_rows[place] for place in places]
             num_top = [wanted[place] or 0 for place in places]
-            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top)
+            barred = [banned.get(entries[place].request_id, []) for place in places]
+            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top, barred)
             for place, logprobs in zip(places, gathered, strict=True):
                 result.logprobs[entries[place].request_id] = logprobs
 

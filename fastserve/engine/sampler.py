@@ -7,6 +7,7 @@ draw itself (`Kernels.sample`) takes all rows at once. V vocabulary size, R rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,7 @@ class SamplingState:
         prompt_ids: distinct ids of the prompt.
         output_counts: id -> times made so far.
         num_output: tokens made so far.
+        history: prompt (of an encoder-decoder: the decoder's) and output; only with no_repeat_ngram_size.
     """
 
     sampling: SamplingParams
@@ -40,9 +42,12 @@ class SamplingState:
     prompt_ids: frozenset[int] = frozenset()
     output_counts: dict[int, int] = field(default_factory=dict)
     num_output: int = 0
+    history: list[int] = field(default_factory=list)
 
     def count(self, token_id: int) -> None:
         self.num_output += 1
+        if self.sampling.no_repeat_ngram_size:
+            self.history.append(token_id)
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
 
     @property
@@ -59,13 +64,33 @@ class SamplingState:
     @property
     def changes_logits(self) -> bool:
         sampling = self.sampling
-        return bool(
+        return sampling.num_beams == 1 and bool(
             sampling.logit_bias
             or sampling.repetition_penalty != 1.0
             or sampling.presence_penalty
             or sampling.frequency_penalty
             or self.num_output < sampling.min_tokens
+            or sampling.no_repeat_ngram_size
+            or sampling.suppress_token_ids
+            or self.is_forced_to_end
         )
+
+    @property
+    def is_forced_to_end(self) -> bool:
+        """Whether the next token is `forced_eos_token_id`."""
+        sampling = self.sampling
+        return sampling.forced_eos_token_id is not None and self.num_output + 1 == sampling.max_tokens
+
+    def banned_ids(self) -> list[int]:
+        """Tokens that may not come next."""
+        banned = [*self.sampling.suppress_token_ids]
+        if self.num_output < self.sampling.min_tokens:
+            banned += self.stop_ids
+        size = self.sampling.no_repeat_ngram_size
+        if size and len(self.history) + 1 >= size:
+            past, begun = self.history, self.history[len(self.history) + 1 - size :]
+            banned += [past[end] for end in range(size - 1, len(past)) if past[end + 1 - size : end] == begun]
+        return banned
 
 
 def random_bits(seed: int, index: int) -> int:
@@ -128,17 +153,26 @@ def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device)
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype, device=device)
-    if state.num_output < sampling.min_tokens and state.stop_ids:
-        logits[torch.tensor(state.stop_ids, dtype=torch.int64, device=device)] = float("-inf")
+    banned = state.banned_ids()
+    if banned:
+        logits[torch.tensor(banned, dtype=torch.int64, device=device)] = float("-inf")
+    if sampling.forced_eos_token_id is not None and state.is_forced_to_end:
+        logits.fill_(float("-inf"))[sampling.forced_eos_token_id] = 0.0
     return logits
 
 
-def gather_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
+def gather_logprobs(
+    logits: Tensor, token_ids: list[int], num_top: list[int], banned: Sequence[list[int]] = ()
+) -> list[TokenLogprobs]:
     """Log probabilities at R positions: the given token first, then the `num_top[r]` most probable ones.
 
-    logits [R, V] float32, raw. The given token appears once more among the top ones when it belongs there.
+    logits [R, V] float32, raw. The given token appears once more among the top ones when it belongs there. banned: per
+    row, tokens that are not to be among the top ones; the others keep their values.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
+    for row, ids in enumerate(banned):
+        if ids:
+            logprobs[row, torch.tensor(ids, dtype=torch.int64, device=logits.device)] = float("-inf")
     chosen = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None])  # [R, 1]
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
     top_values, top_ids = torch.topk(logprobs, min(max(1, *num_top), logits.shape[-1]), dim=-1)

@@ -88,9 +88,12 @@ class ParameterLoader:
 
     def of_expert(self, expert: int) -> ParameterLoader:
         """This loader for one of a layer's experts: the names' {expert} is its number."""
+        return self.with_names({role: name.replace("{expert}", str(expert)) for role, name in self._names.items()})
+
+    def with_names(self, names: Mapping[str, str]) -> ParameterLoader:
+        """This loader for another part of the network."""
         other = copy.copy(self)
-        other.linears = {}
-        other._names = {role: name.replace("{expert}", str(expert)) for role, name in self._names.items()}
+        other.linears, other._names = {}, names
         return other
 
     def has_role(self, role: str) -> bool:
@@ -98,9 +101,9 @@ class ParameterLoader:
         return role in self._names
 
     def tensor(self, role: str, shape: tuple[int, ...], layer: int = 0, suffix: str = "weight") -> Tensor:
-        """One tensor in the compute precision, such as a norm's weight."""
+        """One tensor in the compute precision, such as a norm's weight; suffix "": the role names it whole."""
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
-        name = f"{self._module(role, layer)}.{suffix}"
+        name = f"{self._module(role, layer)}.{suffix}" if suffix else self._module(role, layer)
         old_name = f"{self._module(role, layer)}.{_OLD_SUFFIXES.get(suffix, suffix)}"
         if name not in self._reader and old_name in self._reader:
             name = old_name
@@ -130,7 +133,7 @@ class ParameterLoader:
         self,
         parts: Mapping[str, int],
         num_inputs: int,
-        bias: bool,
+        bias: bool | Tensor,
         layer: int = 0,
         *,
         is_gated: bool = False,
@@ -138,7 +141,7 @@ class ParameterLoader:
     ) -> PackedLinear:
         """One merged linear: role -> number of its output rows, in order; packed for the kernels.
 
-        is_gated: the parts are gate and up, in this order. order: which row of a single part comes where; None: as
+        bias: whether the parts have one each on disk; or all of it. is_gated: the parts are gate and up, in this order. order: which row of a single part comes where; None: as
         they are.
         """
         for role in parts:
@@ -149,8 +152,8 @@ class ParameterLoader:
         else:
             weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
             _check_alike([self._module(role, layer) for role in parts], weights)
-        merged_bias = None
-        if bias:
+        merged_bias = bias if isinstance(bias, Tensor) else None
+        if bias is True:
             merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])
         if order is not None and len(parts) == 1:
             [weight] = weights if isinstance(weights, list) else [weights]

@@ -116,9 +116,13 @@ class Scheduler:
         assert 0 < len(request.prompt_ids) < self._max_model_len
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
+        sequence.num_together = self._num_blocks(request.num_source) * self.block_pool.block_size
         if request.sampling.num_beams > 1:
             sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
-            search = BeamSearch(sampling, self._answers.end_ids(sampling), min(room, sampling.max_tokens or room))
+            # Of an encoder-decoder, what comes after the first token counts as the answer's.
+            num_before = len(request.prompt_ids) - sequence.num_together - 1 if request.num_source else 0
+            length = min(room, sampling.max_tokens or room)
+            search = BeamSearch(sampling, self._answers.end_ids(sampling), length, num_before)
             sequence.group = BeamGroup(request.request_id, search, [sequence])
         sequence.num_cached_expected = self.block_pool.count_cached(sequence)
         self._arrive(sequence, now)
@@ -172,7 +176,9 @@ class Scheduler:
             # Prefills take what is left when everyone who may still decode in this step keeps a token.
             keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
             take = min(sequence.num_remaining, tokens_left - keep)
-            if take == 0 and preemptive:
+            if take > 0:
+                take = max(take, sequence.num_together - sequence.num_computed)
+            if take <= 0 and preemptive:
                 skipped.append(item)
                 continue
             running.append(item)

@@ -19,9 +19,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63
-_WITH_BEAMS = {"n", "num_beams", "length_penalty", "early_stopping", "max_tokens", "seed"}
-_WITH_BEAMS |= {"ignore_eos", "stop_token_ids", "skip_special_tokens", "min_tokens"}
-_WITH_BEAMS |= {"no_repeat_ngram_size", "suppress_token_ids", "forced_eos_token_id"}
+# Fields that a beam search may have.
+WITH_BEAMS = {"n", "num_beams", "length_penalty", "early_stopping", "max_tokens", "seed"}
+WITH_BEAMS |= {"ignore_eos", "stop_token_ids", "skip_special_tokens", "min_tokens"}
+WITH_BEAMS |= {"no_repeat_ngram_size", "suppress_token_ids", "forced_eos_token_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class SamplingParams:
             raise RequestError(f"num_beams ({self.num_beams}) must be at least n ({self.n})", "num_beams")
         for item in fields(self):
             usual = (item.default, 0.0) if item.name == "temperature" else (item.default,)
-            if item.name not in _WITH_BEAMS and getattr(self, item.name) not in usual:
+            if item.name not in WITH_BEAMS and getattr(self, item.name) not in usual:
                 raise RequestError(
                     f"{item.name} has no place in a beam search; leave out {item.name} or num_beams", item.name
                 )

@@ -197,6 +197,17 @@ class EngineClient:
         if sent and self._link is not None:
             self._link.send(Abort(sent))
 
+    def unload(self, name: str) -> None:
+        """Forget one of the other models; requests that it has fail.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        self.arrays.unload(name)
+        for live in [live for live in self._live.values() if live.request.model == name]:
+            self.abort([live.request.request_id])
+            live.stream.fail(RequestError(f"the model {name!r} was unloaded", "model"))
+
     def resize_kv_cache(self, num_bytes: int) -> None:
         """Ask for another size of the KV cache: at most kv_cache_max_memory, at least room for the longest sequence,
         and never what running sequences hold. `stats.kv_blocks_total` tells the outcome.

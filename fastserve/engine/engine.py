@@ -57,6 +57,7 @@ class Engine:
         vocab_size: ids are below this.
         memory: the memory plan.
         report: lines for people: model, kernels, memory.
+        source_limits: of an encoder-decoder.
 
     Raises:
         CheckpointError, ConfigError, MemoryPlanError: the model cannot be loaded or does not fit.
@@ -124,11 +125,11 @@ class Engine:
             self.memory.activation_bytes + _MEMORY_MARGIN,
             interval=1.0 if config.kv_cache_max_memory else math.inf,
         )
-        self._limits: SourceLimits | None = None
+        self.source_limits: SourceLimits | None = None
         if isinstance(loaded.model, EncoderDecoder):
-            self._limits = SourceLimits(loaded.model, self.max_model_len, config.block_size)
+            self.source_limits = SourceLimits(loaded.model, self.max_model_len, config.block_size)
         decides_by_cost = policy.uses_cost or tier_pool is not None or config.target_tpot_ms > 0
-        if decides_by_cost and not loaded.model.has_own_cache and self._limits is None:
+        if decides_by_cost and not loaded.model.has_own_cache and self.source_limits is None:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
@@ -138,8 +139,8 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, too long, or has ids outside the vocabulary; there is no such adapter.
         """
-        if self._limits is not None:
-            request = self._limits.place(request)
+        if self.source_limits is not None:
+            request = self.source_limits.place(request)
         elif request.num_source:
             raise RequestError("this model has no encoder; give a prompt alone", "prompt")
         if request.adapter:

@@ -146,7 +146,9 @@ class SourceText:
 
     def _token(self, name: str, param: str) -> str:
         """A language's token by its name, or by a beginning of it that only one has."""
-        begun = [known for known in self.languages if known.lower().startswith((f"{name.lower()}_", f"{name.lower()}-"))]
+        begun = [
+            known for known in self.languages if known.lower().startswith((f"{name.lower()}_", f"{name.lower()}-"))
+        ]
         found = name if name in self.languages else begun[0] if len(begun) == 1 and name else None
         if found is None:
             what = f"there is no language {name!r} here" if name else "a language is needed here"

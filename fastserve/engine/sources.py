@@ -132,7 +132,9 @@ class SourceLimits:
                 "prompt",
             )
         if sampling.prompt_logprobs is not None:
-            raise RequestError("an encoder gives its text no log probabilities; leave out prompt_logprobs", "prompt_logprobs")
+            raise RequestError(
+                "an encoder gives its text no log probabilities; leave out prompt_logprobs", "prompt_logprobs"
+            )
         filled = source + [_FILLER] * (-num_source % self._block_size)
         room = min(self.max_target, self._max_model_len - len(filled)) - len(start)
         if room < 1:

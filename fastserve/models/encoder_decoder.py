@@ -107,7 +107,9 @@ class EncoderDecoder:
         bias = None
         if config.has_logit_bias:
             bias = decoder.tensor("logit_bias", (1, stack.vocab_size), suffix="")[0]
-        embedding = decoder.linear({"embedding": stack.vocab_size}, size, bias if config.is_tied and bias is not None else False)
+        embedding = decoder.linear(
+            {"embedding": stack.vocab_size}, size, bias if config.is_tied and bias is not None else False
+        )
         self._embedding: PackedLinear = embedding
         self._head = embedding
         if not config.is_tied:

@@ -51,7 +51,9 @@ def pipeline(task: str = "", model: str = "", **options: Any) -> Callable[..., A
     if is_text_task(task):
         return TextPipeline(task, folder, options)
     if task not in _CALLS:
-        raise ConfigError(f"there is no task {task!r}; known: {', '.join([*_CALLS, *_SAME, 'text-generation', *TEXT_TASKS])}")
+        raise ConfigError(
+            f"there is no task {task!r}; known: {', '.join([*_CALLS, *_SAME, 'text-generation', *TEXT_TASKS])}"
+        )
     wanted = ("feature-extraction", "fill-mask") if task in ("feature-extraction", "sentence-embedding") else (task,)
     if folder.task not in wanted:
         raise ConfigError(f"{model} is for {folder.task}, not for {task}")

@@ -12,7 +12,11 @@ from fastserve.core.errors import ConfigError, RequestError
 from fastserve.core.sampling_params import WITH_BEAMS, SamplingParams
 
 # Task -> the key of its answers.
-TEXT_TASKS = {"text2text-generation": "generated_text", "summarization": "summary_text", "translation": "translation_text"}
+TEXT_TASKS = {
+    "text2text-generation": "generated_text",
+    "summarization": "summary_text",
+    "translation": "translation_text",
+}
 _PAIR = re.compile(r"translation_(\w+)_to_(\w+)")
 # transformers' arguments -> ours.
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n"}

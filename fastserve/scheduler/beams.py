@@ -34,9 +34,7 @@ class BeamSearch:
         num_before: tokens of the prompt that count as the answer's when its score is made.
     """
 
-    def __init__(
-        self, sampling: SamplingParams, end_ids: frozenset[int], max_tokens: int, num_before: int = 0
-    ) -> None:
+    def __init__(self, sampling: SamplingParams, end_ids: frozenset[int], max_tokens: int, num_before: int = 0) -> None:
         self._num_beams = sampling.num_beams
         self._length_penalty = sampling.length_penalty
         self._early_stopping = sampling.early_stopping

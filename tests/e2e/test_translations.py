@@ -130,7 +130,12 @@ def test_models_are_listed_loaded_and_unloaded(server: ServerProcess) -> None:
         ("translations", {"text": TEXT, "model": "summaries", "target_language": "fr"}, 400, "knows no languages"),
         ("translations", {"text": TEXT, "model": "labels"}, 404, "encoder-decoders are 'm2m', 'summaries'"),
         ("translations", {"text": "the sea " * 300, "target_language": "fr"}, 400, "takes at most 160"),
-        ("translations", {"text": "", "target_language": "fr", "num_beams": 3, "top_p": 0.5}, 400, "top_p has no place"),
+        (
+            "translations",
+            {"text": "", "target_language": "fr", "num_beams": 3, "top_p": 0.5},
+            400,
+            "top_p has no place",
+        ),
         ("completions", {"model": "summaries", "prompt": TEXT, "suffix": "x"}, 400, "suffix has no meaning"),
         ("completions", {"model": "summaries", "prompt": TEXT, "prompt_logprobs": 1}, 400, "prompt_logprobs has no"),
         ("completions", {"model": "summaries", "prompt": TEXT, "max_tokens": 5000}, 400, "answers with at most"),

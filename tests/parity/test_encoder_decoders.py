@@ -21,7 +21,9 @@ from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.loader import load_model
 from tests.encoder_decoder_folders import EOS, FAMILIES, encoder_decoder
 
-SOURCES = [[5 + (7 * index + 11 * place) % 300 for place in range(length)] for index, length in enumerate((3, 17, 16, 40))]
+SOURCES = [
+    [5 + (7 * index + 11 * place) % 300 for place in range(length)] for index, length in enumerate((3, 17, 16, 40))
+]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=24, ignore_eos=True, seed=17)
 BEAMS: dict[str, Any] = dict(num_beams=4, length_penalty=0.7, early_stopping=False, no_repeat_ngram_size=3)
@@ -105,7 +107,9 @@ def test_greedy_tokens(folder: Path, kernels: str) -> None:
     for source, ours in zip(SOURCES, found, strict=True):
         made = generate(folder, source, max_new_tokens=64, min_new_tokens=64, num_beams=1, eos_token_id=None)
         expected = made.sequences[0, 1:].tolist()
-        differing = next((place for place, pair in enumerate(zip(ours, expected, strict=True)) if pair[0] != pair[1]), None)
+        differing = next(
+            (place for place, pair in enumerate(zip(ours, expected, strict=True)) if pair[0] != pair[1]), None
+        )
         if differing is not None:
             first, second = made.scores[differing][0].topk(2).values.tolist()
             assert first - second < 1e-3, f"token {differing} differs"
@@ -116,7 +120,13 @@ def test_beams(folder: Path, kernels: str) -> None:
     """Sequences and scores of all four beams, with what folders ask for: n-grams, forced ends, least lengths."""
     llm = open_llm(folder, kernels=kernels)
     params = SamplingParams(
-        n=4, temperature=0.0, max_tokens=20, min_tokens=3, forced_eos_token_id=EOS, suppress_token_ids=(7, 8, 9), **BEAMS
+        n=4,
+        temperature=0.0,
+        max_tokens=20,
+        min_tokens=3,
+        forced_eos_token_id=EOS,
+        suppress_token_ids=(7, 8, 9),
+        **BEAMS,
     )
     for source, output in zip(SOURCES, llm.generate(SOURCES, params), strict=True):
         made = generate(
@@ -129,7 +139,9 @@ def test_beams(folder: Path, kernels: str) -> None:
             num_return_sequences=4,
             **BEAMS,
         )
-        for answer, row, score in zip(output.outputs, made.sequences.tolist(), made.sequences_scores.tolist(), strict=True):
+        for answer, row, score in zip(
+            output.outputs, made.sequences.tolist(), made.sequences_scores.tolist(), strict=True
+        ):
             assert answer.token_ids == row[1 : 1 + len(answer.token_ids)]
             assert answer.score == pytest.approx(score, rel=1e-4, abs=1e-4)
             assert answer.token_ids[-1] == EOS

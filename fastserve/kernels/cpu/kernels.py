@@ -270,9 +270,7 @@ class CPUKernels(Kernels):
 
     def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
         tables, lengths = [table.contiguous() for table in batch.source_tables], batch.source_lens
-        return self._attention(
-            query, keys, values, batch.query_starts, lengths, tables, scale, 0.0, 0, is_causal=False
-        )
+        return self._attention(query, keys, values, batch.query_starts, lengths, tables, scale, 0.0, 0, is_causal=False)
 
     def varlen_attention(
         self,

@@ -65,10 +65,12 @@ struct AttentionArgs {
     int64_t bias_stride, bias_origin;
 };
 
-// Query rows (positions x query heads per key head) that a tile of attention has at most.
+// Query rows (positions x query heads per key head) that a tile of attention has at most. Each tile builds the panels of
+// its keys and values anew: more rows repay them, fewer leave more tiles to divide.
+constexpr int64_t kTileQueryRows = 192;
 static inline int64_t attention_tile_rows(const AttentionArgs& args) {
     const int64_t group = args.num_heads / args.num_kv_heads;
-    return group * max_of(1, 96 / group);
+    return group * max_of(1, kTileQueryRows / group);
 }
 
 ScratchSize attention_scratch(const AttentionArgs& args);

@@ -13,10 +13,22 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
 constexpr int kKeyBlock = 64;
 constexpr int64_t kSplitKeys = 512;
-constexpr int64_t kTileQueryRows = 96;
 constexpr int64_t kFewRows = 12;     // rows that do not repay a panel of values
 constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
+constexpr int64_t kFetches = 32;     // while a head's block is worked on
 constexpr float kNever = -3.0e38f;    // a masked score; any real one is larger
+
+// Limits of scores: kNever before a position, or from it on; none on the other side. Read from where the position is 64.
+struct Bounds {
+    float from[2 * kKeyBlock]{}, to[2 * kKeyBlock]{};
+    constexpr Bounds() {
+        for (int64_t i = 0; i < kKeyBlock; ++i) {
+            from[i] = to[kKeyBlock + i] = kNever;
+            from[kKeyBlock + i] = to[i] = __builtin_inff();
+        }
+    }
+};
+static constexpr Bounds kBounds;
 
 // Where one thread's working memory lies.
 struct AttentionScratch {
@@ -141,9 +153,10 @@ public:
 #endif
     }
 
-    // Gather the tile's queries and forget all sums.
-    void start(const QueryTile& tile) {
+    // Gather the tile's queries and forget all sums. `next`: the tile that comes after it, or null.
+    void start(const QueryTile& tile, const QueryTile* next = nullptr) {
         tile_ = tile;
+        next_tile_ = next;
         first_head_ = tile.kv_head;
         for_heads([&](int64_t) { start_head(); });
     }
@@ -164,6 +177,7 @@ public:
         const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
         const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
         for (int64_t block = begin; block < end; block += kKeyBlock) {
+            if (tile_.num_heads > 1) look_ahead(block);
             for_heads([&](int64_t) { attend_block(block); });
         }
     }
@@ -330,13 +344,46 @@ private:
         now.kv_head = tile_.kv_head;
     }
 
-    // Loads rows in their order in memory, which the processor foresees; the order of their use it does not.
-    void touch(const void* cache, const int64_t* places, int64_t keys) const {
-        const int64_t bytes = args_.head_size * element_bytes(args_.cache_type);
-        for (int64_t i = 0; i < keys; ++i) {
-            const volatile char* from = static_cast<const char*>(cache) + places[i] * element_bytes(args_.cache_type);
-            for (int64_t line = 0; line < bytes; line += 64) static_cast<void>(from[line]);
+    // What is worked on next is fetched meanwhile, from front to back as it lies in memory: the processor then foresees
+    // it, which it does not if a head's short rows are fetched one by one.
+    struct Ahead {
+        const char* rows[2 * kKeyBlock];
+        int64_t count = 0, bytes = 0, row = 0, at = 0;
+        int64_t lines = 0;  // to fetch at a time
+
+        FASTSERVE_INLINE void fetch() {
+            for (int64_t i = 0; i < lines && row < count; ++i) {
+                __builtin_prefetch(rows[row] + at, 0, 3);
+                at += 64;
+                if (at >= bytes) at = 0, ++row;
+            }
         }
+    };
+
+    // Prepare to fetch the block after this one, of this tile or of the next.
+    void look_ahead(int64_t first_key) {
+        ahead_.count = ahead_.row = ahead_.at = 0;
+        const QueryTile* tile = &tile_;
+        int64_t head = first_head_, begin = first_key + kKeyBlock, end = visible().end;
+        if (begin >= end) {
+            if (!next_tile_) return;
+            tile = next_tile_, head = tile->kv_head;
+            end = min_of(tile->first_position + tile->num_queries + sizes_.ahead, args_.context_lens[tile->sequence]);
+            begin = args_.window ? max_of(0, tile->first_position - args_.window + 1) / kKeyBlock * kKeyBlock : 0;
+        }
+        end = min_of(end, begin + kKeyBlock);
+        const int64_t size = element_bytes(args_.cache_type);
+        auto add = [&](const void* cache, const CacheStrides& strides) {
+            for (int64_t key = begin; key < end; ++key) {
+                const int64_t block = args_.block_tables[tile->sequence][key / args_.block_size];
+                ahead_.rows[ahead_.count++] = static_cast<const char*>(cache) +
+                    (block * strides.block + key % args_.block_size * strides.slot + head * strides.head) * size;
+            }
+        };
+        add(args_.keys, args_.key_strides);
+        add(args_.values, args_.value_strides);
+        ahead_.bytes = tile->num_heads * args_.head_size * size;
+        ahead_.lines = ceil_div(ceil_div(ahead_.count * ahead_.bytes, 64), tile_.num_heads * kFetches);
     }
 
     void fetch(const void* cache, int64_t at) const {
@@ -361,9 +408,7 @@ private:
         if (rows.begin >= rows.end) return;
         find_block(first_key, keys);
         if (is_s8()) load_scales(keys);
-        if (tile_.num_heads > 1) touch(args_.keys, places_[now_].keys, keys);
         load_keys(keys);
-        if (tile_.num_heads > 1) touch(args_.values, places_[now_].values, keys);
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
         const int64_t count = rows.end - rows.begin;
@@ -417,6 +462,7 @@ private:
             for (int64_t pair = 0; pair < pairs; ++pair) {
                 const int64_t first = 2 * pair < keys ? places[2 * pair] : -1;
                 const int64_t second = 2 * pair + 1 < keys ? places[2 * pair + 1] : -1;
+                if (pair % 4 == 0) ahead_.fetch();
                 I words[kVectors];
                 value_words(first, second, panel * kPanelColumns, words);
 #pragma GCC unroll 4
@@ -466,29 +512,39 @@ private:
             bias += head * args_.bias_stride + args_.bias_origin + first_key - position;
         }
         const F scale = f_set(args_.scale), cap = f_set(args_.softcap), inverse_cap = f_set(1.0f / args_.softcap);
-        F highest = f_set(kNever);
-        for (int column = 0; column < kKeyBlock; column += W) {
-            F value = f_mul(f_load(scores + column), scale);
-            if (is_s8()) value = f_mul(value, f_load(s_.key_scales + column));
-            if (bias && column < end) value = f_add(value, load_lanes(bias, DType::f32, column, end - column));
+        constexpr int kVectors = kKeyBlock / W;
+        F values[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            F value = f_mul(f_load(scores + v * W), scale);
+            if (is_s8()) value = f_mul(value, f_load(s_.key_scales + v * W));
+            if (bias && v * W < end) value = f_add(value, load_lanes(bias, DType::f32, v * W, end - v * W));
             if (args_.softcap > 0.0f) value = f_mul(cap, f_tanh(f_mul(value, inverse_cap)));
-            f_store(scores + column, value);
+            values[v] = value;
         }
-        for (int64_t i = 0; i < begin; ++i) scores[i] = kNever;
-        for (int64_t i = end < begin ? begin : end; i < kKeyBlock; ++i) scores[i] = kNever;
-        for (int column = 0; column < kKeyBlock; column += W) highest = f_max(highest, f_load(scores + column));
+        if (begin > 0 || end < kKeyBlock) {
+            const float* first = kBounds.from + kKeyBlock - min_of(begin, kKeyBlock);
+            const float* last = kBounds.to + kKeyBlock - max_of(end, 0);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                values[v] = f_min(f_load(last + v * W), f_min(f_load(first + v * W), values[v]));  // a NaN stays one
+            }
+        }
+        F highest = f_set(kNever);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) highest = f_max(highest, values[v]);
         const float block_top = f_largest(highest);
         const float top = block_top > s_.top[row] ? block_top : s_.top[row];
         const F top_v = f_set(top);
         F sum = f_zero();
         char* probs = s_.probs + row * kKeyBlock * sizes_.element;
-        for (int column = 0; column < kKeyBlock; column += W) {
-            F value = f_load(scores + column);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
             // exp is clamped, so that a masked score would leave a trace: it is zeroed instead.
-            F p = f_zero_below(value, f_set(kNever * 0.5f), f_exp(f_sub(value, top_v)));
+            F p = f_zero_below(values[v], f_set(kNever * 0.5f), f_exp(f_sub(values[v], top_v)));
             sum = f_add(sum, p);
-            if (is_s8()) p = f_mul(p, f_load(s_.value_scales + column));
-            store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, column, p);
+            if (is_s8()) p = f_mul(p, f_load(s_.value_scales + v * W));
+            store_as(probs, sizes_.pairs ? DType::bf16 : DType::f32, v * W, p);
         }
         if (top > s_.top[row]) {
             const float share = s_.top[row] <= kNever ? 0.0f : exp_one(s_.top[row] - top);
@@ -524,6 +580,7 @@ private:
                     rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
                 }
                 for (int64_t word = 0; word < words; word += 16) {
+                    ahead_.fetch();
                     transpose_words(rows, word, panel + word * kKeyBlock + whole, kKeyBlock);
                 }
             }
@@ -652,6 +709,8 @@ private:
     int64_t first_head_ = 0;
     PanelProduct product_;
     QueryTile tile_{};
+    const QueryTile* next_tile_ = nullptr;
+    Ahead ahead_;
     Places places_[2];
     int now_ = 0;
     int64_t num_next_ = 0;
@@ -708,17 +767,25 @@ static void attention(const AttentionArgs& args, const Worker& worker) {
         any_split = any_split || (is_split && splits.end - splits.begin > 1);
     });
     CostShare share{max_of(total, 1), 0, worker.count};
+    QueryTile waiting{};  // a tile is worked on when the one after it is known
+    Range waiting_splits{};
+    auto attend = [&](const QueryTile* next) {
+        if (!waiting.num_queries) return;
+        tile_attention.start(waiting, next);
+        for (int64_t split = waiting_splits.begin; split < waiting_splits.end; ++split) {
+            tile_attention.attend_split(split);
+            tile_attention.merge();
+        }
+        tile_attention.write();
+        waiting.num_queries = 0;
+    };
     int64_t saved = 0;  // floats of partial sums before this tile's
     for_each_tile(args, worker.count, [&](const QueryTile& tile, Range splits, bool is_split, int64_t cost) {
         const int64_t num_splits = splits.end - splits.begin;
         if (!is_split || num_splits <= 1) {
             if (share.next(cost) != worker.index) return;
-            tile_attention.start(tile);
-            for (int64_t split = splits.begin; split < splits.end; ++split) {
-                tile_attention.attend_split(split);
-                tile_attention.merge();
-            }
-            tile_attention.write();
+            attend(&tile);
+            waiting = tile, waiting_splits = splits;
             return;
         }
         const int64_t floats = tile.num_heads * tile.rows * (padded + 2);
@@ -731,6 +798,7 @@ static void attention(const AttentionArgs& args, const Worker& worker) {
             tile_attention.save(reinterpret_cast<float*>(worker.shared) + saved);
         }
     });
+    attend(nullptr);
     if (any_split) {
         worker.barrier();
         saved = 0;

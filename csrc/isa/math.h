@@ -17,11 +17,7 @@ static inline F f_exp(F x) {
     p = f_fma(p, r, f_set(1.6666665459e-1f));
     p = f_fma(p, r, f_set(5.0000001201e-1f));
     p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
-    // 2^n in two factors, so that n = 128 does not overflow the exponent field.
-    I half = i_sra<1>(n);
-    F low = f_bits(i_shl<23>(i_add(half, i_set(127))));
-    F high = f_bits(i_shl<23>(i_add(i_sub(n, half), i_set(127))));
-    return f_mul(f_mul(p, low), high);
+    return f_scale(p, n, nf);
 }
 
 static inline F f_sigmoid(F x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }

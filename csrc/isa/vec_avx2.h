@@ -67,6 +67,13 @@ static inline void i_store_s8(int8_t* p, I v) {
     __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
 }
+// v * 2^n, in two factors, so that n = 128 does not overflow the exponent field.
+static inline F f_scale(F v, I n, F) {
+    I half = i_sra<1>(n);
+    F low = f_bits(i_shl<23>(i_add(half, i_set(127))));
+    F high = f_bits(i_shl<23>(i_add(i_sub(n, half), i_set(127))));
+    return f_mul(f_mul(v, low), high);
+}
 static inline F f_where_positive(F x, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, f_zero(), _CMP_GT_OQ));
 }

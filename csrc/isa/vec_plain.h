@@ -62,6 +62,13 @@ static inline void f_store_bf16(uint16_t* p, F v) {
 static inline void i_store_s8(int8_t* p, I v) {
     for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(v[i]);
 }
+// v * 2^n, in two factors, so that n = 128 does not overflow the exponent field.
+static inline F f_scale(F v, I n, F) {
+    I half = i_sra<1>(n);
+    F low = f_bits(i_shl<23>(i_add(half, i_set(127))));
+    F high = f_bits(i_shl<23>(i_add(i_sub(n, half), i_set(127))));
+    return f_mul(f_mul(v, low), high);
+}
 static inline F f_where_positive(F x, F yes, F no) { return x > 0.0f ? yes : no; }
 // p where v > limit, else 0.
 static inline F f_zero_below(F v, F limit, F p) { return f_bits(i_and((I)(v > limit), i_bits(p))); }

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
 from fastserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.compress.storage import ModuleScheme
     from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 
 SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
@@ -102,60 +102,31 @@ def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> It
 
 
 def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
-    """A quantised weight as compressed-tensors lays it out."""
-    import torch
+    from fastserve.compress.grid import Quantized
+    from fastserve.compress.storage import tensors
 
-    from fastserve.kernels.quant import pack_words
-
-    scheme = weight.scheme
-    found = {"weight_scale": weight.scales}
-    if _layout(scheme) == "int-quantized":
-        found["weight"] = (weight.values ^ 128).view(torch.int8)
-        if weight.zeros is not None:
-            found["weight_zero_point"] = (weight.zeros ^ 128).view(torch.int8)
-    else:
-        found["weight_packed"] = pack_words(weight.values, scheme.weight_bits)
-        found["weight_shape"] = torch.tensor(weight.values.shape)
-        if weight.zeros is not None:
-            found["weight_zero_point"] = pack_words(weight.zeros.t(), scheme.weight_bits).t().contiguous()
-    if weight.codebook is not None:
-        found["weight_codebook"] = weight.codebook.clone()
-    return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
-
-
-def _layout(scheme: QuantScheme) -> str:
-    if scheme.has_codebook:
-        return CODEBOOK_FORMAT
-    return "int-quantized" if scheme.weight_bits == 8 and scheme.activation_bits == 8 else "pack-quantized"
+    own = _stored(weight.scheme)
+    return tensors(module, Quantized(own.weights, weight.values, weight.scales, weight.zeros, weight.codebook), own)
 
 
 def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
+    from fastserve.compress.storage import config_of, group
     from fastserve.kernels.quant import QuantScheme
 
-    groups = {"group_0": _group(scheme, ["Linear"])}
+    groups = {"group_0": group(_stored(scheme), ["Linear"])}
     if head_module:
-        groups["group_1"] = _group(QuantScheme(8), [head_module])
-    formats = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [] if head_module == "lm_head" else ["lm_head"],
-    }
+        groups["group_1"] = group(_stored(QuantScheme(8)), [head_module])
+    return config_of(groups, [] if head_module == "lm_head" else ["lm_head"])
 
 
-def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+def _stored(scheme: QuantScheme) -> ModuleScheme:
+    """The scheme as folders have it."""
+    from fastserve.compress.grid import WeightScheme
+    from fastserve.compress.storage import ModuleScheme
+
     kind = "codebook" if scheme.has_codebook else "int"
-    weights: dict[str, Any] = {"num_bits": scheme.weight_bits, "type": kind, "symmetric": scheme.is_symmetric}
-    weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": activations if scheme.activation_bits == 8 else None,
-        "format": _layout(scheme),
-    }
+    weights = WeightScheme(scheme.weight_bits, scheme.group_size, scheme.is_symmetric, kind)
+    return ModuleScheme(weights, "dynamic" if scheme.activation_bits == 8 else "none")
 
 
 def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[_Tensors]:

@@ -83,13 +83,8 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
-        num_inputs = self.values.shape[1]
-        if self.codebook is not None:
-            return self.codebook[self.values.long()] * self.scales.float()
-        if self.scheme.kind == "float":
-            return self.values.float() * self.scales.float()
-        zeros = self.scheme.centre if self.zeros is None else _spread(self.zeros.float(), self.scheme, num_inputs)
-        return (self.values.float() - zeros) * _spread(self.scales.float(), self.scheme, num_inputs)
+        grid = Grid(self.scheme, self.scales, self.zeros, self.codebook)
+        return grid.levels(self.values.float(), *grid.rows(self.values.shape[1]))
 
 
 @dataclass(slots=True)

@@ -72,18 +72,24 @@ def config(modules: Mapping[str, ModuleScheme], ignored: Sequence[str], has_embe
     groups = {}
     for number, scheme in enumerate(schemes):
         names = sorted(name for name, own in modules.items() if own == scheme)
-        groups[f"group_{number}"] = _group(scheme, ["Linear"] if len(schemes) == 1 and not has_embedding else names)
+        groups[f"group_{number}"] = group(scheme, ["Linear"] if len(schemes) == 1 and not has_embedding else names)
+    return config_of(groups, ignored)
+
+
+def config_of(groups: Mapping[str, dict[str, Any]], ignored: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` for groups of modules (see `group`)."""
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": dict(groups),
         "ignore": sorted(ignored),
     }
 
 
-def _group(scheme: ModuleScheme, targets: list[str]) -> dict[str, Any]:
+def group(scheme: ModuleScheme, targets: list[str]) -> dict[str, Any]:
+    """The entry for modules that share a scheme; targets are their names, or classes of theirs."""
     grid = scheme.weights
     strategy = "tensor" if grid.group_size < 0 else "group" if grid.group_size else "channel"
     weights: dict[str, Any] = {"num_bits": grid.bits, "type": grid.kind, "symmetric": grid.is_symmetric}

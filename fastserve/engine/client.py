@@ -215,9 +215,7 @@ class EngineClient:
         Raises:
             EngineDeadError: no engine is running now.
         """
-        if self.state is not EngineState.READY or self._link is None:
-            raise EngineDeadError("the engine is not running; try again when /ready says so")
-        self._link.send(ResizeCache(num_bytes))
+        self._tell(ResizeCache(num_bytes))
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -243,11 +241,9 @@ class EngineClient:
         await self._ask(UnloadAdapter(name))
 
     async def _ask(self, message: LoadAdapter | UnloadAdapter) -> None:
-        if self.state is not EngineState.READY or self._link is None:
-            raise EngineDeadError("the engine is not running; try again when /ready says so")
+        self._tell(message)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
-        self._link.send(message)
         await answer
 
     def _keep_adapters(self, adapters: dict[str, str]) -> None:
@@ -361,6 +357,10 @@ class EngineClient:
         assert self._link is not None
         self._link.send(Add(live.request))
         live.is_sent = True
+
+    def _tell(self, message: ToEngine) -> None:
+        if not self._send_frame(message):
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
 
     def _send_frame(self, message: ToEngine) -> bool:
         """Send to a ready engine; False when there is none."""

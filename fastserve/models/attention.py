@@ -114,9 +114,7 @@ class VarlenContext:
         transform: HeadTransform | None = None,
     ) -> Tensor:
         assert not softcap
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        query, key = _transformed(self.kernels, query, key, transform)
         return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scale, window, self._bias)
 
 
@@ -139,9 +137,7 @@ class DenseContext:
         softcap: float = 0.0,
         transform: HeadTransform | None = None,
     ) -> Tensor:
-        if transform is not None:
-            query = self.kernels.transform_heads(query, transform.query_norm, transform)
-            key = self.kernels.transform_heads(key, transform.key_norm, transform)
+        query, key = _transformed(self.kernels, query, key, transform)
         starts = [0]
         for length in self._lengths:
             starts.append(starts[-1] + length)
@@ -161,3 +157,14 @@ class DenseContext:
                 query[start:end], key[None, start:end], value[None, start:end], batch, scale, window, softcap
             )
         return output
+
+
+def _transformed(
+    kernels: Kernels, query: Tensor, key: Tensor, transform: HeadTransform | None
+) -> tuple[Tensor, Tensor]:
+    if transform is None:
+        return query, key
+    return (
+        kernels.transform_heads(query, transform.query_norm, transform),
+        kernels.transform_heads(key, transform.key_norm, transform),
+    )

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
-from fastserve.models.model import ModelShape
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
 
@@ -172,7 +171,7 @@ class Decoder:
         self._tables = [RopeTable(rope, config.max_positions, parameters.device) for rope in ropes]
         # Which rotation a layer takes; the last one, after those of the tables, is none.
         self._rotation_of_layer = [len(ropes) if rope is None else ropes.index(rope) for rope in config.ropes]
-        self.shape = _shape(config, parameters)
+        self.shape = parameters.shape(config, config.num_kv_heads)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
@@ -204,19 +203,3 @@ class Decoder:
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""
-
-
-def _shape(config: DecoderConfig, parameters: ParameterLoader) -> ModelShape:
-    return ModelShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_size=config.head_size,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_positions,
-        dtype=parameters.dtype,
-        windows=config.windows,
-        num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_bytes,
-    )

@@ -19,7 +19,6 @@ from fastserve.kernels.interface import PackedLinear
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import VarlenContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
-from fastserve.models.model import ModelShape
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.pooling import POOLS
 from fastserve.models.rope import Rope, RopeTable
@@ -204,7 +203,7 @@ class Encoder:
         tables = {rope: RopeTable(rope, config.max_positions, parameters.device) for rope in ropes}
         self._tables = [None if rope is None else tables[rope] for rope in config.ropes]
         self._head = None if head is None else Head(parameters, head, config)
-        self.shape = _shape(config, parameters)
+        self.shape = parameters.shape(config, config.num_heads)
 
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch) -> Tensor:
@@ -299,19 +298,3 @@ def distance_bias(table: Tensor, radius: int, max_distance: int, is_causal: bool
     if not is_causal:
         buckets = buckets + (distances > 0) * num_buckets
     return table.float()[buckets.to(table.device)].t().contiguous()
-
-
-def _shape(config: EncoderConfig, parameters: ParameterLoader) -> ModelShape:
-    return ModelShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_heads,
-        head_size=config.head_size,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_positions,
-        dtype=parameters.dtype,
-        windows=config.windows,
-        num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_bytes,
-    )

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
 from fastserve.kernels.quant import QuantizedWeight, reordered
 from fastserve.kernels.reference import Kernels
+from fastserve.models.model import ModelShape
 from fastserve.models.quantized import read_quantized
 
 _OLD_SUFFIXES = {"weight": "gamma", "bias": "beta"}  # of norms, in folders made of TensorFlow checkpoints
@@ -170,6 +172,22 @@ class ParameterLoader:
                 self.linears[self._module(role, layer)] = part
             first += num_rows
         return packed
+
+    def shape(self, config: Any, num_kv_heads: int) -> ModelShape:
+        """Of a network of our own, by its config, once all of it is loaded."""
+        return ModelShape(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=config.head_size,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_positions,
+            dtype=self.dtype,
+            windows=config.windows,
+            num_parameters=self.num_parameters,
+            weight_bytes=self.num_bytes,
+        )
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.

@@ -18,25 +18,36 @@ _SCORE_BATCH = 32
 _PAIR_KEY = "text_pair"
 
 
-class Classification:
-    """One label per text, or per pair of texts where rows have `text_pair`."""
-
-    network_class = "AutoModelForSequenceClassification"
+class _Labelling:
+    """Labels by name and number, of texts or of words."""
 
     def __init__(self, tokenizer: Any, settings: FinetuneSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
         self._ids: dict[str, int] = {}
         self._names: list[str] = []
 
-    def configure(self, config: Any, rows: list[Example]) -> None:
-        names = sorted({str(value_of(row, self._settings.label_key)) for row in rows})
-        _set_labels(config, names)
-        self.use_labels(config)
-
     def use_labels(self, config: Any) -> None:
         """Take the labels that a configuration names."""
         self._names = [config.id2label[index] for index in range(config.num_labels)]
         self._ids = {name: index for index, name in enumerate(self._names)}
+
+    def batch(self, items: list[Encoded]) -> Batch:
+        return padded(items, {"input_ids": self._tokenizer.pad_token_id or 0})
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch.pop("labels")
+        return label_loss(model(**batch).logits, labels)
+
+
+class Classification(_Labelling):
+    """One label per text, or per pair of texts where rows have `text_pair`."""
+
+    network_class = "AutoModelForSequenceClassification"
+
+    def configure(self, config: Any, rows: list[Example]) -> None:
+        names = sorted({str(value_of(row, self._settings.label_key)) for row in rows})
+        _set_labels(config, names)
+        self.use_labels(config)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         texts = [str(value_of(row, self._settings.text_key)) for row in rows]
@@ -47,13 +58,6 @@ class Classification:
             {**{name: values[index] for name, values in encoded.items()}, "labels": labels[index]}
             for index in range(len(rows))
         ]
-
-    def batch(self, items: list[Encoded]) -> Batch:
-        return padded(items, {"input_ids": self._tokenizer.pad_token_id or 0})
-
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch.pop("labels")
-        return label_loss(model(**batch).logits, labels)
 
     def score(self, network: Any, rows: list[Example]) -> dict[str, float]:
         found = self.predict(network, rows)
@@ -75,35 +79,22 @@ class Classification:
         return self._ids[name]
 
 
-class TokenClassification:
+class TokenClassification(_Labelling):
     """One label per word; rows have lists of words and of labels. A word's first token carries its label."""
 
     network_class = "AutoModelForTokenClassification"
 
     def __init__(self, tokenizer: Any, settings: FinetuneSettings) -> None:
-        self._tokenizer, self._settings = tokenizer, settings
+        super().__init__(tokenizer, settings)
         self._key = "tokens" if settings.text_key == "text" else settings.text_key
         self._label_key = "labels" if settings.label_key == "label" else settings.label_key
-        self._ids: dict[str, int] = {}
-        self._names: list[str] = []
 
     def configure(self, config: Any, rows: list[Example]) -> None:
         _set_labels(config, sorted({str(label) for row in rows for label in value_of(row, self._label_key)}))
         self.use_labels(config)
 
-    def use_labels(self, config: Any) -> None:
-        self._names = [config.id2label[index] for index in range(config.num_labels)]
-        self._ids = {name: index for index, name in enumerate(self._names)}
-
     def encode(self, rows: list[Example]) -> list[Encoded]:
         return [item for item, _ in self._encoded(rows)]
-
-    def batch(self, items: list[Encoded]) -> Batch:
-        return padded(items, {"input_ids": self._tokenizer.pad_token_id or 0})
-
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch.pop("labels")
-        return label_loss(model(**batch).logits, labels)
 
     def score(self, network: Any, rows: list[Example]) -> dict[str, float]:
         return entity_scores(

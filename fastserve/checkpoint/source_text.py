@@ -1,4 +1,4 @@
-"""What a folder of an encoder-decoder says of texts: languages, prefixes, what its decoder begins with, how it searches.
+"""What a folder of an encoder-decoder says of texts: languages, prefixes, what its decoder begins with, how to search.
 
 Text to token ids, without torch. Three kinds of models know languages: those with a token per language (M2M100, NLLB,
 mBART; the target's begins the answer), those whose texts begin with ">>xxx<<" (multilingual Marian), and those with a

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastserve.core.request import TokenLogprobs
 from fastserve.engine.adapters import Adapters
 from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.beam_candidates import find_candidates
 from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs
@@ -175,16 +176,21 @@ class ModelRunner:
         """
         states = [self._states[entry.request_id] for entry in entries]
         first_rows = [*accumulate((1 + entry.num_drafts for entry in entries[:-1]), initial=0)]
-        banned: dict[str, list[int]] = {}
-        for entry, state in zip(entries, states, strict=True):
-            if state.sampling.num_beams > 1:
-                if state.history:
-                    state.history[-1] = entry.token_ids[-1]  # the search chose it, not the sampler
-                banned[entry.request_id] = state.banned_ids()
+        beams = [place for place, state in enumerate(states) if state.sampling.num_beams > 1]
+        if beams:
+            rows = [first_rows[place] for place in beams]
+            own, last = [states[place] for place in beams], [entries[place].token_ids[-1] for place in beams]
+            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last)
+            result.logprobs.update(zip((entries[place].request_id for place in beams), found, strict=True))
+            others = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
+            if others:
+                kept = sorted({*range(len(logits))} - {*rows})
+                self._sample(result, logits[kept], others, None)
+            return
         allowed = self._mask(logits, entries, first_rows)
         known = greedy if allowed is logits else None
         made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, self._kernels, known)
-        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made], banned)
+        self._add_logprobs(result, logits, entries, first_rows, [tokens[0] for tokens in made])
         for entry, tokens in zip(entries, made, strict=True):
             error = self._masks.accept(entry.request_id, tokens)
             if error is not None:
@@ -207,21 +213,14 @@ class ModelRunner:
         return logits
 
     def _add_logprobs(
-        self,
-        result: StepResult,
-        logits: Tensor,
-        entries: list[PlanEntry],
-        first_rows: list[int],
-        tokens: list[int],
-        banned: dict[str, list[int]],
+        self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        wanted = [self._states[entry.request_id].num_logprobs for entry in entries]
+        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
             rows = [first_rows[place] for place in places]
             num_top = [wanted[place] or 0 for place in places]
-            barred = [banned.get(entries[place].request_id, []) for place in places]
-            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top, barred)
+            gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top)
             for place, logprobs in zip(places, gathered, strict=True):
                 result.logprobs[entries[place].request_id] = logprobs
 

@@ -7,7 +7,6 @@ draw itself (`Kernels.sample`) takes all rows at once. V vocabulary size, R rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,6 @@ from fastserve.core.request import TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.kernels.interface import RowSampling
 from fastserve.kernels.reference import Kernels
-from fastserve.scheduler.beams import num_candidates
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -51,20 +49,13 @@ class SamplingState:
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
 
     @property
-    def num_logprobs(self) -> int | None:
-        """How many of the most probable tokens are wanted; a beam needs some to choose from."""
-        if self.sampling.num_beams > 1:
-            return num_candidates(self.sampling.num_beams, len(self.stop_ids))
-        return self.sampling.logprobs
-
-    @property
     def is_plain_greedy(self) -> bool:
-        return self.sampling.is_greedy and not self.changes_logits
+        return self.sampling.is_greedy and self.sampling.num_beams == 1 and not self.changes_logits
 
     @property
     def changes_logits(self) -> bool:
         sampling = self.sampling
-        return sampling.num_beams == 1 and bool(
+        return bool(
             sampling.logit_bias
             or sampling.repetition_penalty != 1.0
             or sampling.presence_penalty
@@ -161,18 +152,12 @@ def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
     return logits
 
 
-def gather_logprobs(
-    logits: Tensor, token_ids: list[int], num_top: list[int], banned: Sequence[list[int]] = ()
-) -> list[TokenLogprobs]:
+def gather_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
     """Log probabilities at R positions: the given token first, then the `num_top[r]` most probable ones.
 
-    logits [R, V] float32, raw. The given token appears once more among the top ones when it belongs there. banned: per
-    row, tokens that are not to be among the top ones; the others keep their values.
+    logits [R, V] float32, raw. The given token appears once more among the top ones when it belongs there.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    for row, ids in enumerate(banned):
-        if ids:
-            logprobs[row, torch.tensor(ids, dtype=torch.int64, device=logits.device)] = float("-inf")
     chosen = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None])  # [R, 1]
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
     top_values, top_ids = torch.topk(logprobs, min(max(1, *num_top), logits.shape[-1]), dim=-1)

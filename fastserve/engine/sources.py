@@ -81,7 +81,7 @@ class Sources:
         batch.source_tables = [self._tables[request_id] for request_id in batch.request_ids]
 
     def _encode(self, entries: list[PlanEntry]) -> None:
-        """Keys and values of whole sources, stored from each entry's start on: what is before was found in the cache."""
+        """Keys and values of whole sources, stored from each entry's start on; what is before was cached."""
         size, device = self._kv_cache.block_size, self._model.device
         sources = [self._sources[entry.request_id] for entry in entries]
         batch = RaggedBatch.of(sources, [[] for _ in sources], device)

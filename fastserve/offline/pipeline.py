@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.core.arrays import ModelSpec, PoolingRequest
+from fastserve.core.arrays import ArrayOutput, ModelSpec, PoolingRequest
 from fastserve.core.errors import ConfigError, RequestError
 from fastserve.engine.array_codec import to_numpy
 from fastserve.offline.tasks.classification import classify, labelled
@@ -95,6 +95,7 @@ class EncoderPipeline:
             self._runtime.add(PoolingRequest(name, "", piece.input_ids, piece.type_ids, piece.head, piece.rows))
         while self._runtime.has_work():
             for output in self._runtime.step():
+                assert isinstance(output, ArrayOutput)
                 arrays[output.request_id] = to_numpy(output.arrays[""])
         return job.finish([arrays[name] for name in names])
 

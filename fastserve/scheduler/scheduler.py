@@ -476,7 +476,9 @@ class Scheduler:
         num_tokens = len(sequence.token_ids)
         room = min(room, self._max_model_len - num_tokens - 1)
         if sampling.max_tokens is not None:
-            room = min(room, sampling.max_tokens - sequence.num_output - 1)
+            # The last token may be a forced one, which is no guess's to tell.
+            last = 1 if sampling.forced_eos_token_id is None else 2
+            room = min(room, sampling.max_tokens - sequence.num_output - last)
         drafts = self._drafter.propose(sequence, room, len(self._running))
         missing = self._num_blocks(num_tokens + len(drafts)) - len(sequence.block_ids)
         if drafts and missing > 0:

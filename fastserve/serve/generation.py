@@ -287,7 +287,8 @@ class Generator:
             (len(request.prompt_ids) + (request.sampling.max_tokens or 0)) * request.sampling.num_beams
             for request in requests
         )
-        full_batch = self._client.config.max_batch_sequences * self.max_model_len
+        longest = self.max_model_len if target is None else target.model.max_len + target.model.max_answer
+        full_batch = self._client.config.max_batch_sequences * longest
         try:
             leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
             try:

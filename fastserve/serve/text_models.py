@@ -28,8 +28,13 @@ from fastserve.serve.openai import MAX_PROMPTS, CompletionBody, GenerationBody, 
 from fastserve.serve.replies import CompletionReply, Reply
 
 _BEAM_FIELDS = ("num_beams", "length_penalty", "early_stopping")
-# What of a text completion has no meaning for a source.
-_NOT_HERE = ("suffix", "echo", "best_of", "prompt_logprobs")
+# What of a text completion has no meaning for a source, and how it may be there all the same.
+_NOT_HERE: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""),
+    "echo": (None, False),
+    "best_of": (None, 1),
+    "prompt_logprobs": (None,),
+}
 Answer = Callable[[GenerationBody, list[list[int]], SamplingParams, Reply, Request, Target], Awaitable[Response]]
 
 
@@ -102,8 +107,8 @@ class TextModels:
 
     async def completions(self, name: str, body: CompletionBody, request: Request) -> Response:
         """Answers to sources, which are given as prompts: texts, or token ids with all that the model expects."""
-        for field in _NOT_HERE:
-            if getattr(body, field) not in (None, False, "", 1):
+        for field, neutral in _NOT_HERE.items():
+            if getattr(body, field) not in neutral:
                 raise RequestError(f"{field} has no meaning for {name}, an encoder-decoder; leave it out", field)
         self._check_open()
         model = await self._open(name)

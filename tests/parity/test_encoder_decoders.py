@@ -1,5 +1,8 @@
-"""Encoder-decoders against transformers: logits, greedy tokens and beams of every family; and that an answer is the
-same whatever else is computed: alone, in a batch, in small steps, after preemption, with a source found in the cache."""
+"""Encoder-decoders against transformers: logits, greedy tokens and beams of every family.
+
+And an answer is the same whatever else is computed: alone, in a batch, in small steps, after preemption, with a source
+found in the cache.
+"""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fastserve.bench.report import Report, emit, rounded
+from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
 from fastserve.core.machine import usable_cpus
 from fastserve.kernels.cpu import CPUKernels
 from fastserve.kernels.interface import PackedLinear
-from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 
 FLOAT_RATE, BF16_RATE, INT8_RATE = 0, 1, 2
 

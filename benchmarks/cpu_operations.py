@@ -21,9 +21,9 @@ import torch
 from cpu_linear import Format, make_layer
 
 from fastserve.bench.report import rounded
+from fastserve.checkpoint.quantized import QuantScheme
 from fastserve.kernels.cpu import CPUKernels, create
 from fastserve.kernels.interface import Batch
-from fastserve.kernels.quant import QuantScheme
 
 BF16_RATE, INT8_RATE = 1, 2
 FORMATS = {

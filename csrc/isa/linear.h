@@ -18,7 +18,7 @@ constexpr int kDirectLimit = 24;             // rows from which it pays to unpac
 constexpr int kSegmentWords = 128;           // words of K per piece of panel: 32 KB
 constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in the L2 cache
 constexpr int64_t kPrivateRows = 4;          // up to here every thread prepares the activations for itself
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 8192;
 
 // How the tile unit is configured, where there is one.
 struct TileShape {
@@ -44,6 +44,8 @@ struct Block {
     bool load;                 // c holds what came before
     bool finish;               // the (only) group ends here: apply its scale
     bool stream;               // the words come from memory: fetch ahead
+    const uint8_t* ahead;      // what is read next, to be fetched into the L2 cache meanwhile
+    int64_t ahead_lines, ahead_lines_at_once;  // in all; per word row
     int64_t rows, columns;     // of this tile; the kernels in registers are made for theirs
     TileShape* tiles;
 };
@@ -126,6 +128,7 @@ static void block_kernel(const Block& b) {
     const uint8_t* words = b.words;
     const char* a = b.a;
     const bool grouped = Scaled && b.weight->groups > 1;
+    const uint8_t *ahead = b.ahead, *ahead_end = b.ahead + 64 * b.ahead_lines;
     for (int64_t g = 0; g < b.groups; ++g) {
         typename D::Acc acc[R][NV];
         if (b.load && !grouped) {
@@ -145,6 +148,9 @@ static void block_kernel(const Block& b) {
         const uint8_t* at = words;
         const int64_t steps = g == b.groups - 1 ? b.last_words : b.words_per_group;
         for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t i = 0; i < b.ahead_lines_at_once && ahead < ahead_end; ++i, ahead += 64) {
+                __builtin_prefetch(ahead, 0, 2);
+            }
             I row[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) row[v] = i_load(at + v * W * 4);
@@ -215,7 +221,6 @@ template <class D>
 static void unpack_words(const PackedWeight& weight, const uint8_t* words, int64_t count, int64_t width, uint8_t* out) {
     const D dot(weight);
     for (int64_t i = 0; i < count; ++i) {
-        for (int64_t line = 0; line < width * 4; line += 64) __builtin_prefetch(words + kPrefetchBytes + line, 0, 3);
         for (int64_t column = 0; column < width; column += W) {
             store_parts<D, 0>(dot, i_load(words + column * 4), out + column * 4, width * 4);
         }
@@ -326,6 +331,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         b.words_per_group = group_words;
         b.last_words = count - (groups_here - 1) * group_words;
         b.group_stride = block_bytes;
+        // Pieces and panels follow one another in memory.
+        const uint8_t* ahead = block + groups_here * block_bytes;
+        int64_t ahead_lines = ceil_div(groups_here * block_bytes, 64);
+        if (groups == 1) ahead = words + count * word_row, ahead_lines = ceil_div(count * word_row, 64);
+        const int64_t steps = (direct ? count : count * parts);
         if (!direct) {
             for (int64_t g = 0; g < groups_here; ++g) {
                 int64_t here = g == groups_here - 1 ? b.last_words : group_words;
@@ -347,13 +357,19 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
             const int64_t step = recipe.tiles ? width : wide ? kPanelColumns : kColumnMultiple;
             b.rows = r;
             b.columns = step;
-            b.stream = direct && i == 0;
+            // A panel that is read once is fetched a little ahead; one that rows share, evenly while the one before it is used.
+            b.stream = direct && row_blocks == 1;
+            const Range lines{ahead_lines * i / row_blocks, ahead_lines * (i + 1) / row_blocks};
+            b.ahead = b.stream ? words + kPrefetchBytes : ahead + 64 * lines.begin;
+            b.ahead_lines = b.stream && !recipe.tiles ? 0 : lines.end - lines.begin;
+            b.ahead_lines_at_once = ceil_div(b.ahead_lines, steps);
             for (int64_t column = 0; column < width; column += step) {
                 b.words = words + column * 4;
                 b.header = block + column * weight.scale_bytes();
                 b.zeros_offset = (width - column) * weight.scale_bytes() + column;  // from this tile's scales
                 b.c = c + range.begin * kPanelColumns + column;
                 (recipe.tiles ? recipe.tiles : (wide ? kernels.wide : kernels.narrow)[r - 1])(b);
+                b.ahead_lines = b.ahead_lines_at_once = 0;
             }
         }
     }

@@ -37,6 +37,12 @@ struct TileRun {
     int64_t a_stride;
     float* c;
     bool load;
+    const uint8_t *ahead, *ahead_end;  // to be fetched meanwhile
+    int64_t ahead_lines_at_once;       // per step
+
+    FASTSERVE_INLINE void fetch() {
+        for (int64_t i = 0; i < ahead_lines_at_once && ahead < ahead_end; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    }
 };
 
 template <int T>
@@ -50,7 +56,7 @@ static inline void end_tile(const TileRun& run, int64_t row, int64_t column) {
 }
 
 template <class D>
-static void tiles_1x4(const TileRun& run) {
+static void tiles_1x4(TileRun& run) {
     start_tile<0>(run, 0, 0);
     start_tile<1>(run, 0, 16);
     start_tile<2>(run, 0, 32);
@@ -58,7 +64,7 @@ static void tiles_1x4(const TileRun& run) {
     const uint8_t* words = run.words;
     const int64_t step_bytes = run.words_per_step * run.word_stride;
     for (int64_t s = 0; s < run.steps; ++s, words += step_bytes) {
-        for (int64_t line = 0; line < step_bytes; line += 64) __builtin_prefetch(words + step_bytes + line, 0, 3);
+        run.fetch();
         tile_load<4>(run.a + s * run.words_per_step * 4, run.a_stride);
         tile_load<6>(words, run.word_stride);
         tile_multiply<D, 0, 4, 6>();
@@ -76,13 +82,14 @@ static void tiles_1x4(const TileRun& run) {
 }
 
 template <class D>
-static void tiles_2x2(const TileRun& run) {
+static void tiles_2x2(TileRun& run) {
     start_tile<0>(run, 0, 0);
     start_tile<1>(run, 0, 16);
     start_tile<2>(run, 16, 0);
     start_tile<3>(run, 16, 16);
     const uint8_t* words = run.words;
     for (int64_t s = 0; s < run.steps; ++s, words += run.words_per_step * run.word_stride) {
+        run.fetch();
         const char* a = run.a + s * run.words_per_step * 4;
         tile_load<6>(words, run.word_stride);
         tile_load<4>(a, run.a_stride);
@@ -101,11 +108,12 @@ static void tiles_2x2(const TileRun& run) {
 
 // 16 columns: the narrow last panel.
 template <class D, bool TwoRows>
-static void tiles_nx1(const TileRun& run) {
+static void tiles_nx1(TileRun& run) {
     start_tile<0>(run, 0, 0);
     if constexpr (TwoRows) start_tile<2>(run, 16, 0);
     const uint8_t* words = run.words;
     for (int64_t s = 0; s < run.steps; ++s, words += run.words_per_step * run.word_stride) {
+        run.fetch();
         const char* a = run.a + s * run.words_per_step * 4;
         tile_load<6>(words, run.word_stride);
         tile_load<4>(a, run.a_stride);
@@ -120,7 +128,7 @@ static void tiles_nx1(const TileRun& run) {
 }
 
 template <class D>
-static void run_tiles(TileRun run, int64_t rows, int64_t columns) {
+static void run_tiles(TileRun& run, int64_t rows, int64_t columns) {
     const uint8_t* words = run.words;
     float* c = run.c;
     const bool two_rows = rows > kTileRows;
@@ -163,13 +171,16 @@ static void tile_kernel(const Block& b) {
     const bool grouped = Scaled && b.weight->groups > 1;
     const uint8_t* words = b.words;
     const char* a = b.a;
+    TileRun run{};
+    run.ahead = b.ahead, run.ahead_end = b.ahead + 64 * b.ahead_lines;
     for (int64_t g = 0; g < b.groups; ++g) {
         const int64_t count = g == b.groups - 1 ? b.last_words : b.words_per_group;
         const int64_t per_step = min_of(count, 16);
         configure_tiles(*b.tiles, b.rows, per_step);
         float* raw = grouped ? group_sums : b.c;
-        run_tiles<D>({words, b.word_stride, count / per_step, per_step, a, b.a_stride, raw, b.load && !grouped}, b.rows,
-                     b.columns);
+        run = {words, b.word_stride, count / per_step, per_step, a, b.a_stride, raw, b.load && !grouped,
+               run.ahead, run.ahead_end, per_step * b.ahead_lines_at_once};
+        run_tiles<D>(run, b.rows, b.columns);
         if (Scaled && b.finish) {
             finish_tiles<D>(b, raw, b.header + g * b.header_stride, g, grouped && (b.load || g > 0));
         }

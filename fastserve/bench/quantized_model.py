@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
     from fastserve.compress.storage import ModuleScheme
-    from fastserve.kernels.quant import QuantizedWeight, QuantScheme
 
 SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
 _NAME = re.compile(r"int(?P<bits>[48])(-g(?P<group>32|64|128))?(?P<asym>-asym)?(?P<a8>-a8)?")
@@ -36,7 +36,7 @@ def parse_scheme(name: str) -> QuantScheme:
     Raises:
         ConfigError: no such scheme.
     """
-    from fastserve.kernels.quant import QuantScheme
+    from fastserve.checkpoint.quantized import QuantScheme
 
     if name == "codebook":
         return QuantScheme(4, has_codebook=True)
@@ -81,7 +81,7 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
 
 def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> Iterator[tuple[str, torch.Tensor]]:
     from fastserve.bench.rounding import quantize
-    from fastserve.kernels.quant import QuantScheme
+    from fastserve.checkpoint.quantized import QuantScheme
 
     reader = source.weights
     levels: dict[str, torch.Tensor] = {}  # modules of one parent share a codebook, so that they can be merged
@@ -110,8 +110,8 @@ def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
 
 
 def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
+    from fastserve.checkpoint.quantized import QuantScheme
     from fastserve.compress.storage import config_of, group
-    from fastserve.kernels.quant import QuantScheme
 
     groups = {"group_0": group(_stored(scheme), ["Linear"])}
     if head_module:

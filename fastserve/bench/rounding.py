@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve.kernels.quant import QuantizedWeight, QuantScheme
+from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
 
 _CODEBOOK_SIZE = 16
 

@@ -2,7 +2,7 @@
 
 Reads the `quantization_config` of compressed-tensors (pack-, int- and float-quantized, and codebooks of our own), GPTQ
 and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
-weights is `models/quantized.py`.
+weights is `checkpoint/quantized.py`.
 """
 
 from __future__ import annotations

@@ -50,8 +50,10 @@ class SourceText:
             settings.get("legacy_behaviour")
         )
         codes = _CODES.get(folder.architecture)
-        tokens = tokenizer.tokens_like(codes) if codes is not None else []
-        self.languages = {_name(codes, token): token for token in sorted(tokens)} if codes is not None else {}
+        self.languages: dict[str, str] = {}
+        if codes is not None:
+            tokens = sorted(token for token in tokenizer.vocabulary if codes.fullmatch(token))
+            self.languages = {_name(codes, token): token for token in tokens}
         self._eos_id = next(iter(folder.eos_token_ids), None)
         tasks = self._given.get("task_specific_params")
         self._tasks: Mapping[str, Any] = tasks if isinstance(tasks, dict) else {}

@@ -144,9 +144,11 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
-    def tokens_like(self, pattern: re.Pattern[str]) -> list[str]:
-        """Every token that a pattern describes whole."""
-        return [token for token in self._backend.get_vocab(with_added_tokens=True) if pattern.fullmatch(token)]
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, special tokens included."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, for showing; part of a character becomes U+FFFD."""

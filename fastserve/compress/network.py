@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import QuantizedFormat, read_quantization
+from fastserve.checkpoint.quantized import read_quantized
 from fastserve.core.errors import CheckpointError, ConfigError
-from fastserve.models.quantized import read_quantized
 
 
 class Network:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.checkpoint.quantization import read_quantization
+from fastserve.checkpoint.quantized import read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.compress import codebook, gptq, smoothing, storage
 from fastserve.compress.activations import InputStatistics, observe, siblings
@@ -26,7 +27,6 @@ from fastserve.compress.recipe import Quantize
 from fastserve.compress.storage import ModuleScheme
 from fastserve.compress.walk import Visit, walk
 from fastserve.core.errors import ConfigError
-from fastserve.models.quantized import read_quantized
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 HEAD = WeightScheme(8, 0)

@@ -1,7 +1,7 @@
 """How a quantised matrix lies on disk: compressed-tensors where it has a format, codebooks in a form of our own.
 
-`tensors` and `config` are what `models/quantized.py` and `checkpoint/quantization.py` read; transformers and vLLM read
-them too, but for codebooks.
+`tensors` and `config` are what `checkpoint/quantized.py` and `checkpoint/quantization.py` read; transformers and vLLM
+read them too, but for codebooks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
+from fastserve.checkpoint.quantized import pack_words
 from fastserve.compress.grid import Quantized, WeightScheme
-from fastserve.kernels.quant import pack_words
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,9 @@ class EngineConfig:
         block_size: tokens in one KV block.
         prefix_caching: reuse the KV blocks of equal prompt beginnings.
         speculation: guess tokens from what was written before, and verify several in one step: off, auto (where it is
-            expected to pay) or ngram (wherever there is a guess). The tokens are the same.
+            expected to pay), ngram (wherever there is a guess) or draft (always, by `draft_model`). The tokens are the
+            same.
+        draft_model: folder or hub id of a smaller model with the same vocabulary that guesses instead; "" for none.
         lora: LoRA adapters as name=folder; requests choose one by the name in place of the model's.
         max_loras: most adapters at a time, those loaded while serving included; 0: those of `lora`.
         max_lora_rank: largest rank of an adapter.
@@ -113,6 +115,7 @@ class EngineConfig:
     block_size: int = 16
     prefix_caching: bool = True
     speculation: str = "auto"
+    draft_model: str = ""
     lora: tuple[str, ...] = ()
     max_loras: int = 0
     max_lora_rank: int = 64
@@ -132,7 +135,11 @@ class EngineConfig:
         self._choice("kv_cache_dtype", ("auto", "int8"))
         if self.kv_cache_dtype == "int8" and self.block_size % 4:
             raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")
-        self._choice("speculation", ("auto", "ngram", "off"))
+        if self.speculation == "draft" and not self.draft_model:
+            raise ConfigError("speculation=draft needs draft_model, the folder of a smaller model that guesses")
+        self._choice("speculation", ("auto", "draft") if self.draft_model else ("auto", "ngram", "off"))
+        if self.draft_model and self.kv_cache_max_memory:
+            raise ConfigError("with draft_model the KV cache keeps its size; leave out kv_cache_max_memory")
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("target_tpot_ms", 0)

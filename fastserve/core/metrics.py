@@ -40,6 +40,8 @@ ENGINE_METRICS = (
     Metric("kv_blocks_restored", "counter", "KV blocks brought back from there."),
     Metric("kv_errors", "counter", "KV blocks that could not be written or read there; computed again."),
     Metric("kv_move_seconds", "counter", "Time that engine steps were held up by such copies."),
+    Metric("spec_decode_num_draft_tokens", "counter", "Guessed tokens that were verified."),
+    Metric("spec_decode_num_accepted_tokens", "counter", "Guessed tokens that were right."),
     Metric("prompt_tokens", "counter", "Prompt tokens taken in."),
     Metric("generation_tokens", "counter", "Tokens made."),
     Metric("engine_steps", "counter", "Engine steps."),

@@ -30,30 +30,27 @@ from fastserve.engine.messages import (
     Abort,
     Add,
     Answers,
+    ChangeAdapter,
     Configure,
     Done,
     EngineStats,
     FromEngine,
-    LoadAdapter,
     Loaded,
     Outputs,
     Ready,
-    ResizeCache,
     Shutdown,
     ToEngine,
-    UnloadAdapter,
 )
 from fastserve.engine.token_stream import TokenStream
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 3.0
 _LOOK_SECONDS = 0.05
-_RATE_WINDOW_SECONDS = 30.0
-MAX_RETRY_AFTER = 60.0
+_RETRY_AFTER, _MAX_RETRY_AFTER = 6.0, 60.0  # before the engine knows how long a request takes; at most
 _COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
     *("prompt_tokens", "generation_tokens", "step_seconds", "recomputed_tokens"),
-    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds"),
+    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds", "draft_tokens", "draft_tokens_right"),
 )
 
 
@@ -96,14 +93,19 @@ class _Live:
 class EngineClient:
     """One engine process, seen from an event loop. All methods belong to that loop's thread.
 
+    Args:
+        config: options of the engine; `max_waiting` bounds the queue here.
+        command: program of the engine process; it gets the socket's number as its last argument.
+        stall_timeout: seconds without a sign of life after which a ready engine is killed and restarted.
+        models: the models that do not generate.
+        generates: whether there is one that does, whose options are `config`.
+
     Attributes:
-        config: options of the engine.
         state: see EngineState. Requests are taken (and wait) in every state but DEAD.
         stats: the engine's latest counters; they start at zero again with each process (`totals` go on).
         num_restarts: times that the process was started again.
         ready: limits and memory report of the engine, from the first time it was ready.
         arrays: the models that do not generate, and requests for them.
-        generates: whether there is a model that does, whose options are `config`.
     """
 
     def __init__(
@@ -116,15 +118,6 @@ class EngineClient:
         models: Iterable[ModelSpec] = (),
         generates: bool = True,
     ) -> None:
-        """
-        Args:
-            config: options of the engine; `max_waiting` bounds the queue here.
-            command: program of the engine process; it gets the socket's number as its last argument.
-            stall_timeout: seconds without a sign of life after which a ready engine is killed and restarted.
-            restarts: when to try again after a death.
-            models: the models that do not generate.
-            generates: whether there is one that does.
-        """
         self.state = EngineState.STARTING
         self.stats = EngineStats()
         self.num_restarts = 0
@@ -136,8 +129,7 @@ class EngineClient:
         self.arrays = ArrayClient(models, self._send_frame, self._restarts.max_deaths_per_request)
         self.generates = generates
         self._live: dict[str, _Live] = {}
-        self._asked: deque[tuple[LoadAdapter | UnloadAdapter, asyncio.Future[None]]] = deque()
-        self._finish_times: deque[float] = deque(maxlen=1000)
+        self._asked: deque[tuple[ChangeAdapter, asyncio.Future[None]]] = deque()
         self._past = EngineStats()
         self._link: EngineLink | None = None
         self._failure: FastServeError | None = None
@@ -208,28 +200,17 @@ class EngineClient:
             self.abort([live.request.request_id])
             live.stream.fail(RequestError(f"the model {name!r} was unloaded", "model"))
 
-    def resize_kv_cache(self, num_bytes: int) -> None:
-        """Ask for another size of the KV cache: at most kv_cache_max_memory, at least room for the longest sequence,
-        and never what running sequences hold. `stats.kv_blocks_total` tells the outcome.
-
-        Raises:
-            EngineDeadError: no engine is running now.
-        """
-        self._tell(ResizeCache(num_bytes))
-
     @property
     def adapters(self) -> dict[str, str]:
         """The LoRA adapters that requests may have: name -> folder."""
         return self.config.adapters
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter; engine processes that are started later have it, too.
+        """Load a LoRA adapter, in engine processes that are started later, too.
 
-        Raises:
-            RequestError: the engine refuses it.
-            EngineDeadError: no engine is running now.
+        Raises RequestError when the engine refuses it, EngineDeadError when none is running now.
         """
-        await self._ask(LoadAdapter(name, path))
+        await self._ask(ChangeAdapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for this adapter, wait for those that use it, and forget it. Raises as `load_adapter`."""
@@ -238,9 +219,9 @@ class EngineClient:
         self._keep_adapters({other: path for other, path in self.adapters.items() if other != name})
         while any(live.request.adapter == name for live in self._live.values()):
             await asyncio.sleep(_LOOK_SECONDS)
-        await self._ask(UnloadAdapter(name))
+        await self._ask(ChangeAdapter(name))
 
-    async def _ask(self, message: LoadAdapter | UnloadAdapter) -> None:
+    async def _ask(self, message: ChangeAdapter) -> None:
         self._tell(message)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
@@ -251,7 +232,7 @@ class EngineClient:
 
     def _on_done(self, done: Done) -> None:
         message, answer = self._asked.popleft()
-        if not done.error and isinstance(message, LoadAdapter):
+        if not done.error and message.path:
             self._keep_adapters({**self.adapters, message.name: message.path})
         if answer.done():
             return  # nobody waits any more
@@ -338,20 +319,9 @@ class EngineClient:
             raise QueueFullError(
                 f"{waiting} requests are waiting, which is as many as may (max_waiting={self.config.max_waiting}); "
                 "try again later",
-                self._retry_after(count),
+                # Until `count` of those who wait will have been taken, by what the engine expects of a request.
+                min(_MAX_RETRY_AFTER, math.ceil(count * self.stats.request_seconds) or _RETRY_AFTER),
             )
-
-    def _retry_after(self, count: int) -> float:
-        """Seconds until `count` of those who wait will have been taken: by what the engine expects of a request, or,
-        before it knows, by those who finished in the last half minute."""
-        if self.stats.request_seconds > 0.0:
-            return float(min(MAX_RETRY_AFTER, max(1, math.ceil(count * self.stats.request_seconds))))
-        now = time.monotonic()
-        recent = [moment for moment in self._finish_times if now - moment < _RATE_WINDOW_SECONDS]
-        if not recent:
-            return MAX_RETRY_AFTER / 10
-        rate = len(recent) / max(now - recent[0], 1.0)
-        return float(min(MAX_RETRY_AFTER, max(1, math.ceil(count / rate))))
 
     def _send(self, live: _Live) -> None:
         assert self._link is not None
@@ -446,7 +416,6 @@ class EngineClient:
                 live.has_token = True
                 if output.finish_reason is not None:
                     del self._live[output.request_id]
-                    self._finish_times.append(time.monotonic())
                 live.stream.push(output)
         elif isinstance(message, Answers | Loaded):
             self.arrays.take(message)

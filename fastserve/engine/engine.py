@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,11 +20,12 @@ import torch
 
 from fastserve.checkpoint.folder import TEXT_GENERATION, TEXT_TO_TEXT, ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
-from fastserve.core.config import EngineConfig
+from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine.adapters import Adapters
-from fastserve.engine.executor import Executor, LocalExecutor
+from fastserve.engine.draft_model import MAX_GUESSES, DraftModel, check_draft
+from fastserve.engine.executor import Executor
 from fastserve.engine.grammar import GrammarCompiler
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
@@ -81,13 +84,14 @@ class Engine:
             self._adapters.load(name, path)
         max_blocks = max(self.memory.num_blocks, config.kv_cache_max_memory // self.memory.block_bytes)
         kv_cache = _make_kv_cache(loaded, self.memory, max_blocks)
-        stores = _make_stores(config, loaded, self.memory)
+        stores = _make_stores(config, loaded, sum(part[0].nbytes for part in kv_cache.parts))
         self._tiers = KVTiers(kv_cache, stores) if stores else None
         tier_pool = None
         if self._tiers is not None:
             measured = zip(stores, self._tiers.measure(), strict=True)
             tiers = [Tier(store.num_slots, seconds) for store, seconds in measured]
             tier_pool = TierPool(tiers, config.kv_replacement)
+        self._drafts = _make_drafter(config, cost, loaded, self.memory, self._grammars)
         self._scheduler = Scheduler(
             BlockPool(
                 self.memory.num_blocks,
@@ -102,7 +106,7 @@ class Engine:
             eos_token_ids=folder.eos_token_ids,
             cost=cost,
             target_tpot=config.target_tpot_ms / 1e3,
-            drafter=None if loaded.model.has_own_cache else _make_drafter(config.speculation, cost),
+            drafter=self._drafts,
         )
         runner = ModelRunner(
             loaded.model,
@@ -114,7 +118,7 @@ class Engine:
             self._adapters,
         )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
-        self._executor: Executor = LocalExecutor(runner, kv_cache, self._tiers)
+        self._executor = Executor(runner, kv_cache, self._tiers)
         self._device = loaded.model.device
         # One place in the batch each; a model that keeps its own cache cannot share it.
         self._max_beams = 1 if loaded.model.has_own_cache else min(config.max_batch_sequences, self.vocab_size // 4)
@@ -129,6 +133,7 @@ class Engine:
         if isinstance(loaded.model, EncoderDecoder):
             self.source_limits = SourceLimits(loaded.model, self.max_model_len, config.block_size)
         decides_by_cost = policy.uses_cost or tier_pool is not None or config.target_tpot_ms > 0
+        decides_by_cost |= loaded.draft is not None and config.speculation == "auto"
         if decides_by_cost and not loaded.model.has_own_cache and self.source_limits is None:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
@@ -198,13 +203,17 @@ class Engine:
 
     def _compute(self) -> list[TokenOutput]:
         """Plan and run what the scheduler has, be it nothing."""
+        began = self._clock()
+        if isinstance(self._drafts, DraftModel):
+            pool = self._scheduler.block_pool
+            self._drafts.guess(self._scheduler.draftable(MAX_GUESSES), pool.block_size)
         started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)
         ended = self._clock()
         outputs = self._scheduler.update(plan, result, ended - started, ended)
         self._stats.num_steps += 1
-        self._stats.step_seconds += ended - started
+        self._stats.step_seconds += ended - began
         for output in outputs:
             self._stats.generation_tokens += sum(len(answer.token_ids) for answer in output.as_answers())
         return outputs
@@ -232,7 +241,10 @@ class Engine:
 
         Memory of running sequences is given back when they end.
         """
-        self._resize(num_bytes // self.memory.block_bytes)
+        num_blocks = min(num_bytes // self.memory.block_bytes, self._elastic.max_blocks)
+        self._scheduler.resize(num_blocks)
+        if not self._scheduler.has_work():
+            self._compute()  # an empty plan, which carries the size to the executor
 
     def tend(self) -> None:
         """What is to be done from time to time, busy or idle: with kv_cache_max_memory, follow the free memory."""
@@ -241,12 +253,7 @@ class Engine:
             elastic.next_look = now + elastic.interval
             advised = elastic.advise(free_memory(self._device), pool.num_blocks, pool.num_used)
             if advised != pool.num_blocks:
-                self._resize(advised)
-
-    def _resize(self, num_blocks: int) -> None:
-        self._scheduler.resize(min(num_blocks, self._elastic.max_blocks))
-        if not self._scheduler.has_work():
-            self._compute()  # an empty plan, which carries the size to the executor
+                self.resize_kv_cache(advised * self.memory.block_bytes)
 
     def stats(self) -> EngineStats:
         """Counters so far and gauges now. The same object each time; copy it to keep it."""
@@ -259,6 +266,8 @@ class Engine:
         stats.prefix_cache_hits = pool.num_hits
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.recomputed_tokens = self._scheduler.num_recomputed_tokens
+        stats.draft_tokens = self._scheduler.num_drafts
+        stats.draft_tokens_right = self._scheduler.num_drafts_right
         stats.request_seconds = self._scheduler.request_seconds
         if pool.tiers is not None and self._tiers is not None:
             stats.kv_blocks_kept, stats.kv_blocks_restored = pool.tiers.num_kept, pool.tiers.num_restored
@@ -280,8 +289,8 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         raise CheckpointError(
             f"{folder.path} is for {folder.task}, not for generating text: use fastserve.pipeline, or fastserve serve"
         )
-    loaded = load_model(
-        folder,
+    load = partial(
+        load_model,
         dtype=config.dtype,
         device=config.device,
         kernels=config.kernels,
@@ -289,6 +298,19 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         block_size=config.block_size,
         trust_remote_code=config.trust_remote_code,
     )
+    loaded = load(folder)
+    if config.draft_model:
+        draft_folder = ModelFolder.open(config.draft_model)
+        draft = load(draft_folder)
+        check_draft(folder, loaded, draft_folder, draft)
+        loaded = replace(
+            loaded,
+            draft=draft,
+            report=[
+                *loaded.report,
+                f"draft model: {draft_folder.name}, {format_bytes(draft.model.shape.weight_bytes)}",
+            ],
+        )
     if config.kv_cache_dtype == "int8" and loaded.model.has_own_cache:
         raise ConfigError("this model keeps its own cache, which has no int8 form; use kv_cache_dtype=auto")
     memory = plan_memory(
@@ -301,14 +323,25 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         max_batch_sequences=config.max_batch_sequences,
         max_batch_tokens=config.max_batch_tokens,
         kv_cache_dtype=config.kv_cache_dtype,
+        draft=None if loaded.draft is None else loaded.draft.model.shape,
     )
     return folder, loaded, memory
 
 
-def _make_drafter(speculation: str, cost: CostModel) -> Drafter | None:
-    if speculation == "off":
+def _make_drafter(
+    config: EngineConfig, cost: CostModel, loaded: LoadedModel, memory: MemoryPlan, grammars: GrammarCompiler
+) -> Drafter | None:
+    if config.speculation == "off" or loaded.model.has_own_cache:
         return None
-    return NgramDrafter(cost if speculation == "auto" else None)
+    known_cost = cost if config.speculation == "auto" else None
+    if loaded.draft is None:
+        return NgramDrafter(known_cost)
+    draft, vocab_size = loaded.draft, loaded.model.shape.vocab_size
+    adapters = Adapters({}, draft.kernels, draft.model.shape.dtype, 0, 0)
+    longest = min(memory.max_model_len, draft.model.shape.max_positions)
+    kv_cache = _make_kv_cache(draft, memory, memory.num_blocks)
+    runner = ModelRunner(draft.model, draft.kernels, kv_cache, (), longest, grammars, adapters)
+    return DraftModel(draft, runner, vocab_size, config.max_batch_tokens, known_cost)
 
 
 def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> KVCache:
@@ -319,21 +352,21 @@ def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> 
         memory.block_size,
         shape.num_kv_heads,
         shape.head_size,
-        memory.kv_dtype,
+        torch.int8 if memory.kv_dtype is torch.int8 else shape.dtype,
         loaded.model.device,
         1 if loaded.model.has_own_cache else max_blocks,
     )
 
 
-def _make_stores(config: EngineConfig, loaded: LoadedModel, memory: MemoryPlan) -> list[BlockStore]:
+def _make_stores(config: EngineConfig, loaded: LoadedModel, block_bytes: int) -> list[BlockStore]:
     """The tiers below the device, the fastest first."""
     if loaded.model.has_own_cache and (config.kv_host_cache or config.kv_disk_cache or config.kv_cache_max_memory):
         raise ConfigError(
             "kv_host_cache, kv_disk_cache and kv_cache_max_memory need a model that FastServe computes itself; leave "
             "them out, or choose --backend native"
         )
-    host, disk = config.kv_host_cache // memory.block_bytes, config.kv_disk_cache // memory.block_bytes
-    stores: list[BlockStore] = [HostStore(host, memory.block_bytes)] if host else []
+    host, disk = config.kv_host_cache // block_bytes, config.kv_disk_cache // block_bytes
+    stores: list[BlockStore] = [HostStore(host, block_bytes)] if host else []
     if disk:
-        stores.append(FileStore(disk, memory.block_bytes, config.kv_disk_folder))
+        stores.append(FileStore(disk, block_bytes, config.kv_disk_folder))
     return stores

@@ -1,8 +1,6 @@
-"""Carry out plans. One process here; a tensor-parallel executor broadcasts the same plan to its ranks."""
+"""Carry out plans: the runner in this process, with the memory that its plans speak of."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import KVTiers
@@ -10,18 +8,8 @@ from fastserve.engine.model_runner import ModelRunner
 from fastserve.scheduler.plan import StepPlan, StepResult
 
 
-class Executor(Protocol):
+class Executor:
     """Runs every plan it is given, in order."""
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step. With nothing to compute, wait for blocks on their way to the device, if any."""
-
-    def close(self) -> None:
-        """Free what is held. Safe to call twice."""
-
-
-class LocalExecutor:
-    """The runner in this process, with the memory that its plans speak of."""
 
     def __init__(self, runner: ModelRunner, kv_cache: KVCache, tiers: KVTiers | None = None) -> None:
         self._runner = runner
@@ -29,6 +17,7 @@ class LocalExecutor:
         self._tiers = tiers
 
     def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step. With nothing to compute, wait for blocks on their way to the device, if any."""
         if self._tiers is not None:
             self._tiers.start(plan.moves)
         if plan.num_blocks:
@@ -39,5 +28,6 @@ class LocalExecutor:
         return result
 
     def close(self) -> None:
+        """Free what is held. Safe to call twice."""
         if self._tiers is not None:
             self._tiers.close()

@@ -106,6 +106,7 @@ def plan_memory(
     max_batch_sequences: int,
     max_batch_tokens: int,
     kv_cache_dtype: str = "auto",
+    draft: ModelShape | None = None,
 ) -> MemoryPlan:
     """Decide the number of KV blocks and the longest sequence.
 
@@ -114,6 +115,7 @@ def plan_memory(
         kv_cache_memory: bytes asked for, or 0 to decide here.
         max_model_len: tokens asked for, or 0 to decide here.
         kv_cache_dtype: auto (the compute type) or int8.
+        draft: of a model that guesses, with keys and values of its own in each block.
 
     Raises:
         MemoryPlanError: not even one sequence fits; the message names what to change.
@@ -121,7 +123,10 @@ def plan_memory(
     longest = _longest(shape, max_model_len)
     activation = activation_bytes(shape, max_batch_sequences, max_batch_tokens)
     kv_dtype = torch.int8 if kv_cache_dtype == "int8" else shape.dtype
-    block = KVCache.block_bytes(shape.num_layers, block_size, shape.num_kv_heads, shape.head_size, kv_dtype)
+    block = 0
+    for one in (shape, draft) if draft is not None else (shape,):
+        dtype = kv_dtype if kv_dtype is torch.int8 else one.dtype
+        block += KVCache.block_bytes(one.num_layers, block_size, one.num_kv_heads, one.head_size, dtype)
     available = max(0, free_bytes - activation)
     if kv_cache_memory:
         if kv_cache_memory > available:

@@ -18,10 +18,7 @@ HEADER = struct.Struct("<I")
 
 
 class Configure(msgspec.Struct, tag=True):
-    """API -> engine, first frame: EngineConfig as a mapping, and the models that do not generate.
-
-    generates: whether the options are those of a model that does.
-    """
+    """API -> engine, first frame: EngineConfig as a mapping (of a model that `generates`, or not); the other models."""
 
     options: dict[str, object]
     models: list[ModelSpec] = []
@@ -58,27 +55,15 @@ class Abort(msgspec.Struct, tag=True):
     request_ids: list[str]
 
 
-class ResizeCache(msgspec.Struct, tag=True):
-    """API -> engine: grow or shrink the KV cache to this size, as far as it can. EngineStats tell the outcome."""
-
-    num_bytes: int
-
-
-class LoadAdapter(msgspec.Struct, tag=True):
-    """API -> engine: load the LoRA adapter in a folder. `Done` follows."""
+class ChangeAdapter(msgspec.Struct, tag=True):
+    """API -> engine: load the LoRA adapter in a folder, or without a path forget it. `Done` follows."""
 
     name: str
-    path: str
-
-
-class UnloadAdapter(msgspec.Struct, tag=True):
-    """API -> engine: forget an adapter that no request uses. `Done` follows."""
-
-    name: str
+    path: str = ""
 
 
 class Done(msgspec.Struct, tag=True):
-    """Engine -> API: the oldest LoadAdapter or UnloadAdapter without an answer was carried out; or why not."""
+    """Engine -> API: the oldest ChangeAdapter without an answer was carried out; or why not."""
 
     error: str = ""
     param: str | None = None
@@ -99,6 +84,7 @@ class EngineStats(msgspec.Struct):
         step_seconds: total time spent in steps.
         recomputed_tokens: computed again after their memory was taken.
         kv_blocks_kept, kv_blocks_restored, kv_errors: copied to lower tiers, brought back, and failed reads and writes.
+        draft_tokens, draft_tokens_right: guesses that were verified, and those that were right.
         kv_move_seconds: part of step_seconds in which a step waited for such copies.
         request_seconds: gauge: time of the engine that a request takes, as expected now.
     """
@@ -119,14 +105,13 @@ class EngineStats(msgspec.Struct):
     kv_blocks_restored: int = 0
     kv_errors: int = 0
     kv_move_seconds: float = 0.0
+    draft_tokens: int = 0
+    draft_tokens_right: int = 0
     request_seconds: float = 0.0
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Engine -> API: the models are loaded. `max_model_len` in tokens; `report` is the memory plan for people.
-
-    models: those that do not generate.
-    """
+    """Engine -> API: all is loaded. `report` is the memory plan for people; `models` are those that do not generate."""
 
     max_model_len: int
     vocab_size: int
@@ -163,7 +148,7 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Run | Load | Unload | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Configure | Add | Run | Load | Unload | Abort | ChangeAdapter | Shutdown
 FromEngine = Ready | Outputs | Answers | Loaded | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

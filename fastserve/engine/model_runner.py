@@ -34,13 +34,8 @@ class ModelRunner:
     """One model on one device.
 
     Args:
-        model: the network.
-        kernels: its operations.
-        kv_cache: the paged memory.
         eos_token_ids: the model's end tokens, masked while a sequence is shorter than its min_tokens.
         max_model_len: tokens of the longest sequence.
-        grammars: compiles what structured outputs ask for.
-        adapters: the LoRA adapters that requests may have.
 
     Attributes:
         report: how a step runs, for people.
@@ -106,6 +101,14 @@ class ModelRunner:
         if entries:
             self._sample(result, logits, entries, greedy)
         return result
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Logits of the entries that sample, a row each, for who chooses the tokens himself; else as `run`."""
+        batch, rows = make_batch(plan, self._kv_cache.block_size, self._tables, set(), self._device)
+        if self._recorded is None:
+            return self._run_scoring(plan, batch, rows, StepResult({}))
+        return self._model.finish(self._recorded.run(batch, False)[0])
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
         """A whole step: [R, V] of the batch's logit rows, to be finished."""

@@ -30,21 +30,19 @@ from fastserve.engine.messages import (
     Abort,
     Add,
     Answers,
+    ChangeAdapter,
     Configure,
     Done,
     Failed,
     FromEngine,
     Load,
-    LoadAdapter,
     Loaded,
     Outputs,
     Ready,
-    ResizeCache,
     Run,
     Shutdown,
     ToEngine,
     Unload,
-    UnloadAdapter,
     encode_frame,
     to_engine_decoder,
 )
@@ -138,8 +136,6 @@ def _apply(connection: Connection, engine: Runtimes, message: ToEngine) -> list[
     """One request that cannot be served must not end the others."""
     if isinstance(message, Abort):
         engine.abort(message.request_ids)
-    elif isinstance(message, ResizeCache):
-        engine.resize_kv_cache(message.num_bytes)
     elif isinstance(message, Add):
         try:
             engine.add(message.request)
@@ -158,22 +154,15 @@ def _apply(connection: Connection, engine: Runtimes, message: ToEngine) -> list[
             engine.unload(name) if isinstance(message, Unload) else engine.load(message.model)
         except FastServeError as error:
             connection.send(Loaded(name, error=str(error), kind=type(error).__name__))
-    elif isinstance(message, LoadAdapter | UnloadAdapter):
-        connection.send(_change_adapters(engine, message))
+    elif isinstance(message, ChangeAdapter):
+        try:
+            engine.change_adapter(message.name, message.path)
+            connection.send(Done())
+        except FastServeError as error:
+            connection.send(Done(str(error), getattr(error, "param", None)))
     else:
         raise ValueError(f"unexpected {type(message).__name__} after the start")
     return []
-
-
-def _change_adapters(engine: Runtimes, message: LoadAdapter | UnloadAdapter) -> Done:
-    try:
-        if isinstance(message, LoadAdapter):
-            engine.load_adapter(message.name, message.path)
-        else:
-            engine.unload_adapter(message.name)
-    except FastServeError as error:
-        return Done(str(error), getattr(error, "param", None))
-    return Done()
 
 
 def _refusal(request_id: str, error: Exception) -> str:

@@ -38,7 +38,6 @@ class RunnableEngine(Protocol):
     def step(self) -> list[TokenOutput]: ...
     def stats(self) -> EngineStats: ...
     def tend(self) -> None: ...
-    def resize_kv_cache(self, num_bytes: int) -> None: ...
     def load_adapter(self, name: str, path: str) -> None: ...
     def unload_adapter(self, name: str) -> None: ...
 
@@ -210,22 +209,14 @@ class Runtimes:
         self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())
         return self._stats
 
-    def resize_kv_cache(self, num_bytes: int) -> None:
-        if self._generator is not None:
-            self._generator.resize_kv_cache(num_bytes)
-
-    def load_adapter(self, name: str, path: str) -> None:
-        """See `Adapters.load`."""
-        self._adapted().load_adapter(name, path)
-
-    def unload_adapter(self, name: str) -> None:
-        """See `Adapters.unload`."""
-        self._adapted().unload_adapter(name)
-
-    def _adapted(self) -> RunnableEngine:
+    def change_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter, or without a path forget it; see `Adapters`."""
         if self._generator is None:
             raise RequestError("LoRA adapters need a model that generates; there is none here", "lora_name")
-        return self._generator
+        if path:
+            self._generator.load_adapter(name, path)
+        else:
+            self._generator.unload_adapter(name)
 
     def _busy(self) -> dict[str, float]:
         """Name -> weight of those that have work."""

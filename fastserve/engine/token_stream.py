@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from fastserve.core.errors import FastServeError
 from fastserve.core.request import TokenOutput
 
@@ -95,14 +97,11 @@ def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
     logprobs = first.logprobs
     if second.logprobs:
         logprobs = [*(first.logprobs or ()), *second.logprobs]
-    return TokenOutput(
-        request_id=first.request_id,
+    return msgspec.structs.replace(
+        second,
         token_ids=first.token_ids + second.token_ids,
-        finish_reason=second.finish_reason,
-        stop_token_id=second.stop_token_id,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
         num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
         scheduled_time=first.scheduled_time or second.scheduled_time,
-        error=second.error,
     )

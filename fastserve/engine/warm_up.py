@@ -1,8 +1,8 @@
 """Time a few steps before the first request, so that the cost model starts from this machine and this model.
 
-Done where something is decided by it from the start (`SchedulingPolicy.uses_cost`, KV tiers, a TPOT target); else it
-learns from real steps alone. What the steps write lands in free KV blocks, which nobody reads before writing them
-again.
+Done where something is decided by it from the start (`SchedulingPolicy.uses_cost`, KV tiers, a TPOT target, a draft
+model); else it learns from real steps alone. What the steps write lands in free KV blocks, which nobody reads before
+writing them again.
 """
 
 from __future__ import annotations

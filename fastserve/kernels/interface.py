@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastserve.kernels.quant import QuantizedWeight
+from fastserve.checkpoint.quantized import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
 

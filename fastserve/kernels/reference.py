@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastserve.checkpoint.quantized import QuantizedWeight
 from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import (
     Batch,
@@ -26,7 +27,7 @@ from fastserve.kernels.interface import (
     RowSampling,
     Weight,
 )
-from fastserve.kernels.quant import QuantizedWeight, concatenate, int8_kv_views, quantize_activations, quantize_kv
+from fastserve.kernels.quant import concatenate, int8_kv_views, quantize_activations, quantize_kv
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

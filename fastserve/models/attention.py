@@ -7,7 +7,7 @@ context as an argument; nothing is global.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -124,7 +124,7 @@ class DenseContext:
     def __init__(self, kernels: Kernels, lengths: list[int]) -> None:
         self.kernels = kernels
         self.longest = max(lengths, default=0)
-        self._lengths = lengths
+        self._lengths, self._starts = lengths, [*accumulate(lengths, initial=0)]
 
     def attend(
         self,
@@ -138,25 +138,11 @@ class DenseContext:
         transform: HeadTransform | None = None,
     ) -> Tensor:
         query, key = _transformed(self.kernels, query, key, transform)
-        starts = [0]
-        for length in self._lengths:
-            starts.append(starts[-1] + length)
-        output = torch.empty_like(query)
-        for start, end in zip(starts, starts[1:], strict=False):
-            length = end - start
-            batch = Batch(
-                input_ids=query.new_empty(0, dtype=torch.int64),
-                positions=query.new_empty(0, dtype=torch.int64),
-                slot_mapping=query.new_empty(0, dtype=torch.int64),
-                query_starts=[0, length],
-                context_lens=[length],
-                block_tables=[torch.zeros(1, dtype=torch.int64, device=query.device)],
-                logit_rows=query.new_empty(0, dtype=torch.int64),
-            )
-            output[start:end] = self.kernels.paged_attention(
-                query[start:end], key[None, start:end], value[None, start:end], batch, scale, window, softcap
-            )
-        return output
+        tables = [torch.arange(start, end, device=query.device) for start, end in pairwise(self._starts)]
+        none = query.new_empty(0, dtype=torch.int64)
+        batch = Batch(none, none, none, self._starts, self._lengths, tables, none)  # blocks of one token
+        keys, values = key.unsqueeze(1), value.unsqueeze(1)
+        return self.kernels.paged_attention(query, keys, values, batch, scale, window, softcap)
 
 
 def _transformed(

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
+from fastserve.models.model import same_fields
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
 
@@ -78,31 +79,11 @@ class DecoderConfig:
     experts_sum_to_one: bool = True
 
     def attention_shape(self) -> AttentionShape:
-        return AttentionShape(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            hidden_size=self.hidden_size,
-            qkv_bias=self.qkv_bias,
-            output_bias=self.output_bias,
-            qk_norm=self.qk_norm,
-            qkv_groups=self.qkv_groups,
-            norm=self.norm,
-            scale=self.attention_scale or self.head_size**-0.5,
-            softcap=self.attention_softcap,
-            norm_epsilon=self.norm_epsilon,
-        )
+        scale = self.attention_scale or self.head_size**-0.5
+        return AttentionShape(**same_fields(self, AttentionShape), scale=scale, softcap=self.attention_softcap)
 
     def mlp_shape(self) -> MlpShape:
-        return MlpShape(
-            hidden_size=self.hidden_size,
-            inner_size=self.inner_size,
-            activation=self.activation,
-            bias=self.mlp_bias,
-            num_experts=self.num_experts,
-            num_active_experts=self.num_active_experts,
-            experts_sum_to_one=self.experts_sum_to_one,
-        )
+        return MlpShape(**same_fields(self, MlpShape), bias=self.mlp_bias)
 
 
 class DecoderLayer:

@@ -3,13 +3,14 @@
 No autograd, no padding, no cache: rows are the tokens of all sequences of the step, and attention goes through the
 context. Everything is computed by the context's kernels, never by PyTorch directly and never depending on a step's
 values, so that a network can be recorded as one plan (docs/decisions/0012). A part that ends in a linear adds the
-residual there. Parts are put together in `decoder.py` and
-`encoder.py`. Legend: T tokens, H query heads, G key/value heads, D head size.
+residual there. Parts are put together in `decoder.py` and `encoder.py`. Legend: T tokens, H query heads, G key/value
+heads, D head size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,50 +24,37 @@ from fastserve.models.parameters import ParameterLoader
 Rotation = tuple[Tensor, Tensor]  # cos, sin [positions, R/2] float32
 
 
-class RmsNorm:
-    """x / rms(x) * weight."""
+class Norm:
+    """x / rms(x) * (weight + offset), or centred: (x - mean) / deviation * weight + bias."""
 
-    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
+    def __init__(
+        self,
+        parameters: ParameterLoader,
+        role: str,
+        size: int,
+        epsilon: float,
+        layer: int = 0,
+        offset: float = 0.0,
+        is_centred: bool = False,
+        has_bias: bool = False,
+    ) -> None:
         self.weight = parameters.tensor(role, (size,), layer)
+        self.weight += offset
+        self._bias = parameters.tensor(role, (size,), layer, "bias") if has_bias else None
+        self._is_centred = is_centred
         self._epsilon = epsilon
 
     def __call__(self, x: Tensor, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
+        if self._is_centred:
+            return kernels.layer_norm(x, self.weight, self._bias, self._epsilon, residual)
         return kernels.rms_norm(x, self.weight, self._epsilon, residual)
 
 
-class LayerNorm:
-    """(x - mean) / deviation * weight + bias."""
-
-    has_bias = True
-
-    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        self.weight = parameters.tensor(role, (size,), layer)
-        self._bias = parameters.tensor(role, (size,), layer, "bias") if self.has_bias else None
-        self._epsilon = epsilon
-
-    def __call__(self, x: Tensor, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self._bias, self._epsilon, residual)
-
-
-class LayerNormWithoutBias(LayerNorm):
-    """(x - mean) / deviation * weight."""
-
-    has_bias = False
-
-
-class RmsNormPlusOne(RmsNorm):
-    """x / rms(x) * (1 + weight)."""
-
-    def __init__(self, parameters: ParameterLoader, role: str, size: int, epsilon: float, layer: int = 0) -> None:
-        super().__init__(parameters, role, size, epsilon, layer)
-        self.weight += 1.0
-
-
 NORMS: dict[str, Any] = {
-    "rms": RmsNorm,
-    "rms-plus-one": RmsNormPlusOne,
-    "layer": LayerNorm,
-    "layer-no-bias": LayerNormWithoutBias,
+    "rms": Norm,
+    "rms-plus-one": partial(Norm, offset=1.0),
+    "layer": partial(Norm, is_centred=True, has_bias=True),
+    "layer-no-bias": partial(Norm, is_centred=True),
 }
 
 
@@ -166,33 +154,20 @@ class MlpShape:
     experts_sum_to_one: bool
 
 
-class GatedMlp:
-    """activation(gate(x)) * up(x), then down. Gate and up are one matrix."""
+class Mlp:
+    """down(activation(gate(x)) * up(x)), gate and up being one matrix; not gated: down(activation(up(x)))."""
 
-    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
+    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int, is_gated: bool = True) -> None:
         self._activation = shape.activation
-        parts = {"gate": shape.inner_size, "up": shape.inner_size}
+        parts = {"gate": shape.inner_size, "up": shape.inner_size} if is_gated else {"up": shape.inner_size}
         if parameters.has_role("gate_up"):
             parts = {"gate_up": 2 * shape.inner_size}
-        self._gate_up = parameters.linear(parts, shape.hidden_size, shape.bias, layer, is_gated=True)
+        self._inner = parameters.linear(parts, shape.hidden_size, shape.bias, layer, is_gated=is_gated)
         self._down = parameters.linear({"down": shape.hidden_size}, shape.inner_size, shape.bias, layer)
 
     def __call__(self, x: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
         """x [T, hidden] -> mlp(x) + residual, [T, hidden]."""
-        return kernels.linear(self._down, kernels.linear(self._gate_up, x, self._activation), residual=residual)
-
-
-class PlainMlp:
-    """down(activation(up(x)))."""
-
-    def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
-        self._activation = shape.activation
-        self._up = parameters.linear({"up": shape.inner_size}, shape.hidden_size, shape.bias, layer)
-        self._down = parameters.linear({"down": shape.hidden_size}, shape.inner_size, shape.bias, layer)
-
-    def __call__(self, x: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
-        """x [T, hidden] -> mlp(x) + residual, [T, hidden]."""
-        return kernels.linear(self._down, kernels.linear(self._up, x, self._activation), residual=residual)
+        return kernels.linear(self._down, kernels.linear(self._inner, x, self._activation), residual=residual)
 
 
 class Experts:
@@ -204,7 +179,7 @@ class Experts:
 
     def __init__(self, parameters: ParameterLoader, shape: MlpShape, layer: int) -> None:
         self._router = parameters.linear({"router": shape.num_experts}, shape.hidden_size, False, layer)
-        self._experts = [GatedMlp(parameters.of_expert(expert), shape, layer) for expert in range(shape.num_experts)]
+        self._experts = [Mlp(parameters.of_expert(expert), shape, layer) for expert in range(shape.num_experts)]
         self._num_active = min(shape.num_active_experts, shape.num_experts)
         self._sums_to_one = shape.experts_sum_to_one
 
@@ -222,4 +197,4 @@ class Experts:
         return output if residual is None else residual + output
 
 
-MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp, "experts": Experts}
+MLPS: dict[str, Any] = {"gated": Mlp, "plain": partial(Mlp, is_gated=False), "experts": Experts}

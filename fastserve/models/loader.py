@@ -26,12 +26,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network, the operations it was built for, one line per decision, and the linears that adapters may change."""
+    """A network, the operations it was built for, one line per decision, and the linears that adapters may change; the
+    model that guesses for it, if any."""
 
     model: ServingModel
     kernels: Kernels
     report: list[str]
     linears: dict[str, LinearPart] = field(default_factory=dict)
+    draft: LoadedModel | None = None
 
 
 def load_model(

@@ -5,8 +5,8 @@ Implemented by `decoder.Decoder` (our own modules) and `transformers_backend.Tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class ModelShape:
     windows: tuple[int, ...]
     num_parameters: int
     weight_bytes: int
+
+
+def same_fields(source: Any, kind: Any) -> dict[str, Any]:
+    """What `source` has of the dataclass `kind`'s fields, by name."""
+    return {field.name: getattr(source, field.name) for field in fields(kind) if hasattr(source, field.name)}
 
 
 class ServingModel(Protocol):

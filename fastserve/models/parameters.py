@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
+from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
-from fastserve.kernels.quant import QuantizedWeight, reordered
+from fastserve.kernels.quant import reordered
 from fastserve.kernels.reference import Kernels
-from fastserve.models.model import ModelShape
-from fastserve.models.quantized import read_quantized
+from fastserve.models.model import ModelShape, same_fields
 
 _OLD_SUFFIXES = {"weight": "gamma", "bias": "beta"}  # of norms, in folders made of TensorFlow checkpoints
 
@@ -143,8 +143,8 @@ class ParameterLoader:
     ) -> PackedLinear:
         """One merged linear: role -> number of its output rows, in order; packed for the kernels.
 
-        bias: whether the parts have one each on disk; or all of it. is_gated: the parts are gate and up, in this order. order: which row of a single part comes where; None: as
-        they are.
+        bias: whether the parts have one each on disk; or the whole. is_gated: the parts are gate and up, in this order.
+        order: which row of a single part comes where; None: as they are.
         """
         for role in parts:
             self._prefetch(role, layer + 1)
@@ -175,19 +175,8 @@ class ParameterLoader:
 
     def shape(self, config: Any, num_kv_heads: int) -> ModelShape:
         """Of a network of our own, by its config, once all of it is loaded."""
-        return ModelShape(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=num_kv_heads,
-            head_size=config.head_size,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            max_positions=config.max_positions,
-            dtype=self.dtype,
-            windows=config.windows,
-            num_parameters=self.num_parameters,
-            weight_bytes=self.num_bytes,
-        )
+        known = {**same_fields(config, ModelShape), "num_kv_heads": num_kv_heads}
+        return ModelShape(**known, dtype=self.dtype, num_parameters=self.num_parameters, weight_bytes=self.num_bytes)
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.

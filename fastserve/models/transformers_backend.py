@@ -10,6 +10,7 @@ modules: nothing is merged or packed.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
     ((num_heads, num_kv_heads, head_size),) = shapes
     windows = tuple(call[3] for call in recorder.calls.values())
     _check_windows(network.config, windows)
-    shape = _config_shape(network, len(windows), num_heads, num_kv_heads, head_size, windows)
+    shape = replace(_config_shape(network), num_layers=len(windows), windows=windows, head_size=head_size)
+    shape = replace(shape, num_heads=num_heads, num_kv_heads=num_kv_heads)
     return shape, max(error, _check_logits(network, _run_in_steps(network, shape, probe.sequences), probe))
 
 
@@ -205,29 +207,19 @@ def _check_windows(config: Any, windows: tuple[int, ...]) -> None:
         raise NotPagedError("it does not tell its attention about the sliding window")
 
 
-def _config_shape(
-    network: Network,
-    num_layers: int = 0,
-    num_heads: int = 0,
-    num_kv_heads: int = 0,
-    head_size: int = 0,
-    windows: tuple[int, ...] = (),
-) -> ModelShape:
-    """The shape; numbers that are 0 are taken from the config."""
+def _config_shape(network: Network) -> ModelShape:
     config = network.config
-    num_layers = num_layers or int(config.num_hidden_layers)
-    num_heads = num_heads or int(getattr(config, "num_attention_heads", 0) or 1)
-    hidden_size = int(config.hidden_size)
+    num_heads = int(getattr(config, "num_attention_heads", 0) or 1)
     return ModelShape(
-        num_layers=num_layers,
+        num_layers=int(config.num_hidden_layers),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads or int(getattr(config, "num_key_value_heads", 0) or num_heads),
-        head_size=head_size or int(getattr(config, "head_dim", 0) or hidden_size // num_heads),
-        hidden_size=hidden_size,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", 0) or num_heads),
+        head_size=int(getattr(config, "head_dim", 0) or config.hidden_size // num_heads),
+        hidden_size=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
         max_positions=_max_positions(config),
         dtype=network.dtype,
-        windows=windows or (0,) * num_layers,
+        windows=(0,) * int(config.num_hidden_layers),
         num_parameters=network.num_parameters,
         weight_bytes=network.num_bytes,
     )

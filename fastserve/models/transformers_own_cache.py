@@ -6,7 +6,7 @@ Covers attention that is not exchangeable (Falcon, BLOOM), positions inside the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,24 +20,10 @@ from fastserve.models.transformers_network import Network, Probe, TransformersMo
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
 
 
-@dataclass(slots=True)
-class _Kept:
-    """One request's state: keyword arguments for the next call, and how many tokens it holds."""
-
-    state: dict[str, Any]
-    num_tokens: int
-
-
 class OwnCacheModel(TransformersModel):
     """A ServingModel that runs one sequence at a time.
 
-    Args:
-        network: body and head.
-        shape: numbers from the config.
-        probe: what the model says without a cache.
-
-    Raises:
-        CheckpointError: with its own cache the model does not give its own logits.
+    Raises CheckpointError when, with its own cache, the model does not give the probe's logits.
     """
 
     has_own_cache = True
@@ -45,7 +31,8 @@ class OwnCacheModel(TransformersModel):
     def __init__(self, network: Network, shape: ModelShape, probe: Probe) -> None:
         super().__init__(network, shape)
         self.report: list[str] = []
-        self._kept: dict[str, _Kept] = {}
+        self._states: dict[str, dict[str, Any]] = {}  # keyword arguments for the next call of a request
+        self._num_tokens: Counter[str] = Counter()  # that they hold
         self._one_by_one = False
         problem = self._problem(probe)
         if problem:
@@ -71,23 +58,25 @@ class OwnCacheModel(TransformersModel):
     def release(self, request_ids: list[str]) -> None:
         """Drop the caches of these requests."""
         for request_id in request_ids:
-            self._kept.pop(request_id, None)
+            self._states.pop(request_id, None)
+            del self._num_tokens[request_id]
 
     def _run(self, request_id: str, input_ids: Tensor, first_position: int) -> Tensor:
         """Tokens of one sequence; a first position of 0 begins it anew."""
         if first_position == 0:
-            self._kept[request_id] = _Kept({}, 0)
-        kept = self._kept[request_id]
-        assert kept.num_tokens == first_position, "a sequence's tokens must come in order"
+            self.release([request_id])
+        assert self._num_tokens[request_id] == first_position, "a sequence's tokens must come in order"
         step = 1 if self._one_by_one and first_position else len(input_ids)
-        return torch.cat([self._call(kept, chunk) for chunk in input_ids.split(step)])
+        return torch.cat([self._call(request_id, chunk) for chunk in input_ids.split(step)])
 
-    def _call(self, kept: _Kept, input_ids: Tensor) -> Tensor:
-        output = self._network.body(input_ids=input_ids.unsqueeze(0), use_cache=True, **kept.state)
-        kept.state = {name: output[name] for name in _STATE_NAMES if output.get(name) is not None}
-        kept.num_tokens += len(input_ids)
-        if not kept.state:
+    def _call(self, request_id: str, input_ids: Tensor) -> Tensor:
+        state = self._states.get(request_id, {})
+        output = self._network.body(input_ids=input_ids.unsqueeze(0), use_cache=True, **state)
+        state = {name: output[name] for name in _STATE_NAMES if output.get(name) is not None}
+        if not state:
             raise CheckpointError("it returns no cache")
+        self._states[request_id] = state
+        self._num_tokens[request_id] += len(input_ids)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 

@@ -155,12 +155,14 @@ class BlockPool:
     def _hashes_of(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """Of its leading full blocks. Sequences with different adapters have none in common, nor with different
         sources, of which every block depends on all tokens."""
-        hashes, size, request = sequence.block_hashes, self.block_size, sequence.request
-        name = request.adapter if self.prefix_caching else sequence.request_id
-        root = name.encode() + array("I", sequence.token_ids[: request.num_source]).tobytes()
+        hashes, size = sequence.block_hashes, self.block_size
+        if num_blocks and not hashes:
+            root = (sequence.request.adapter if self.prefix_caching else sequence.request_id).encode()
+            source = array("I", sequence.token_ids[: sequence.request.num_source]).tobytes()
+            hashes.append(hash_block(root + source, sequence.token_ids[:size]))
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else root, sequence.token_ids[start : start + size]))
+            hashes.append(hash_block(hashes[-1], sequence.token_ids[start : start + size]))
         return hashes[:num_blocks]
 
     def free(self, block_ids: SequenceOf[int]) -> None:

@@ -15,8 +15,8 @@ from fastserve.scheduler.sequence import Sequence
 
 MAX_DRAFTS = 8
 _SIZES = (4, 2)  # lengths of the ends that are looked up, the surest first
-_PRIOR = 0.4  # chance that a guess is right, before anything is known
-_RATE = 0.15  # weight of the newest token in that chance
+_PRIOR, GUESS_PRIOR = 0.4, 0.6  # chance that a guess is right, before anything is known: looked up, or a model's
+GUESS_RATE = 0.15  # weight of the newest token in that chance
 _MARGIN = 1.25  # a guess must be worth this many times what it costs
 
 
@@ -57,23 +57,27 @@ class NgramDrafter:
         if start < 0:
             return []
         if self._cost is not None:
-            limit = min(limit, self._worthwhile(index.chances[size], len(sequence.token_ids), num_sequences))
+            chance, context = index.chances[size], len(sequence.token_ids)
+            limit = num_worthwhile(self._cost, chance, context, num_sequences, limit)
         return _follow(sequence.token_ids, start, limit)
 
     def forget(self, request_id: str) -> None:
         self._indexes.pop(request_id, None)
 
-    def _worthwhile(self, chance: float, context: int, num_sequences: int) -> int:
-        """How many guesses pay: the j-th is right with chance^j, and then saves a token's share of a step."""
-        assert self._cost is not None
-        each = self._cost.coefficients
-        worth = each.step / max(num_sequences, 1) + each.decode + each.decode_context * context
-        price = _MARGIN * self._cost.prefill_seconds(1, context)
-        count, expected = 0, chance
-        while count < self._max_drafts and expected * worth > price:
-            count += 1
-            expected *= chance
-        return count
+
+def num_worthwhile(
+    cost: CostModel, chance: float, context: int, num_sequences: int, limit: int, seconds: float = 0.0
+) -> int:
+    """How many guesses pay, of at most `limit`: the j-th is right with chance^j, and then saves a token's share of a
+    step; it costs `seconds` to make, and a token more in the step that verifies it."""
+    each = cost.coefficients
+    worth = each.step / max(num_sequences, 1) + each.decode + each.decode_context * context
+    price = _MARGIN * (cost.prefill_seconds(1, context) + seconds)
+    count, expected = 0, chance
+    while count < limit and expected * worth > price:
+        count += 1
+        expected *= chance
+    return count
 
 
 class _Index:
@@ -93,7 +97,7 @@ class _Index:
                 run = tuple(token_ids[position - size : position])
                 if position >= self._num_prompt and run in table:
                     was_right = token_ids[table[run]] == token_ids[position]
-                    self.chances[size] += _RATE * (was_right - self.chances[size])
+                    self.chances[size] += GUESS_RATE * (was_right - self.chances[size])
                 table[run] = position
         self._num_indexed = len(token_ids)
 

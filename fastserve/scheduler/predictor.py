@@ -10,19 +10,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from typing import Protocol
 
 _Row = tuple[int, int, int]  # prompt tokens, minus its number (newer first among equals), output tokens
-
-
-class LengthPredictor(Protocol):
-    """Output lengths of requests like this one; may be learned online."""
-
-    def samples(self, tenant: str, num_prompt: int) -> tuple[int, ...]:
-        """Output lengths it could have, equally probable; at least one."""
-
-    def learn(self, tenant: str, num_prompt: int, num_output: int) -> None:
-        """A request finished with `num_output` tokens."""
 
 
 class NearestLengths:
@@ -44,14 +33,14 @@ class NearestLengths:
         self._by_tenant: dict[str, list[_Row]] = {}
 
     def samples(self, tenant: str, num_prompt: int) -> tuple[int, ...]:
-        """See `LengthPredictor`."""
+        """Output lengths that it could have, equally probable; at least one."""
         found = _nearest(self._by_tenant.get(tenant, ()), num_prompt, self._num_neighbours)
         if len(found) < self._num_neighbours:
             found += _nearest(self._everyone, num_prompt, self._num_neighbours - len(found))
         return tuple(found) or self._default
 
     def learn(self, tenant: str, num_prompt: int, num_output: int) -> None:
-        """See `LengthPredictor`."""
+        """A request finished with `num_output` tokens."""
         self._num_learned += 1
         row = (num_prompt, -self._num_learned, num_output)
         self._order.append((tenant, row))

@@ -8,9 +8,11 @@ wait.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 from fastserve.scheduler.policy import Rank, SchedulingPolicy
@@ -108,3 +110,23 @@ class WaitingQueue:
         review_time = self._policy.review_time(sequence, now)
         if review_time < math.inf:
             heapq.heappush(self._reviews, (max(review_time, math.nextafter(now, math.inf)), item))
+
+
+def order_by_next_turn(
+    candidates: Iterable[Ranked], ahead: Iterable[Ranked], policy: SchedulingPolicy, num_places: int, now: float
+) -> list[Ranked]:
+    """`candidates`, those that are served soonest first; equal estimates in the policy's order.
+
+    ENST = min(time to promotion, time until those in front have had their quanta), FastServe (arXiv 2305.05920, section
+    4.2). ahead: every sequence that competes for one of the `num_places`, the candidates among them or not.
+    """
+    levels = sorted(policy.service_before(item.sequence) for item in ahead)
+    sums = [0.0, *accumulate(levels)]
+
+    def estimate(item: Ranked) -> tuple[float, Ranked]:
+        own = policy.service_before(item.sequence)
+        num_before = bisect.bisect_left(levels, own)
+        until_served = (own * num_before - sums[num_before]) / num_places
+        return min(policy.review_time(item.sequence, now) - now, until_served), item
+
+    return [item for _, item in sorted(map(estimate, candidates))]

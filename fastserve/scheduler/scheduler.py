@@ -19,9 +19,8 @@ from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 from fastserve.scheduler.policy import SchedulingPolicy
-from fastserve.scheduler.queue import Ranked, WaitingQueue
+from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
-from fastserve.scheduler.turns import order_by_next_turn
 
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
@@ -60,6 +59,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_pauses = 0
         self.num_recomputed_tokens = 0
+        self.num_drafts = 0
+        self.num_drafts_right = 0
         self._policy = policy
         self._drafter = drafter
         self._max_sequences = max_batch_sequences
@@ -132,6 +133,13 @@ class Scheduler:
         self._sequences[sequence.request_id] = sequence
         self._policy.on_arrival(sequence, now)
 
+    def draftable(self, num_drafts: int) -> list[Sequence]:
+        """Running sequences that may have guesses, with blocks for so many tokens more where those are idle."""
+        found = [item.sequence for item in self._running if self._may_draft(item.sequence)]
+        for sequence in found:
+            self._reserve(sequence, min(len(sequence.token_ids) + num_drafts, self._max_model_len))
+        return found
+
     def uses(self, adapter: str) -> bool:
         """Whether a live sequence has this adapter."""
         return any(sequence.request.adapter == adapter for sequence in self._sequences.values())
@@ -185,6 +193,7 @@ class Scheduler:
             if take > 0 and self._grow(sequence, take, now):
                 drafts = self._draft(sequence, tokens_left - take - keep) if self._drafter is not None else []
                 tokens_left -= take + len(drafts)
+                self.num_drafts += len(drafts)
                 entries.append(self._entry(sequence, take, drafts))
             self._may_place = self._may_place and tokens_left > keep
             if not self._may_place:
@@ -222,6 +231,7 @@ class Scheduler:
             if len(made) > 1:
                 sequence.token_ids.extend(made[:-1])
                 num_tokens += len(made) - 1
+                self.num_drafts_right += len(made) - 1
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self.block_pool.publish_computed(sequence)
@@ -470,24 +480,27 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, room: int) -> list[int]:
         """Guesses for a sequence that decodes: at most `room`, within its limits, into blocks that nobody needs."""
-        sampling = sequence.request.sampling
-        if not sequence.is_decoding or sampling.logprobs is not None or sequence.group or self._drafter is None:
+        if self._drafter is None or not self._may_draft(sequence):
             return []
-        num_tokens = len(sequence.token_ids)
+        sampling, num_tokens = sequence.request.sampling, len(sequence.token_ids)
         room = min(room, self._max_model_len - num_tokens - 1)
         if sampling.max_tokens is not None:
             # The last token may be a forced one, which is no guess's to tell.
             last = 1 if sampling.forced_eos_token_id is None else 2
-            room = min(room, sampling.max_tokens - sequence.num_output - last)
+            room = min(room, max(0, sampling.max_tokens - sequence.num_output - last))
         drafts = self._drafter.propose(sequence, room, len(self._running))
-        missing = self._num_blocks(num_tokens + len(drafts)) - len(sequence.block_ids)
-        if drafts and missing > 0:
-            # The others may each need a block in this step; guesses take none of those.
-            blocks = None
-            if self.block_pool.num_free >= missing + len(self._pending) + self._max_sequences:
-                blocks = self.block_pool.allocate(missing)
-            sequence.block_ids.extend(blocks or ())
-        return drafts[: len(sequence.block_ids) * self.block_pool.block_size - num_tokens]
+        return drafts[: self._reserve(sequence, num_tokens + len(drafts)) - num_tokens] if drafts else []
+
+    def _may_draft(self, sequence: Sequence) -> bool:
+        return sequence.is_decoding and sequence.request.sampling.logprobs is None and sequence.group is None
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks for so many tokens, unless others may need them; returns how many there is room for."""
+        missing = self._num_blocks(num_tokens) - len(sequence.block_ids)
+        # The others may each need a block in this step.
+        if missing > 0 and self.block_pool.num_free >= missing + len(self._pending) + self._max_sequences:
+            sequence.block_ids.extend(self.block_pool.allocate(missing) or ())
+        return len(sequence.block_ids) * self.block_pool.block_size
 
     def _entry(self, sequence: Sequence, take: int, drafts: list[int]) -> PlanEntry:
         start = sequence.num_computed

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from fastserve.scheduler.policy import FCFS, PolicyContext, Rank
-from fastserve.scheduler.predictor import LengthPredictor, NearestLengths, expected_remaining
+from fastserve.scheduler.predictor import NearestLengths, expected_remaining
 from fastserve.scheduler.sequence import Sequence
 
 
@@ -74,11 +74,9 @@ class _Forecast:
 class SRPTPredicted(SRPTOracle):
     """Shortest remaining time first with predicted lengths, given what was made already. Nothing bounds a wait."""
 
-    uses_cost = (
-        False  # lengths are known from requests that finished, and by then the cost model has learnt from their steps
-    )
+    uses_cost = False  # lengths come from requests that finished; by then the cost model has learnt from their steps
 
-    def __init__(self, context: PolicyContext, predictor: LengthPredictor | None = None) -> None:
+    def __init__(self, context: PolicyContext, predictor: NearestLengths | None = None) -> None:
         super().__init__(context)
         self._predictor = predictor or NearestLengths()
         self._forecasts: dict[str, _Forecast] = {}
@@ -158,7 +156,7 @@ class AgedSRPT(SRPTPredicted):
     def __init__(
         self,
         context: PolicyContext,
-        predictor: LengthPredictor | None = None,
+        predictor: NearestLengths | None = None,
         delay: float = 1.5,
         head_start: float = 0.8,
         large: float = 0.85,

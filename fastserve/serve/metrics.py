@@ -176,6 +176,8 @@ _ENGINE_VALUES: dict[str, Callable[[EngineClient], float]] = {
     "kv_blocks_restored": lambda client: client.totals.kv_blocks_restored,
     "kv_errors": lambda client: client.totals.kv_errors,
     "kv_move_seconds": lambda client: client.totals.kv_move_seconds,
+    "spec_decode_num_draft_tokens": lambda client: client.totals.draft_tokens,
+    "spec_decode_num_accepted_tokens": lambda client: client.totals.draft_tokens_right,
     "prompt_tokens": lambda client: client.totals.prompt_tokens,
     "generation_tokens": lambda client: client.totals.generation_tokens,
     "engine_steps": lambda client: client.totals.num_steps,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastserve.bench.rounding import quantize
+from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
 from fastserve.kernels.interface import PackedLinear
-from fastserve.kernels.quant import QuantizedWeight, QuantScheme, quantize_activations
+from fastserve.kernels.quant import quantize_activations
 from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
 

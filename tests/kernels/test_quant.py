@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastserve.bench.rounding import quantize
+from fastserve.checkpoint.quantized import QuantScheme, pack_words, unpack_words
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.quant import QuantScheme, pack_words, quantize_activations, unpack_words
+from fastserve.kernels.quant import quantize_activations
 
 WEIGHT = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
 

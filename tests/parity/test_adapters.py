@@ -159,8 +159,8 @@ def test_prompt_scores_are_those_of_the_adapter(tmp_path: Path) -> None:
 
 def test_a_quantised_network_takes_adapters(tmp_path: Path) -> None:
     """8-bit activations are scaled after the product; what an adapter adds is not."""
+    from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
     from fastserve.kernels.cpu import create
-    from fastserve.kernels.quant import QuantizedWeight, QuantScheme
     from fastserve.kernels.reference import Kernels
 
     generator = torch.Generator().manual_seed(0)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastserve import LLM, SamplingParams
 from fastserve.bench.rounding import quantize
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.quantized import QuantScheme
 from fastserve.kernels.cpu import CPUKernels, create
 from fastserve.kernels.interface import Batch, PackedLinear, Weight
-from fastserve.kernels.quant import QuantScheme
 from fastserve.kernels.reference import Kernels
 from fastserve.models import loader
 from fastserve.models.attention import PagedContext

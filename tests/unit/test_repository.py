@@ -63,6 +63,7 @@ ENGINE_OPTIONS = [
     "block_size",
     "prefix_caching",
     "speculation",
+    "draft_model",
     "lora",
     "max_loras",
     "max_lora_rank",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint.quantized import QuantizedWeight
 from fastserve.core.errors import ConfigError
 from fastserve.core.machine import usable_cpus
 from fastserve.kernels.interface import (
@@ -27,7 +28,7 @@ from fastserve.kernels.interface import (
     RowSampling,
     Weight,
 )
-from fastserve.kernels.quant import INT8_KV_SCALE_BYTES, QuantizedWeight
+from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 from fastserve.kernels.reference import Kernels
 
 # Numbers of the enumerations in csrc/common.h and csrc/packed_weight.h.

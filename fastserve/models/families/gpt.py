@@ -66,25 +66,22 @@ _BIASES = dict(norm="layer", mlp="plain", qkv_bias=True, output_bias=True, mlp_b
 
 def _read_gpt2(config: Mapping[str, Any], **differences: Any) -> DecoderConfig:
     refuse_unless(config, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False)
-    hidden_size, num_heads = int(number(config, "n_embd")), int(number(config, "n_head"))
-    num_layers, num_positions = int(number(config, "n_layer")), int(number(config, "n_positions", "n_ctx"))
+    hidden_size, num_layers = int(number(config, "n_embd")), int(number(config, "n_layer"))
     fields = dict(
-        vocab_size=int(number(config, "vocab_size")),
-        hidden_size=hidden_size,
-        inner_size=int(number(config, "n_inner", default=4 * hidden_size)),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=hidden_size // num_heads,
-        max_positions=num_positions,
-        num_learned_positions=num_positions,
-        windows=(0,) * num_layers,
+        num_kv_heads=int(number(config, "n_head")),
+        num_learned_positions=int(number(config, "n_positions", "n_ctx")),
         ropes=(None,) * num_layers,
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
         norm_epsilon=float(number(config, "layer_norm_epsilon", default=1e-5)),
         activation=activation(config, "activation_function", default="gelu_new"),
     )
-    return DecoderConfig(**{**fields, **_BIASES, **differences})
+    sizes = dict(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=number(config, "n_head"),
+        intermediate_size=number(config, "n_inner", default=4 * hidden_size),
+        max_position_embeddings=number(config, "n_positions", "n_ctx"),
+    )
+    return llama_like({"tie_word_embeddings": True, **config, **sizes}, **{**fields, **_BIASES, **differences})
 
 
 def _read_gpt_bigcode(config: Mapping[str, Any]) -> DecoderConfig:

@@ -107,7 +107,7 @@ def values_of(folder: ModelFolder, name: str) -> np.ndarray:
     """A matrix of a converted folder, as the loader reads it."""
     from fastserve.checkpoint.gguf_config import hugging_face_name
     from fastserve.checkpoint.quantization import read_quantization
-    from fastserve.models.quantized import read_quantized
+    from fastserve.checkpoint.quantized import read_quantized
 
     wanted = hugging_face_name("llama", name)
     if wanted in folder.weights:
@@ -172,7 +172,7 @@ def write_dense_copy(folder: ModelFolder, target: Path) -> None:
     from safetensors.torch import save_file
 
     from fastserve.checkpoint.quantization import read_quantization
-    from fastserve.models.quantized import read_quantized
+    from fastserve.checkpoint.quantized import read_quantized
 
     [layout] = read_quantization(folder.config).formats
     tensors = {}

@@ -57,9 +57,6 @@ class FakeEngine:
     def tend(self) -> None:
         pass
 
-    def resize_kv_cache(self, num_bytes: int) -> None:
-        self._stats.kv_blocks_total = num_bytes
-
     def load_adapter(self, name: str, path: str) -> None:
         if not Path(path).is_dir():
             raise RequestError(f"{path} is no adapter folder", "lora_path")

@@ -74,9 +74,6 @@ class FakeGenerator:
     def tend(self) -> None:
         pass
 
-    def resize_kv_cache(self, num_bytes: int) -> None:
-        pass
-
 
 class FakeEncoder:
     """Answers with the number of tokens."""

@@ -17,11 +17,10 @@ from torch import Tensor
 from fastserve.bench.quantized_model import quantize_folder
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
+from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
-from fastserve.kernels.quant import QuantizedWeight
 from fastserve.models.loader import LoadedModel, load_model
-from fastserve.models.quantized import read_quantized
 from tests import folders
 from tests.kernels.conftest import load_native
 from tests.paged_driver import PagedDriver

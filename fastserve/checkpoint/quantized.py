@@ -1,13 +1,15 @@
-"""Tensors of a quantised module -> `QuantizedWeight`, for every layout on disk that is supported.
+"""A quantised weight, and the tensors on disk that one is read from, for every layout that is supported.
 
-Values become unsigned bytes, one per weight; scales keep their type. Weights of 2 or 3 bits are held in 4, those of 5
-to 7 in 8, and what no kernel has as floats. The packing for a backend comes after (`Kernels.pack_linear`). N output
-features, K input features, G groups along K; a word is 32 bits of a row.
+One form for every scheme: values are unsigned bytes, one per weight, and a weight is scale * (value - zero), or a
+codebook's entry times scale. Weights of 2 or 3 bits are held in 4, those of 5 to 7 in 8, and what no kernel has as
+floats. A backend's own layout is made of it by `Kernels.pack_linear`; choosing the values is `fastserve.compress`.
+N output features, K input features, G groups along K; a word is 32 bits of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +17,85 @@ from torch import Tensor
 from fastserve.checkpoint.quantization import QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
-from fastserve.kernels.quant import QuantizedWeight, QuantScheme, unpack_words
 
+_GROUP_SIZES = (0, 32, 64, 128)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where AWQ's words keep the columns 0..7
 _INTEGERS = (torch.int8, torch.uint8, torch.int32)
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Read = Callable[[str, tuple[int, ...]], Tensor]  # a tensor of the module, by suffix, which must have this shape
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """How a linear layer is quantised.
+
+    Attributes:
+        weight_bits: 4 or 8.
+        group_size: weights along K that share a scale; 0: one scale per output feature (8-bit, codebooks).
+        is_symmetric: no zero points (the middle of the range stands for 0).
+        activation_bits: 16: activations stay as they are; 8: quantised per token as they come, symmetric.
+        has_codebook: 4-bit values are indices into 16 free levels (k-means).
+    """
+
+    weight_bits: int = 8
+    group_size: int = 0
+    is_symmetric: bool = True
+    activation_bits: int = 16
+    has_codebook: bool = False
+
+    def __post_init__(self) -> None:
+        reasons = []
+        if self.weight_bits not in (4, 8):
+            reasons.append(f"weight_bits is {self.weight_bits}; 4 and 8 exist")
+        if self.group_size not in _GROUP_SIZES or (self.group_size and (self.weight_bits == 8 or self.has_codebook)):
+            reasons.append(f"group_size is {self.group_size}; uniform 4-bit weights take {_GROUP_SIZES}, others 0")
+        if self.activation_bits not in (8, 16):
+            reasons.append(f"activation_bits is {self.activation_bits}; 8 and 16 exist")
+        if self.has_codebook and (self.weight_bits != 4 or not self.is_symmetric or self.activation_bits != 16):
+            reasons.append("a codebook has 4-bit indices, no zero points and 16-bit activations")
+        if reasons:
+            raise ConfigError("; ".join(reasons))
+
+    @property
+    def max_value(self) -> int:
+        return (1 << self.weight_bits) - 1
+
+    @property
+    def centre(self) -> int:
+        """The zero point of symmetric weights."""
+        return 1 << (self.weight_bits - 1)
+
+
+@dataclass(slots=True)
+class QuantizedWeight:
+    """A quantised matrix.
+
+    Attributes:
+        scheme: how to read the rest.
+        values: [N, K] uint8.
+        scales: [N, G] float32, bfloat16 or float16.
+        zeros: [N, G] uint8, or None when symmetric.
+        codebook: [16] float32, or None.
+    """
+
+    scheme: QuantScheme
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """[N, K] float32."""
+        num_inputs = self.values.shape[1]
+        if self.codebook is not None:
+            return self.codebook.float()[self.values.long()] * self.scales.float()
+        group = self.scheme.group_size or num_inputs
+        scales = self.scales.float().repeat_interleave(group, dim=1)[:, :num_inputs]
+        if self.zeros is None:
+            return (self.values.float() - self.scheme.centre) * scales
+        zeros = self.zeros.float().repeat_interleave(group, dim=1)[:, :num_inputs]
+        return (self.values.float() - zeros) * scales
 
 
 def read_quantized(
@@ -137,3 +211,30 @@ def _unsigned(values: Tensor, scheme: QuantScheme) -> Tensor:
 
 def _words(count: int, num_bits: int) -> int:
     return -(-count * num_bits // 32)
+
+
+def pack_words(values: Tensor, num_bits: int) -> Tensor:
+    """Values [N, K] uint8 -> int32 [N, ceil(K * bits / 32)], the first in the lowest bits, as compressed-tensors.
+
+    Rows are streams of bits: a value of 3 or 6 bits may lie in two words.
+    """
+    rows = torch.nn.functional.pad(values, (0, -values.shape[1] % 32))
+    if num_bits == 4:
+        rows = rows[:, ::2] | rows[:, 1::2] << 4
+    elif num_bits != 8:
+        bits = (rows.unsqueeze(-1) >> torch.arange(num_bits, dtype=torch.uint8)) & 1
+        rows = (bits.view(len(rows), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    words = rows.reshape(-1).view(torch.int32).view(len(values), -1)
+    return words[:, : -(-values.shape[1] * num_bits // 32)].contiguous()
+
+
+def unpack_words(words: Tensor, num_bits: int, num_inputs: int) -> Tensor:
+    """The inverse of `pack_words`: [N, num_inputs] uint8."""
+    values = words.reshape(-1).view(torch.uint8).view(len(words), -1)
+    if num_bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=-1).view(words.shape[0], -1)
+    elif num_bits != 8:
+        bits = (values.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = bits.view(len(words), -1)[:, : num_inputs * num_bits].view(len(words), num_inputs, num_bits)
+        values = (bits << torch.arange(num_bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return values[:, :num_inputs].contiguous()

@@ -83,11 +83,14 @@ TENANT_METRICS = (
     Metric("tenant_generation_tokens", "counter", "Tokens made.", labels=("tenant",)),
 )
 
-CATALOGUE = ENGINE_METRICS + REQUEST_METRICS + TENANT_METRICS
+# By the model that took them, of several in one server.
+MODEL_STEP_SECONDS = Metric("model_step_seconds", "counter", "Time in steps of each model.", labels=("model",))
+
+CATALOGUE = (*ENGINE_METRICS, MODEL_STEP_SECONDS, *REQUEST_METRICS, *TENANT_METRICS)
 
 # With --metrics-compat vllm, all but these are exported under vLLM's names as well: its prefix, the same suffixes.
 VLLM_PREFIX = "vllm:"
 NOT_IN_VLLM = frozenset(
-    {"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready"}
+    {"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready", "model_step_seconds"}
     | {metric.name for metric in TENANT_METRICS}
 )

@@ -26,17 +26,14 @@ def find_candidates(logits: Tensor, states: Sequence[SamplingState], last_ids: S
         last_ids: the token that each beam ends with, which the search chose.
     """
     sums = torch.logsumexp(logits, dim=-1, keepdim=True)
-    rows: list[int] = []
-    banned: list[int] = []
+    banned: list[tuple[int, int]] = []
     for row, (state, last_id) in enumerate(zip(states, last_ids, strict=True)):
         if state.history:
             state.history[-1] = last_id
-        ids = state.banned_ids()
-        rows += [row] * len(ids)
-        banned += ids
+        banned += [(row, token_id) for token_id in state.banned_ids()]
         state.count(0)  # a place for the token that the search will choose
     if banned:
-        logits[torch.tensor(rows, device=logits.device), torch.tensor(banned, device=logits.device)] = float("-inf")
+        logits[torch.tensor(banned, device=logits.device).unbind(1)] = float("-inf")
     wanted = [num_candidates(state.sampling.num_beams, len(state.stop_ids)) for state in states]
     values, ids_of = _largest(logits, min(max(wanted), logits.shape[1]))
     return [

@@ -185,10 +185,9 @@ class ModelRunner:
             own, last = [states[place] for place in beams], [entries[place].token_ids[-1] for place in beams]
             found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last)
             result.logprobs.update(zip((entries[place].request_id for place in beams), found, strict=True))
-            others = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
-            if others:
-                kept = sorted({*range(len(logits))} - {*rows})
-                self._sample(result, logits[kept], others, None)
+            entries = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
+            if entries:
+                self._sample(result, logits[sorted({*range(len(logits))} - {*rows})], entries, None)
             return
         allowed = self._mask(logits, entries, first_rows)
         known = greedy if allowed is logits else None

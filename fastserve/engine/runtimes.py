@@ -101,6 +101,7 @@ class Runtimes:
         self._loader = ThreadPoolExecutor(1, "model loader")
         self._loading: dict[str, Future[Runtime]] = {}
         self._stats = EngineStats()
+        self._seconds: dict[str, float] = {}  # of steps, by name
         self.max_model_len = self._generator.max_model_len if self._generator is not None else 0
         self.vocab_size = self._generator.vocab_size if self._generator is not None else 0
         reports = [runtime.info.report for runtime in self._others.values()]
@@ -158,6 +159,7 @@ class Runtimes:
         outputs: list[TokenOutput | ArrayOutput] = [*runtime.step()]
         seconds = self._clock() - started
         self._arbiter.charge(name, seconds, busy[name])
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         if self._generator is None:
             self._stats.num_steps += 1
             self._stats.step_seconds += seconds
@@ -205,7 +207,10 @@ class Runtimes:
     def stats(self) -> EngineStats:
         """The server's own model's, or, without one, steps of the others and what waits for them."""
         if self._generator is not None:
-            return self._generator.stats()
+            stats = self._generator.stats()
+            stats.model_seconds = self._seconds
+            return stats
+        self._stats.model_seconds = self._seconds
         self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())
         return self._stats
 

@@ -331,28 +331,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     """One sequence: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""
     num_queries, num_heads, size = query.shape
     num_keys, num_kv_heads = key.shape[:2]
-    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
     is_whole_prompt = num_queries == num_keys and not window
     mask = None
     if num_queries > 1 and not (is_whole_prompt and not softcap):
         mask = causal_mask(num_queries, num_keys, window, query.device)
+    if num_queries > 1 and not softcap:
+        return _attend_masked(query, key, value, scale, mask, is_causal=mask is None)
+    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
     if softcap:
         return _attend_softcap(query, key, value, mask, scale, softcap)
-    if num_queries == 1:
-        # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
-        grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
-        result = functional.scaled_dot_product_attention(grouped, key, value, scale=scale)
-        return result.reshape(1, num_heads, size)
-    result = functional.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=num_heads != num_kv_heads,
-    )
-    return result[0].transpose(0, 1)
+    # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
+    grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
+    return functional.scaled_dot_product_attention(grouped, key, value, scale=scale).reshape(1, num_heads, size)
 
 
 def _distance_mask(num_queries: int, num_keys: int, window: int, bias: Tensor | None, device: torch.device) -> Tensor:
@@ -365,13 +355,17 @@ def _distance_mask(num_queries: int, num_keys: int, window: int, bias: Tensor | 
     return mask if bias is None else mask + bias[:, distances + bias.shape[1] // 2]
 
 
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """query [Q, H, D] over key, value [S, G, D], with `mask` added to the scores -> [Q, H, D]."""
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """query [Q, H, D] over key, value [S, G, D]: `mask` is added to the scores, or says which count -> [Q, H, D]."""
+    query, key, value = (item.transpose(0, 1).unsqueeze(0) for item in (query, key, value))
     result = functional.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        key.transpose(0, 1).unsqueeze(0),
-        value.transpose(0, 1).unsqueeze(0),
-        attn_mask=None if mask is None else mask.to(query.dtype),
+        query,
+        key,
+        value,
+        attn_mask=mask if mask is None or mask.dtype is torch.bool else mask.to(query.dtype),
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from fastserve.core.metrics import (
     CATALOGUE,
     ENGINE_METRICS,
+    MODEL_STEP_SECONDS,
     NOT_IN_VLLM,
     PREFIX,
     REQUEST_METRICS,
@@ -135,6 +136,12 @@ class _EngineCollector(Collector):
             sample = family(PREFIX + metric.name, metric.help, labels=["model_name"])
             sample.add_metric([self._model_name], float(_ENGINE_VALUES[metric.name](self._client)))
             yield sample
+        steps = CounterMetricFamily(
+            PREFIX + MODEL_STEP_SECONDS.name, MODEL_STEP_SECONDS.help, labels=["model_name", *MODEL_STEP_SECONDS.labels]
+        )
+        for name, seconds in self._client.stats.model_seconds.items():
+            steps.add_metric([self._model_name, name or self._model_name], seconds)
+        yield steps
 
     def describe(self) -> Iterable[Metric]:
         return []

@@ -1,4 +1,4 @@
-"""A decoder, an encoder and a translator in one server: what each gets of the machine, and what the encoder's tail pays.
+"""A decoder, an encoder and a translator in one server: what each gets, and what the encoder's tail pays for it.
 
     python benchmarks/mixed.py             # 60 s alone, 60 s together, 60 s of all that they can take
     python benchmarks/mixed.py --smoke     # 3 s of each with tiny models, to see that it runs
@@ -6,8 +6,8 @@
 One server holds the built-in model, a random BERT-base and a random Marian (bfloat16). First the encoder alone gets 5
 requests of 128 tokens a second; then the same while 8 streams generate without pause and 2 translations a second (12
 tokens, 12 made, 4 beams) come; then all as much as they can take, for the shares of step time, which the server's
-metrics tell. `p99_ratio_alone` is the encoder's P99 alone over its P99 beside the others: 1 is no loss, 0.4 is what may be
-lost. `share_error` is how far the share of step time of any model is from its weight's (a third) when all are busy.
+metrics tell. `p99_ratio_alone` is the encoder's P99 alone over its P99 beside the others: 1 is no loss, 0.4 is what may
+be lost. `share_error` is how far the share of step time of any model is from its weight's (a third) when all are busy.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 transformers tokenises these folders in Python alone. Here the pieces and their scores become a Unigram model of the
 tokenizers library whose ids are vocab.json's: the same ids, but for runs of characters that the source's model does not
-know, of which those that the vocabulary has (from the target's side) keep their own instead of one unknown for all. Of the model file (Protocol Buffers) four fields are read; layout:
-google/sentencepiece, sentencepiece_model.proto.
+know; of these, those that the vocabulary has (from the target's side) keep their own instead of one unknown for all. Of
+the model file (Protocol Buffers) four fields are read; layout: google/sentencepiece, sentencepiece_model.proto.
 """
 
 from __future__ import annotations

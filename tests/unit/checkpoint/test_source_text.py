@@ -101,13 +101,27 @@ def test_t5_says_pairs_in_words(tmp_path: Path) -> None:
 
 def test_defaults_are_the_folders(tmp_path: Path) -> None:
     generation = {
-        **{"num_beams": 6, "length_penalty": 2.0, "early_stopping": True, "max_length": 142, "min_length": 56},
-        **{"no_repeat_ngram_size": 3, "forced_eos_token_id": 2, "bad_words_ids": [[7], [8, 9]], "temperature": 0.3},
+        "num_beams": 6,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "max_length": 142,
+        "min_length": 56,
+        "no_repeat_ngram_size": 3,
+        "forced_eos_token_id": 2,
+        "bad_words_ids": [[7], [8, 9]],
+        "temperature": 0.3,
     }
     write_tokenizer(write(tmp_path, "BartForConditionalGeneration", generation, num_beams=2), chat_template=None)
     assert open_text(tmp_path).defaults() == {
-        **{"num_beams": 6, "length_penalty": 2.0, "early_stopping": True, "max_tokens": 141, "min_tokens": 55},
-        **{"no_repeat_ngram_size": 3, "forced_eos_token_id": 2, "suppress_token_ids": (7,), "temperature": 0.0},
+        "num_beams": 6,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "max_tokens": 141,
+        "min_tokens": 55,
+        "no_repeat_ngram_size": 3,
+        "forced_eos_token_id": 2,
+        "suppress_token_ids": (7,),
+        "temperature": 0.0,
     }
     write(tmp_path, "BartForConditionalGeneration", {"do_sample": True, "temperature": 0.3, "num_beams": 3})
     found = open_text(tmp_path).defaults()

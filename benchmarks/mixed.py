@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -78,7 +78,7 @@ def translation() -> dict[str, object]:
 
 
 async def at_rate(
-    client: httpx.AsyncClient, path: str, body: dict[str, object], seconds: float, rate: float
+    client: httpx.AsyncClient, path: str, body: Mapping[str, object], seconds: float, rate: float
 ) -> list[float]:
     """Latencies of requests that come at a fixed rate."""
 

@@ -104,12 +104,10 @@ def sample(logits: Tensor, states: list[SamplingState], kernels: Kernels, greedy
     if greedy:
         return greedy
     if any(state.changes_logits for state in states):
-        logits = logits.float()
-        rows = [
-            process_logits(row, state) if state.changes_logits else row
-            for row, state in zip(logits, states, strict=True)
-        ]
-        logits = torch.stack(rows)
+        logits = logits.to(torch.float32, copy=True)
+        for row, state in zip(logits, states, strict=True):
+            if state.changes_logits:
+                process_logits(row, state)
     return kernels.sample(logits, [_row_sampling(state) for state in states])
 
 
@@ -128,9 +126,8 @@ def _row_sampling(state: SamplingState) -> RowSampling:
 
 
 def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
-    """A copy of one row [V] with penalties, bias and the mask of early stops applied."""
+    """Apply penalties, bias and what may not or must come next to one row [V], which is returned."""
     sampling = state.sampling
-    logits = logits.clone()
     device = logits.device
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ import torch
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.checkpoint.weights import WeightReader
-from fastserve.core.errors import CheckpointError
+from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.kernels import select
 from fastserve.kernels.interface import KernelSpec
 from fastserve.kernels.reference import Kernels
@@ -20,13 +20,13 @@ from fastserve.models.parameters import ParameterLoader
 
 
 def load_encoder_decoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, kernels: str, block_size: int
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, kernels: str, backend: str, block_size: int
 ) -> tuple[EncoderDecoder, Kernels, list[str]]:
     """The network, the operations it was built for, and one line per decision.
 
     Raises:
         CheckpointError: unknown architecture, missing, unexpected or misshapen tensors.
-        ConfigError: kernels were named that cannot be used here.
+        ConfigError: a backend or kernels were named that cannot be used here.
     """
     family = ENCODER_DECODERS.get(folder.architecture)
     if family is None:
@@ -34,13 +34,19 @@ def load_encoder_decoder(
             f"{folder.path} is a {folder.architecture or 'network without a name'}, an encoder-decoder that is not "
             f"known here; known: {', '.join(ENCODER_DECODERS)}"
         )
+    if backend == "transformers":
+        raise ConfigError("encoder-decoders run on our own modules; leave out backend=transformers")
     config = family.read_config(folder.config)
     stack = config.decoder
     spec = KernelSpec(device.type, dtype, stack.num_heads, stack.num_heads, stack.head_size, block_size)
     chosen, lines = select.select(kernels, spec)
     reader = folder.weights
+    report = [
+        f"dtype: {str(dtype).removeprefix('torch.')}, device: {device}",
+        f"backend: native ({folder.architecture})",
+    ]
     try:
-        return _load(folder, reader, family, config, chosen, dtype, device), chosen, lines
+        return _load(folder, reader, family, config, chosen, dtype, device), chosen, [*report, *lines]
     finally:
         reader.close()
 

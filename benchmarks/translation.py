@@ -69,7 +69,7 @@ class Worker:
         """The quickest for a sample; the first question of all is not counted."""
         seconds = {}
         self.translate((sentences[0][:2], sentences[1][:2]), num_beams)
-        for size in (BATCH_SIZES[0],) if self.name == OURS else BATCH_SIZES:
+        for size in BATCH_SIZES if self.name != OURS and len(sentences[0]) > BATCH_SIZES[0] else BATCH_SIZES[:1]:
             self.batch_size = size
             seconds[size] = self.translate(sentences, num_beams)["seconds"]
         self.batch_size = min(seconds, key=lambda size: seconds[size])

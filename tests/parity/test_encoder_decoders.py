@@ -103,10 +103,9 @@ def test_logits(folder: Path, kernels: str) -> None:
     assert expected.std() > 0.1
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
-def test_greedy_tokens(folder: Path, kernels: str) -> None:
+def test_greedy_tokens(folder: Path) -> None:
     """64 tokens for four sources in one batch. Ours may differ from where transformers' two best are almost equal."""
-    found = tokens(open_llm(folder, kernels=kernels), GREEDY)
+    found = tokens(open_llm(folder, kernels="auto"), GREEDY)
     for source, ours in zip(SOURCES, found, strict=True):
         made = generate(folder, source, max_new_tokens=64, min_new_tokens=64, num_beams=1, eos_token_id=None)
         expected = made.sequences[0, 1:].tolist()
@@ -118,10 +117,9 @@ def test_greedy_tokens(folder: Path, kernels: str) -> None:
             assert first - second < 1e-3, f"token {differing} differs"
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
-def test_beams(folder: Path, kernels: str) -> None:
+def test_beams(folder: Path) -> None:
     """Sequences and scores of all four beams, with what folders ask for: n-grams, forced ends, least lengths."""
-    llm = open_llm(folder, kernels=kernels)
+    llm = open_llm(folder, kernels="auto")
     params = SamplingParams(
         n=4,
         temperature=0.0,

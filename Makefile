@@ -29,7 +29,7 @@ ONE_ANSWER := $(addprefix fastserve/models/,encoder.py encoder_loader.py pooling
 ONE_ANSWER_LIMIT := 2700
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-native lint format bench bench-peers size clean
+.PHONY: help setup serve test test-fast test-native lint format bench bench-peers builtin-model size clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -88,6 +88,9 @@ bench: $(STAMP) ## benchmarks beside transformers and against this machine's lim
 
 bench-peers: $(STAMP) ## other engines that `benchmarks/peers.py install NAME` installed (about 5 minutes for each and precision)
 	$(BIN)/python benchmarks/cpu_peers.py | tee benchmarks/results/cpu_peers.json
+
+builtin-model: $(STAMP) ## train the built-in model anew from raw books into build/builtin-model (about 90 minutes on a core)
+	@examples/builtin_model.sh
 
 size: ## lines of Python per room; fails when the serving path exceeds its limit
 	@for room in $(filter-out %__pycache__/,$(wildcard fastserve/*/)); do \

@@ -1,15 +1,17 @@
 """Embedding real question + passage lengths with a random BERT-base: ours against engines that pad, in one run.
 
-    python benchmarks/encoders.py                    # float32, bfloat16; 512 requests; five interleaved repeats
+    python benchmarks/encoders.py                    # float32, bfloat16, int8; 512 requests; five interleaved repeats
     python benchmarks/encoders.py --smoke            # a tiny share of the work, to see that it runs
 
 Lengths are those of FairytaleQA (a question and the section that it is about, cut at 512 tokens) where the shared data
 is there, else a stated log-normal distribution. Peers get batches of like lengths and the best of several batch sizes;
 transformers_in_order gets them as they come, which is what padding costs without sorting.
-All answer with the mean vector of each text; vectors must agree with ours (cosine over 0.999, in bfloat16 0.99). A
-single idle request is timed as well (P50). Ratios above 1 mean that ours is better. Peers: transformers in this
-environment; onnxruntime in it too (an ONNX file of transformers' model, fused by onnxruntime's own optimiser; float32
-only); openvino where `benchmarks/peers.py install openvino` has put it.
+All answer with the mean vector of each text; vectors must agree with ours (cosine over 0.999, in bfloat16 0.99, in
+int8 0.95). A single idle request is timed as well (P50). Ratios above 1 mean that ours is better. Peers: transformers
+in this environment; onnxruntime in it too (an ONNX file of transformers' model, fused by onnxruntime's own optimiser;
+it has no bfloat16 on processors); openvino where `benchmarks/peers.py install openvino` has put it.
+int8 is 8-bit weights and activations everywhere: ours with scales per token, ONNX Runtime's by its quantize_dynamic,
+OpenVINO's by its NNCF.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ OURS, VOCABULARY = "fastserve", 30522
 PEERS = {
     "transformers": ("fp32", "bf16"),
     "transformers_in_order": ("fp32", "bf16"),
-    "onnxruntime": ("fp32",),
-    "openvino": ("fp32", "bf16"),
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
 }
+COSINES = {"fp32": 0.999, "bf16": 0.99, "int8": 0.95}  # what others' vectors must have with ours
 Sequences = list[list[int]]
 
 
@@ -153,11 +156,23 @@ def export_onnx(folder: Path, target: Path) -> tuple[Path, Path]:
     return raw, target
 
 
+def quantize_onnx(fused: Path) -> Path:
+    """The same file after onnxruntime's dynamic quantisation: weights by channel, activations as they come."""
+    target = fused.with_suffix(".int8.onnx")
+    if not target.is_file():
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        options = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of what its own fused operations give
+        quantize_dynamic(str(fused), str(target), per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
+    return target
+
+
 def check_vectors(name: str, precision: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     """Raise RuntimeError unless both sides have computed the same."""
     for one, other in zip(np.array(ours), np.array(theirs), strict=True):
         cosine = float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
-        if cosine < (0.99 if precision == "bf16" else 0.999):
+        if cosine < COSINES[precision]:
             raise RuntimeError(f"{name} in {precision} gave another vector: cosine {cosine:.4f}")
 
 
@@ -202,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--precisions", default="fp32,bf16,int8")
     parser.add_argument("--smoke", action="store_true", help="12 requests, two repeats")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -227,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 model = folder
                 if not name.startswith("transformers"):
                     raw, fused = export_onnx(folder, onnx)
-                    model = fused if name == "onnxruntime" else raw  # OpenVINO fuses for itself
+                    if precision == "int8":
+                        fused = quantize_onnx(fused)
+                    model = fused if name == "onnxruntime" else raw  # OpenVINO fuses and quantises for itself
                 workers[name] = Worker(name, model, precision, threads)
             compare(report, precision, workers, sequences, options.repeats, 2 if options.smoke else 10)
         finally:

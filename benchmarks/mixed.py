@@ -1,13 +1,14 @@
 """A decoder, an encoder and a translator in one server: what each gets, and what the encoder's tail pays for it.
 
-    python benchmarks/mixed.py             # 60 s alone, 60 s together, 60 s of all that they can take
+    python benchmarks/mixed.py             # 60 s alone, 60 s together, 60 s of more than they can take
     python benchmarks/mixed.py --smoke     # 3 s of each with tiny models, to see that it runs
 
 One server holds the built-in model, a random BERT-base and a random Marian (bfloat16). First the encoder alone gets 5
 requests of 128 tokens a second; then the same while 8 streams generate without pause and 2 translations a second (12
-tokens, 12 made, 4 beams) come; then all as much as they can take, for the shares of step time, which the server's
-metrics tell. `p99_ratio_alone` is the encoder's P99 alone over its P99 beside the others: 1 is no loss, 0.4 is what may
-be lost. `share_error` is how far the share of step time of any model is from its weight's (a third) when all are busy.
+tokens, 12 made, 4 beams) come; then all get more than they can take (32 streams, 128 texts and 32 searches that wait),
+for the shares of step time, which the server's metrics tell. `p99_ratio_alone` is the encoder's P99 alone over its P99
+beside the others: 1 is no loss, 0.4 is what may be lost. `share_error` is how far any model's share of step time is
+from its weight's (a third) when all are busy.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ async def at_rate(
 
 
 async def translate_without_pause(client: httpx.AsyncClient, seconds: float) -> int:
-    """Sentences translated while 8 are always here."""
+    """Sentences translated while 32 are always here."""
     end = time.perf_counter() + seconds
 
     async def one() -> int:
@@ -107,7 +108,7 @@ async def translate_without_pause(client: httpx.AsyncClient, seconds: float) -> 
             count += 1
         return count
 
-    return sum(await asyncio.gather(*(one() for _ in range(8))))
+    return sum(await asyncio.gather(*(one() for _ in range(32))))
 
 
 async def encode_without_pause(client: httpx.AsyncClient, seconds: float) -> int:
@@ -126,27 +127,38 @@ async def encode_without_pause(client: httpx.AsyncClient, seconds: float) -> int
     return sum(await asyncio.gather(*(one() for _ in range(8))))
 
 
-async def generate(client: httpx.AsyncClient, seconds: float) -> int:
-    """Tokens that streams without pause make."""
+async def generate(client: httpx.AsyncClient, seconds: float, streams: int = NUM_STREAMS, length: int = 64) -> int:
+    """Tokens that streams without pause make; of unlike lengths, so that they do not all end in one step."""
     end = time.perf_counter() + seconds
 
-    async def one() -> int:
+    async def one(number: int) -> int:
         count = 0
-        body = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "stream": False}
+        body = {"prompt": "Once upon a time", "max_tokens": length + 4 * number, "ignore_eos": True, "stream": False}
         while time.perf_counter() < end:
             reply = await client.post("/v1/completions", json=body)
             reply.raise_for_status()
             count += int(reply.json()["usage"]["completion_tokens"])
         return count
 
-    return sum(await asyncio.gather(*(one() for _ in range(NUM_STREAMS))))
+    return sum(await asyncio.gather(*(one(number) for number in range(streams))))
 
 
 async def step_seconds(client: httpx.AsyncClient) -> dict[str, float]:
     """Time that each model's steps took so far."""
     text = (await client.get("/metrics")).text
-    lines = re.findall(r"^fastserve_model_step_seconds_total\{(.*)\} (\S+)$", text, re.MULTILINE)
-    return {re.findall(r'(?<!_)model="([^"]*)"', labels)[0]: float(value) for labels, value in lines}
+    found = re.findall(
+        r'^fastserve_(engine|array)_step_seconds_total\{.*model_name="([^"]*)".*\} (\S+)$', text, re.MULTILINE
+    )
+    return {name: float(seconds) for _, name, seconds in found}
+
+
+async def shares_of_steps(client: httpx.AsyncClient, seconds: float) -> dict[str, float]:
+    """Each model's part of step time from a tenth to nine tenths of `seconds`, while nobody begins or ends."""
+    await asyncio.sleep(0.1 * seconds)
+    before = await step_seconds(client)
+    await asyncio.sleep(0.8 * seconds)
+    taken = {name: now - before.get(name, 0.0) for name, now in (await step_seconds(client)).items()}
+    return {name: value / sum(taken.values()) for name, value in taken.items()}
 
 
 async def measure(url: str, seconds: float, report: Report) -> None:
@@ -161,12 +173,12 @@ async def measure(url: str, seconds: float, report: Report) -> None:
             generate(client, seconds),
             at_rate(client, translations, translation(), seconds, TRANSLATION_RATE),
         )
-        before = await step_seconds(client)
-        busy_tokens, texts, sentences = await asyncio.gather(
-            generate(client, seconds), encode_without_pause(client, seconds), translate_without_pause(client, seconds)
+        busy_tokens, texts, sentences, shares = await asyncio.gather(
+            generate(client, seconds, 32, 160),
+            encode_without_pause(client, seconds),
+            translate_without_pause(client, seconds),
+            shares_of_steps(client, seconds),
         )
-        taken = {name: value - before.get(name, 0.0) for name, value in (await step_seconds(client)).items()}
-    shares = {name: value / sum(taken.values()) for name, value in taken.items()}
     p99_alone, p99_beside = percentile(alone, 0.99), percentile(beside, 0.99)
     report.metrics = {
         "p99_ratio_alone": rounded(p99_alone / p99_beside),

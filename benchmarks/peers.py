@@ -90,6 +90,11 @@ PEERS = {
         "llmcompressor",
         note="compresses only, for benchmarks/compress_quality.py; brings its own older transformers",
     ),
+    "datatrove": Peer(
+        ("datatrove[processing]==0.10.1", "xxhash==3.8.2", "orjson==3.13.0", "spacy==3.8.18"),
+        "datatrove.pipeline.filters",
+        note="prepares text only, for benchmarks/prepare.py; needs an older xxhash than datasets",
+    ),
     "ctranslate2": Peer((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"), "ctranslate2", ("int8",)),
 }
 

@@ -2,11 +2,11 @@
 
     python benchmarks/prepare.py            1 GB for the memory, 40 MB for the speed; about 15 minutes on two cores
     python benchmarks/prepare.py --smoke    a minute
+    python benchmarks/prepare.py --part large    the memory of a large file alone
 
-datatrove runs in an environment of its own (`--datatrove PYTHON`; made with: python -m venv DIR && DIR/bin/pip install
-'datatrove[processing]' 'xxhash<4' orjson spacy). Both sides do length limits, Gopher's quality and repetition rules and
-MinHash deduplication on two processes, from JSON lines; ours repairs and tells languages besides. Ratios above 1: ours
-is faster.
+datatrove runs in an environment of its own (python benchmarks/peers.py install datatrove). Both sides do length limits,
+Gopher's quality and repetition rules and MinHash deduplication on two processes, from JSON lines; ours repairs besides.
+Ratios above 1: ours is faster.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from peers import interpreter
 from shared_data import shared_folder
 
 from fastserve.bench.report import Report, emit
 
+PARTS = ("duplicates", "speed", "large")
 _WORDS = 20_000  # of the made-up language, where there are no corpora
 
 
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--large-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--speed-bytes", type=int, default=40_000_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--datatrove", type=Path, help="python of an environment with datatrove")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure this alone; repeat it for several")
     parser.add_argument("--smoke", action="store_true", help="sizes that take a minute")
     options = parser.parse_args()
     if options.smoke:
@@ -143,14 +145,23 @@ def main() -> None:
     report = Report("prepare", config=config, repeats=options.repeats)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        measure_duplicates(root, report, options.speed_bytes // 4)
-        measure_speed(root, report, options)
-        large = write(root / "large.jsonl", documents(options.large_bytes, 3))
-        seconds, most = ours(large, root / "large")
-        report.metrics["large_file_bytes"] = large.stat().st_size
-        report.metrics["large_file_peak_bytes"] = most
-        report.metrics["large_file_mb_per_second"] = round(large.stat().st_size / seconds / 1e6, 3)
+        parts = options.part or PARTS
+        if "duplicates" in parts:
+            measure_duplicates(root, report, options.speed_bytes // 4)
+        if "speed" in parts:
+            measure_speed(root, report, options)
+        if "large" in parts:
+            measure_large(root, report, options.large_bytes)
     emit(report.as_dict())
+
+
+def measure_large(root: Path, report: Report, size: int) -> None:
+    """One file of so many bytes: the most memory of all processes together, and the speed."""
+    large = write(root / "large.jsonl", documents(size, 3))
+    seconds, most = ours(large, root / "large")
+    report.metrics["large_file_bytes"] = large.stat().st_size
+    report.metrics["large_file_peak_bytes"] = most
+    report.metrics["large_file_mb_per_second"] = round(large.stat().st_size / seconds / 1e6, 3)
 
 
 def measure_duplicates(root: Path, report: Report, size: int) -> None:
@@ -173,18 +184,19 @@ def measure_speed(root: Path, report: Report, options: argparse.Namespace) -> No
     size = sum(path.stat().st_size for path in folder.iterdir())
     script = root / "with_datatrove.py"
     script.write_text(_DATATROVE, encoding="utf-8")
+    datatrove = interpreter("datatrove")
     mine, theirs = [], []
     for _ in range(options.repeats):
         mine.append(ours(folder, root / "ours")[0])
-        if options.datatrove:
+        if datatrove:
             shutil.rmtree(root / "theirs", ignore_errors=True)
-            theirs.append(timed([str(options.datatrove), str(script), str(folder), str(root / "theirs")])[0])
+            theirs.append(timed([str(datatrove), str(script), str(folder), str(root / "theirs")])[0])
     report.add_runs("mb_per_second", [size / seconds / 1e6 for seconds in mine])
     if theirs:
         report.add_runs("datatrove_mb_per_second", [size / seconds / 1e6 for seconds in theirs])
         report.add_runs("ratio_vs_datatrove", [other / own for own, other in zip(mine, theirs, strict=True)])
     else:
-        report.skipped["datatrove"] = "no --datatrove PYTHON was given"
+        report.skipped["datatrove"] = "not installed: python benchmarks/peers.py install datatrove"
 
 
 if __name__ == "__main__":

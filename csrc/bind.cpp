@@ -2,6 +2,7 @@
 // elements; nothing is checked here that `fastserve/kernels/cpu` checks. The interpreter lock is released while
 // the pool works.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -10,11 +11,13 @@
 #include <memory>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "cpu_features.h"
 #include "measure.h"
 #include "ops.h"
 #include "plan.h"
+#include "sparse_weight.h"
 
 namespace nb = nanobind;
 using namespace fastserve;
@@ -198,6 +201,19 @@ public:
         return fastserve::pack(source, pool_);
     }
 
+    // Packs the zeros of a bfloat16 weight away where products with one vector are faster for it: measured at the first
+    // weight with so many. Returns (percent of zeros, times as fast) where it measured, else (percent, 0).
+    std::pair<int, double> drop_zeros(PackedWeight& weight) {
+        nb::gil_scoped_release release;
+        const int percent = static_cast<int>(100 * share_of_zeros(weight) + 0.5), tenth = percent / 10;
+        if (percent < 50) return {percent, 0};
+        double& gain = sparse_gains_[tenth];
+        const bool is_known = gain > 0;
+        if (!is_known) gain = measure_sparse_gain(tenth / 10.0, *table_, pool_);
+        if (gain > 1) fastserve::drop_zeros(weight, pool_);
+        return {percent, is_known ? 0 : gain};
+    }
+
     void sample(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out,
                 const std::vector<float>& inverse_temperature, const std::vector<int64_t>& top_k,
                 const std::vector<double>& top_p, const std::vector<double>& min_p, const std::vector<uint64_t>& random) {
@@ -208,6 +224,36 @@ public:
         SampleArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, how.data(), at<int64_t>(out)};
         nb::gil_scoped_release release;
         pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
+    }
+
+    void varlen(uintptr_t query, int type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
+                int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
+                const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
+                const std::vector<int64_t>& query_starts, const std::vector<int64_t>& key_starts, float scale,
+                int64_t window, uintptr_t bias, int64_t bias_stride, int64_t bias_origin) {
+        VarlenArgs args{};
+        args.query = at<void>(query);
+        args.type = static_cast<DType>(type);
+        args.query_stride = query_stride;
+        args.query_head_stride = query_head_stride;
+        args.out = at<void>(out);
+        args.num_heads = num_heads;
+        args.num_kv_heads = num_kv_heads;
+        args.head_size = head_size;
+        args.keys = at<void>(keys);
+        args.values = at<void>(values);
+        args.key_stride = key_strides.at(0), args.key_head_stride = key_strides.at(1);
+        args.value_stride = value_strides.at(0), args.value_head_stride = value_strides.at(1);
+        args.num_sequences = static_cast<int64_t>(query_starts.size()) - 1;
+        args.query_starts = query_starts.data();
+        args.key_starts = key_starts.data();
+        args.scale = scale;
+        args.window = window;
+        args.bias = at<float>(bias);
+        args.bias_stride = bias_stride;
+        args.bias_origin = bias_origin;
+        nb::gil_scoped_release release;
+        pool_.run(varlen_scratch(args), [&](const Worker& worker) { table_->varlen(args, worker); });
     }
 
     double peak(int kind, double seconds) {
@@ -226,6 +272,7 @@ private:
 
     const OpTable* table_;
     ThreadPool pool_;
+    double sparse_gains_[11] = {};  // by tenths of zeros; 0: not measured
 };
 
 // Adds to a plan instead of computing; then runs the plan.
@@ -318,7 +365,9 @@ NB_MODULE(_native, m) {
         .def("pack", &Backend::pack, nb::arg("format"), nb::arg("k"), nb::arg("parts"), nb::arg("group") = 0,
              nb::arg("scale_type") = 0, nb::arg("table") = std::vector<float>(), nb::arg("bias") = 0,
              nb::arg("gated") = false)
+        .def("drop_zeros", &Backend::drop_zeros, nb::arg("weight"))
         .def("sample", &Backend::sample)
+        .def("varlen", &Backend::varlen)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")
         .def(nb::init<Backend&, int64_t, int64_t>(), nb::arg("backend"), nb::arg("tokens"), nb::arg("rows"),

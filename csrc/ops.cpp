@@ -65,6 +65,13 @@ ScratchSize attention_scratch(const AttentionArgs& args) {
     return size;
 }
 
+ScratchSize varlen_scratch(const VarlenArgs& args) {
+    const int64_t depth = round_up(args.head_size, 32), padded = round_up(args.head_size, kPanelColumns);
+    const int64_t panels = longest(args) * (depth + padded);
+    const int64_t tile = kVarlenRows * (depth + 2 * kVarlenKeys + padded + 2);
+    return {0, static_cast<size_t>(4 * (panels + tile) + 1024)};
+}
+
 ScratchSize heads_scratch(const HeadsArgs& args) {
     return {0, static_cast<size_t>(round_up(args.store.size * 4, 64) * 2)};
 }

@@ -75,6 +75,37 @@ static inline int64_t attention_tile_rows(const AttentionArgs& args) {
 
 ScratchSize attention_scratch(const AttentionArgs& args);
 
+// out = attention of queries over whole sequences, each seeing its own: queries query_starts[b] : query_starts[b + 1] the
+// keys key_starts[b] : key_starts[b + 1], the last query standing where the last key does.
+struct VarlenArgs {
+    const void* query;  // [T, H, D] of type; D contiguous
+    DType type;
+    int64_t query_stride, query_head_stride;
+    void* out;  // [T, H, D] of type, contiguous
+    int64_t num_heads, num_kv_heads, head_size;
+    const void *keys, *values;  // [S, G, D] of type; D contiguous
+    int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+    int64_t num_sequences;
+    const int64_t *query_starts, *key_starts;  // [num_sequences + 1]
+    float scale;         // above 0
+    int64_t window;      // 0: none; else keys less than this far away are seen
+    const float* bias;   // as in AttentionArgs
+    int64_t bias_stride, bias_origin;
+};
+
+constexpr int64_t kVarlenRows = 48;   // query rows of a tile
+constexpr int64_t kVarlenKeys = 512;  // keys that share one softmax
+constexpr int64_t kVarlenRowBytes = 2048;  // of one key at most: heads of 512
+
+// Keys of the longest sequence, in whole panels.
+static inline int64_t longest(const VarlenArgs& args) {
+    int64_t keys = 0;
+    for (int64_t i = 0; i < args.num_sequences; ++i) keys = max_of(keys, args.key_starts[i + 1] - args.key_starts[i]);
+    return round_up(keys, kPanelColumns);
+}
+
+ScratchSize varlen_scratch(const VarlenArgs& args);
+
 // Norms over the last dimension. out = (x - mean) / deviation * weight + bias, or x / root mean square * weight.
 struct NormArgs {
     const void* x;  // rows: outer x inner, inner ones `inner_stride` apart
@@ -180,6 +211,7 @@ struct OpTable {
     const char* name;
     void (*linear)(const LinearArgs&, const Worker&);
     void (*attention)(const AttentionArgs&, const Worker&);
+    void (*varlen)(const VarlenArgs&, const Worker&);
     void (*norm)(const NormArgs&, const Worker&);
     void (*rope)(const RopeArgs&, const Worker&);
     void (*store)(const StoreArgs&, const Worker&);

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "sparse_weight.h"
 #include "thread_pool.h"
 
 namespace fastserve {
@@ -180,8 +181,22 @@ private:
     int64_t rows_[kPanelColumns];
 };
 
+// The same of a sparse weight: all values before the column's are counted.
+void read_sparse_column(const PackedWeight& weight, int64_t column, float* out) {
+    const int64_t panel = column / kPanelColumns, within = column % kPanelColumns;
+    alignas(64) uint32_t words[kPanelColumns];
+    const uint16_t* values = nullptr;
+    for (int64_t k = 0; k < weight.k; k += 2) {
+        values = expand(weight, panel, k / 2, 1, values, reinterpret_cast<uint8_t*>(words));
+        for (int64_t i = 0; i < min_of(2, weight.k - k); ++i) {
+            out[k + i] = bf16_to_f32(static_cast<uint16_t>(words[within] >> (16 * i)));
+        }
+    }
+}
+
 // One packed column as floats [k].
 void read_column(const PackedWeight& weight, int64_t column, float* out) {
+    if (weight.format == Format::sparse) return read_sparse_column(weight, column, out);
     const int64_t depth = weight.depth_per_word(), panel = column / kPanelColumns, within = column % kPanelColumns;
     const int64_t width = weight.panel_columns(panel);
     for (int64_t g = 0; g < weight.groups; ++g) {

@@ -26,7 +26,7 @@ namespace fastserve {
 class ThreadPool;
 struct Worker;
 
-enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, c4 = 4 };
+enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, c4 = 4, sparse = 5 };  // sparse: see sparse_weight.h
 enum class ScaleType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Rows of a weight that lie together, such as the queries' part of q/k/v. Row-major; the arrays stay the caller's.
@@ -64,6 +64,7 @@ struct PackedWeight {
     Buffer bias_data;
     const float* bias = nullptr;     // [columns], packed order, or null
     float table[16] = {};
+    std::vector<int64_t> value_starts;  // sparse: [panels + 1]
 
     FASTSERVE_INLINE int64_t out_columns() const { return gated ? n / 2 : n; }
     FASTSERVE_INLINE int64_t panel_columns(int64_t panel) const { return min_of(kPanelColumns, columns - panel * kPanelColumns); }
@@ -71,7 +72,7 @@ struct PackedWeight {
     FASTSERVE_INLINE bool is_scaled() const { return format == Format::u8 || format == Format::u4 || format == Format::c4; }
     // Values of K in one word.
     FASTSERVE_INLINE int64_t depth_per_word() const {
-        return format == Format::f32 ? 1 : format == Format::bf16 ? 2 : format == Format::u8 ? 4 : 8;
+        return format == Format::f32 ? 1 : format == Format::bf16 || format == Format::sparse ? 2 : format == Format::u8 ? 4 : 8;
     }
     FASTSERVE_INLINE int64_t scale_bytes() const { return scale_type == ScaleType::f32 ? 4 : 2; }
     FASTSERVE_INLINE int64_t header_bytes(int64_t width) const {

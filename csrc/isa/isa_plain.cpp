@@ -19,6 +19,8 @@
 
 #include "attention.h"
 
+#include "varlen.h"
+
 #include "elementwise.h"
 
 #include "sample.h"
@@ -27,6 +29,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_plain;
-const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::attention, isa_plain::norm, isa_plain::rope, isa_plain::store, isa_plain::heads, isa_plain::gather, isa_plain::activation,
+const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::attention, isa_plain::varlen, isa_plain::norm, isa_plain::rope, isa_plain::store, isa_plain::heads, isa_plain::gather, isa_plain::activation,
                              isa_plain::argmax, isa_plain::sample, isa_plain::peak_rate, isa_plain::read_memory};
 }

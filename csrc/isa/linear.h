@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "../sparse_weight.h"
 
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
@@ -269,13 +270,14 @@ static Recipe choose_recipe(const LinearArgs& args) {
     if (args.quantize_x && format == Format::u4) return recipe_of<ByteU4, true>(Path::bytes, 1);
 #if defined(__AVX512BF16__)
     if (args.x_type == DType::bf16) {
-        if (format == Format::bf16) return recipe_of<PairBf16, false>(Path::pairs, 2);
+        if (format == Format::bf16 || format == Format::sparse) return recipe_of<PairBf16, false>(Path::pairs, 2);
         if (format == Format::u8) return recipe_of<PairU8, true>(Path::pairs, 2);
         if (format != Format::f32) return recipe_of<PairNibbles, true>(Path::pairs, 2);
     }
 #endif
     switch (format) {
         case Format::f32: return recipe_of<FloatF32, false>(Path::floats, 4);
+        case Format::sparse:
         case Format::bf16: return recipe_of<FloatBf16, false>(Path::floats, 4);
         case Format::u8: return recipe_of<FloatU8, true>(Path::floats, 4);
         case Format::u4: return recipe_of<FloatU4, true>(Path::floats, 4);
@@ -296,10 +298,12 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
                            int64_t panel, float* c, uint8_t* unpacked, TileShape& tiles) {
     const PackedWeight& weight = *args.weight;
     const int64_t rows = last - first, width = weight.panel_columns(panel), groups = weight.groups;
-    const bool direct = !recipe.unpack || (rows <= kDirectLimit && !recipe.tiles);
+    const bool sparse = weight.format == Format::sparse;  // expanded to what dense words are, and multiplied as they
+    const bool direct = !sparse && (!recipe.unpack || (rows <= kDirectLimit && !recipe.tiles));
     const int64_t max_rows = recipe.tiles ? 32 : direct && recipe.unpack ? kDirectRows : kMaxRows;
     const Kernels& kernels = direct ? *recipe.direct : *recipe.native;
-    const int64_t parts = direct ? kernels.parts : recipe.direct->parts;  // native words per packed word, unless direct
+    // Native words per packed word, unless direct.
+    const int64_t parts = sparse ? 1 : direct ? kernels.parts : recipe.direct->parts;
     const int64_t depth = weight.depth_per_word();
     const int64_t group_words = weight.group / depth, all_words = weight.k_padded / depth;
     const int64_t header_bytes = weight.header_bytes(width), word_row = width * 4;
@@ -310,6 +314,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         if (groups > 1) piece = piece < group_words ? group_words : piece / group_words * group_words;
     }
     const int64_t row_blocks = ceil_div(rows, max_rows);
+    if (sparse && rows == 1 && width == kPanelColumns && recipe.path == Path::pairs && !recipe.tiles &&
+        multiply_vector(weight, panel, x.data + first * x.stride, c)) {
+        return;
+    }
+    const uint16_t* values = nullptr;
     for (int64_t start = 0; start < all_words; start += piece) {
         const int64_t count = min_of(piece, all_words - start);
         const int64_t group = groups > 1 ? start / group_words : 0;
@@ -336,7 +345,11 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
         int64_t ahead_lines = ceil_div(groups_here * block_bytes, 64);
         if (groups == 1) ahead = words + count * word_row, ahead_lines = ceil_div(count * word_row, 64);
         const int64_t steps = (direct ? count : count * parts);
-        if (!direct) {
+        if (sparse) {
+            values = expand(weight, panel, start, count, values, unpacked);  // it fetches its own
+            words = unpacked;
+            ahead_lines = 0;
+        } else if (!direct) {
             for (int64_t g = 0; g < groups_here; ++g) {
                 int64_t here = g == groups_here - 1 ? b.last_words : group_words;
                 recipe.unpack(weight, words + g * block_bytes, here, width, unpacked + g * group_words * parts * word_row);

@@ -20,6 +20,23 @@ static inline F f_exp(F x) {
     return f_scale(p, n, nf);
 }
 
+// 2^x for x <= 0 to about 4 units in the last place; exactly 0 from -127 on, however far.
+static inline F f_exp2_below(F x) {
+#if defined(__AVX512F__)
+    F n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    F r = f_sub(x, n);
+    F p = f_set(1.34004e-3f);
+    p = f_fma(p, r, f_set(9.67604e-3f));
+    p = f_fma(p, r, f_set(5.550327e-2f));
+    p = f_fma(p, r, f_set(2.4022107e-1f));
+    p = f_fma(p, r, f_set(6.9314721e-1f));
+    p = f_fma(p, r, f_set(1.0000001f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, f_set(-127.0f), _CMP_GT_OQ), p, n);
+#else
+    return f_zero_below(x, f_set(-127.0f), f_exp(f_mul(f_max(x, f_set(-126.0f)), f_set(0.69314718f))));
+#endif
+}
+
 static inline F f_sigmoid(F x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
 
 static inline F f_tanh(F x) {

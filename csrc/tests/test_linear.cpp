@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "../sparse_weight.h"
 #include "check.h"
 
 using namespace fastserve;
@@ -142,6 +143,39 @@ void check_case(const OpTable& table, const Case& c, int64_t n, int64_t k, bool 
     }
 }
 
+// A weight without its zeros multiplies to the bits of the dense one, and unpacks to the same values.
+void check_sparse(const OpTable& table, int64_t n, int64_t k, bool gated, double zeros, ThreadPool& one, ThreadPool& three) {
+    std::mt19937 random(static_cast<unsigned>(n * 137 + k));
+    Layer layer = make_layer({Format::bf16, 0, false, false}, n, k, gated, random);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    for (uint16_t& value : layer.narrow) {
+        if (uniform(random) < zeros) value = random() % 8 ? 0 : 0x8000u;
+    }
+    auto dense = pack(layer.source, three), sparse = pack(layer.source, three);
+    CHECK(std::fabs(share_of_zeros(*dense) - zeros) < 0.2, "zeros %f of %f", share_of_zeros(*dense), zeros);
+    drop_zeros(*sparse, three);
+    CHECK(sparse->format == Format::sparse && (zeros < 0.5 || sparse->bytes() < dense->bytes()), "%d bytes", int(sparse->bytes()));
+    std::vector<float> values[2];
+    for (auto& item : values) item.resize(static_cast<size_t>(n * k));
+    unpack(*dense, values[0].data());
+    unpack(*sparse, values[1].data());
+    CHECK(values[0] == values[1], "%s: n %d k %d unpacks differently", table.name, int(n), int(k));
+    std::vector<uint16_t> narrow(static_cast<size_t>(40 * k));
+    std::vector<float> wide;
+    for (uint16_t& value : narrow) wide.push_back(bf16_to_f32(value = f32_to_bf16(static_cast<float>(uniform(random) - 0.5))));
+    for (DType type : {DType::f32, DType::bf16}) {
+        const void* x = type == DType::f32 ? static_cast<void*>(wide.data()) : narrow.data();
+        for (int64_t rows : {1, 3, 7, 40}) {
+            auto wanted = product(table, three, *dense, x, type, rows, false);
+            for (ThreadPool* pool : {&one, &three}) {
+                auto found = product(table, *pool, *sparse, x, type, rows, false);
+                CHECK(std::memcmp(found.data(), wanted.data(), found.size() * 4) == 0,
+                      "%s: %d rows, n %d k %d: a sparse product differs from the dense one", table.name, int(rows), int(n), int(k));
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -162,6 +196,11 @@ int main() {
                 check_case(*table, c, 130, 320, false, type, one, three);
                 check_case(*table, c, 82, 192, true, type, one, three);
             }
+        }
+        for (double zeros : {0.0, 0.5, 0.8, 1.0}) {
+            check_sparse(*table, 70, 90, false, zeros, one, three);
+            check_sparse(*table, 130, 640, false, zeros, one, three);
+            check_sparse(*table, 82, 192, true, zeros, one, three);
         }
         std::printf("linear: %s ok\n", isa);
     }

@@ -40,6 +40,18 @@ _ARCHITECTURES = {
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
+# Keys of config.json -> metadata, for the architectures that are also written (`compress/gguf_export.py`).
+METADATA_KEYS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "head_dim": "attention.key_length",
+    "sliding_window": "attention.sliding_window",
+}
 # The largest of their families scale queries by the mean width of a head instead of by its real one.
 _LAYERS_OF_LARGEST = {"gemma2": 46, "gemma3": 62}
 Metadata = Mapping[str, Any]
@@ -61,6 +73,24 @@ def hugging_face_name(architecture: str, name: str) -> str:
     if block != "blk" or not layer.isdigit() or role not in modules:
         raise CheckpointError(f"the GGUF file has a tensor {name}, which is not known for {architecture}")
     return f"model.layers.{layer}.{modules[role]}.{suffix}"
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    """The inverse of `hugging_face_name`.
+
+    Raises:
+        CheckpointError: a tensor that this architecture does not have.
+    """
+    modules = _OUTPUT_NORM_MODULES if architecture in _LAYERS_OF_LARGEST else _MODULES
+    module, _, suffix = name.rpartition(".")
+    for short, long in _OUTER.items():
+        if module == long:
+            return f"{short}.{suffix}"
+    layer, _, rest = module.removeprefix("model.layers.").partition(".")
+    for short, long in modules.items():
+        if rest == long and module.startswith("model.layers."):
+            return f"blk.{layer}.{short}.{suffix}"
+    raise CheckpointError(f"the folder has a tensor {name}, for which GGUF has no name in {architecture}")
 
 
 def make_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], frequency_factors: list[float]) -> Metadata:

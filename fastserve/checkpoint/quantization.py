@@ -1,8 +1,8 @@
 """What config.json says about quantised weights: which scheme a module has, and how it lies on disk.
 
-Reads the `quantization_config` of compressed-tensors (pack-, int- and float-quantized, and codebooks of our own), GPTQ
-and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning tensors into
-weights is `checkpoint/quantized.py`.
+Reads the `quantization_config` of compressed-tensors (pack-, int- and float-quantized, sparse-bitmask, and codebooks
+of our own), GPTQ and AWQ. What cannot be served is refused here, before a tensor is read, with what can be. Turning
+tensors into weights is `checkpoint/quantized.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastserve.core.errors import CheckpointError
 CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
 SUPPORTED = (
     "compressed-tensors with integer weights (pack-quantized or int-quantized; 2 to 8 bits per tensor, channel or "
-    "group; activations as they are, or 8 bits, symmetric, dynamic per token or static) or 8-bit floats "
-    "(float-quantized), GPTQ (4 bits, no reordered columns), AWQ (4 bits, gemm) and format "
-    f"{CODEBOOK_FORMAT} (3- and 4-bit k-means)"
+    "group; activations as they are, or 8 bits, symmetric, dynamic per token or static), 8-bit floats "
+    "(float-quantized) or zeros left out (sparse-bitmask), GPTQ (4 bits, no reordered columns), AWQ (4 bits, gemm) and "
+    f"format {CODEBOOK_FORMAT} (3- and 4-bit k-means)"
 )
 # The tensor by which a quantised module is told from one that was left as it was.
 _MARKERS = {
@@ -30,6 +30,7 @@ _MARKERS = {
     "gptq_v2": "qweight",
     "awq": "qweight",
     "codebook": "weight_codebook",
+    "sparse-bitmask": "bitmask",
 }
 _CLASSES = ("Linear", "Embedding")
 
@@ -58,7 +59,7 @@ class QuantizedFormat:
         """Whether no kernel has this scheme, so that the weights are turned into floats when they are read."""
         is_integer = self.layout in ("pack-quantized", "int-quantized")
         has_kernel = self.group_size == 0 or (self.bits <= 4 and self.group_size in (32, 64, 128))
-        return self.layout == "float-quantized" or (is_integer and not has_kernel)
+        return self.layout in ("float-quantized", "sparse-bitmask") or (is_integer and not has_kernel)
 
     @property
     def marker(self) -> str:
@@ -106,10 +107,14 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     if entry.get("kv_cache_scheme"):
         raise _unsupported("kv_cache_scheme")
-    if (entry.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise _unsupported("sparse weights")
     formats = []
-    for group in entry["config_groups"].values():
+    sparsity = (entry.get("sparsity_config") or {}).get("format", "dense")
+    groups = entry.get("config_groups") or {}
+    if sparsity == "sparse-bitmask" and not groups:
+        formats.append(QuantizedFormat(sparsity, 16))
+    elif sparsity != "dense":
+        raise _unsupported(f"sparse weights of format {sparsity!r}" + " that are quantised, too" * bool(groups))
+    for group in groups.values():
         weights, activations = group["weights"], group.get("input_activations")
         layout = str(group.get("format") or entry.get("format"))
         strategy, targets = str(weights["strategy"]), tuple(str(item) for item in group["targets"])

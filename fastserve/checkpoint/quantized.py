@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint import bitmask
 from fastserve.checkpoint.quantization import QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
@@ -101,11 +102,13 @@ class QuantizedWeight:
 def read_quantized(
     reader: WeightReader, module: str, shape: tuple[int, int], layout: QuantizedFormat
 ) -> QuantizedWeight | Tensor:
-    """The weight [N, K] of `module`; a float32 tensor where `layout.is_dense`.
+    """The weight [N, K] of `module`; a tensor of floats where `layout.is_dense`.
 
     Raises:
         CheckpointError: tensors are missing, or of a wrong shape or type, or the scheme is one that no kernel has.
     """
+    if layout.layout == bitmask.FORMAT:
+        return bitmask.read(reader, module, shape)
     is_codebook = layout.layout == "codebook"
     held_bits, group_size = (4 if layout.bits <= 4 else 8), (0 if layout.is_dense else layout.group_size)
     try:

@@ -40,6 +40,9 @@ def compress(
     auto: Annotated[bool, typer.Option("--auto", help="Try several ways and keep the best within one limit.")] = False,
     max_size: Annotated[str, typer.Option(help="With --auto: most bytes of weights, such as 300MB.")] = "",
     max_loss: Annotated[float, typer.Option(help="With --auto: most growth of perplexity; 0.01 is a hundredth.")] = 0.0,
+    gguf: Annotated[
+        str, typer.Option(help="Write MODEL as a GGUF file --out, with blocks of this type: f32 ... q8_0, q4_0.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print what the report says as one JSON object.")] = False,
 ) -> None:
     """Make a model smaller and faster, and measure the loss.
@@ -48,7 +51,12 @@ def compress(
     interrupted goes on when the same command is given again.
     """
     if out is None:
-        raise ConfigError("name the new folder: --out DIR")
+        raise ConfigError("name the new folder: --out DIR" + " (or FILE.gguf)" * bool(gguf))
+    if gguf:
+        if auto or recipe is not None or calibration:
+            raise ConfigError("--gguf writes a model as it is: compress it into a folder first, then give that folder")
+        _export(model or "", out, gguf, as_json)
+        return
     if not auto and (max_size or max_loss):
         raise ConfigError("--max-size and --max-loss go with --auto")
     from fastserve.compress.recipe import Calibration, Evaluation, make_recipe, read_recipe
@@ -70,7 +78,32 @@ def compress(
         chosen = make_recipe({"steps": [step], **texts, "evaluation": {"text": evaluation}})
     from fastserve.compress.run import compress as run
 
-    _show(as_json, lambda progress: run(model or "", out, chosen, progress))
+    score = _scorer(chosen.evaluation.task, chosen.evaluation.examples) if chosen.evaluation.task else None
+    _show(as_json, lambda progress: run(model or "", out, chosen, progress, score))
+
+
+def _scorer(task: str, examples: str) -> Callable[[str], dict[str, float]]:
+    """What scores a folder on examples of a task; ConfigError before work starts."""
+    from fastserve.train.evaluate import score_examples
+    from fastserve.train.finetune.settings import TASKS, FinetuneSettings
+
+    known = [name for name in TASKS if name != "preference"]
+    if task not in known:
+        raise ConfigError(f"evaluation.task must be one of {', '.join(known)}")
+    if not Path(examples).is_file():
+        raise ConfigError(f"evaluation.examples = {examples!r} is no file")
+    return lambda folder: score_examples(task, folder, Path(examples), FinetuneSettings())
+
+
+def _export(model: str, out: Path, kind: str, as_json: bool) -> None:
+    from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.compress.gguf_export import export
+    from fastserve.core.config import format_bytes
+
+    with _progress() as progress:
+        file = export(ModelFolder.open(model), out, kind, progress)
+    size = file.stat().st_size
+    print(json.dumps({"file": str(file), "bytes": size}) if as_json else f"{file}  {format_bytes(size)}")
 
 
 def _show(as_json: bool, work: Callable[[Callable[[str, int, int], None]], ModelFolder]) -> None:

@@ -21,6 +21,8 @@ def finetune(
     model: Annotated[str, typer.Argument(help="Model folder.")],
     data: Annotated[Path, typer.Option(help="Examples: .jsonl, .json (also SQuAD's), .csv, .tsv or .parquet.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the tuned folder is OUT/model.")],
+    nproc: Annotated[int, typer.Option(help="Processes on this machine; they share each batch.", min=1)] = 1,
+    max_restarts: Annotated[int, typer.Option(help="How often lost processes are started again.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as one JSON object.")] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -31,12 +33,12 @@ def finetune(
     if task not in TASKS:
         raise ConfigError(f"the task must be one of {', '.join(TASKS)}, not {task!r}")
     from fastserve.checkpoint.folder import ModelFolder
-    from fastserve.train.finetune.run import finetune as tune
+    from fastserve.train.finetune.run import tune
     from fastserve.train.recipe import build_section, read_toml
 
     values = read_toml(config) if config is not None else {}
     settings = build_section(FinetuneSettings, {**values, **options}, "")
-    measured = tune(task, str(ModelFolder.open(model).path), data, out, settings)
+    measured = tune(task, str(ModelFolder.open(model).path), data, out, settings, nproc, max_restarts)
     if as_json:
         print(json.dumps(measured))
         return

@@ -22,6 +22,7 @@ def pretrain(
     ] = None,
     nproc: Annotated[int, typer.Option(help="Processes on this machine; [parallel] says how they share.")] = 1,
     max_restarts: Annotated[int, typer.Option(help="How often lost processes are started again.")] = 3,
+    launcher: Annotated[str, typer.Option(help="What starts them: local, or ray (Ray Train on a cluster).")] = "local",
     plan: Annotated[
         bool, typer.Option("--plan", help="Print what it would take in memory and time, and stop.")
     ] = False,
@@ -48,8 +49,9 @@ def pretrain(
     from fastserve.train.pretrain import check, pretrain
 
     check(chosen, nproc)
-    if nproc > 1:
-        launch.launch(recipe, run, nproc, max_restarts)
+    launch.check(launcher)
+    if nproc > 1 or launcher != "local":
+        launch.launch(recipe, run, nproc, max_restarts, launcher)
         card = json.loads((run / "model" / "fastserve.json").read_text(encoding="utf-8"))
         measured = card["measured"]
     else:

@@ -1,31 +1,32 @@
-"""The step "distill": train a student to say what a teacher says, on a text, by several losses at once.
+"""The step "distill": train a student to say what a teacher says, on a text or on what the student writes itself.
 
-Soft labels (Hinton et al. 2015), hidden states through learned projections (TinyBERT, Jiao et al. 2020) and relations
-among the last layer's queries, keys and values (MiniLM v2, Wang et al. 2021). Both models are in memory. After pruning
-it mends: zeros stay zeros. With `bits` the weights are rounded in every pass, and gradients go straight through. B
-windows, L tokens, V vocabulary, D hidden size.
+The losses are those of `losses.py`, the teacher (a folder, a server, what either said before) is `teacher.py`'s, and
+what holds for the student's matrices meanwhile (zeros, low rank, rounding) is `constraints.py`'s. Without a soft loss
+it is plain training. B windows, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
+from torch.nn.functional import cross_entropy, softmax
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.compress.calibration import max_length, text_ids
+from fastserve.compress.constraints import Masks, constrain, release
 from fastserve.compress.evaluate import task
-from fastserve.compress.folder_writer import FolderWriter
-from fastserve.compress.grid import WeightScheme, fit, nearest
+from fastserve.compress.folder_writer import FolderWriter, fingerprint
+from fastserve.compress.losses import hidden_loss, relation_loss, soft_loss
 from fastserve.compress.network import Network, find_blocks, load_dense
 from fastserve.compress.recipe import Distill
+from fastserve.compress.teacher import CachedTeacher, ServerTeacher, Teacher, Wanted, in_process, is_server
 from fastserve.core.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -33,13 +34,19 @@ _Seen = dict[str, list[Tensor]]
 _QUERIES, _KEYS, _VALUES = ("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v")
 _CHECKPOINT_EVERY = 50
 _WARMUP = 0.1
-_MASKED = 0.05  # share of zeros from which on a matrix counts as pruned
 
 
-def check(teacher: ModelFolder, step: Distill, text: str) -> None:
-    """ConfigError for what cannot be done, before work starts."""
+def check(original: ModelFolder, step: Distill, text: str) -> None:
+    """ConfigError for what cannot be done, before work starts; original: what the recipe began with."""
     if not Path(text).is_file():
         raise ConfigError(f"distill: text = {text!r} is no file; give a plain text file")
+    teacher = ModelFolder.open(step.teacher) if step.teacher and not is_server(step.teacher) else original
+    if is_server(step.teacher):
+        ServerTeacher(step.teacher, step.top)
+    is_decoder = not teacher.config.get("is_encoder_decoder") and not teacher.architecture.endswith("ForMaskedLM")
+    if not is_decoder and (step.on_policy or is_server(step.teacher)):
+        what = "on_policy" if step.on_policy else "a server as teacher"
+        raise ConfigError(f"distill: {what} is for decoders; {teacher.architecture} is none")
     if unknown := sorted(set(step.shape) - set(teacher.config)):
         raise ConfigError(f"distill: shape has {unknown[0]!r}, which the teacher's config.json does not have")
     num_layers = len(Network(ModelFolder.open(step.student) if step.student else teacher).blocks)
@@ -54,13 +61,13 @@ def check(teacher: ModelFolder, step: Distill, text: str) -> None:
 
 
 def run(
-    teacher: ModelFolder, student: ModelFolder, step: Distill, text: Path, writer: FolderWriter, progress: Progress
+    original: ModelFolder, student: ModelFolder, step: Distill, text: Path, writer: FolderWriter, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train and write the student; returns what changes in its config.json, and the losses for the card."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step.seed)
         model = new_student(student, step) if step.shape else load_dense(student)
-        losses = train(load_dense(teacher), model, teacher, step, text, progress, writer.work)
+        losses = train(original, model, step, text, progress, writer.work)
     kept = student.weights.dtype(student.weights.names()[0])
     tied = set(model.all_tied_weights_keys)
     values = {name: item.detach().to(kept) for name, item in model.named_parameters() if name not in tied}
@@ -84,50 +91,101 @@ def new_student(folder: ModelFolder, step: Distill) -> Any:
 
 
 def train(
-    teacher: Any, student: Any, folder: ModelFolder, step: Distill, text: Path, progress: Progress, work: Path
+    original: ModelFolder, student: Any, step: Distill, text: Path, progress: Progress, work: Path
 ) -> list[float]:
     """Train `student` in place; the mean loss of every tenth of the steps. Goes on from a checkpoint in `work`."""
-    ids = text_ids(folder, text)
-    length = min(step.length, max_length(folder))
+    ids = text_ids(original, text)
+    length = min(step.length, max_length(original))
     if len(ids) <= length:
         raise ConfigError(f"distill: the text has {len(ids)} tokens, fewer than a window of {length}")
-    projections = _projections(teacher, student, step)
-    parameters = [*student.parameters(), *projections.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=step.learning_rate, weight_decay=0.0)
-    masks = _masks(student)
+    inside = _teacher_model(original, step) if step.hidden or step.attention else None
+    teacher = _teacher(original, step, text, inside)
+    projections = _projections(inside, student, step)
+    masks = Masks(student, step)
+    student.requires_grad_(True)
+    trained = [*constrain(student, step), *projections.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=step.learning_rate, weight_decay=0.0)
     state = work / "kept-state.safetensors"
-    first, losses = _load(state, parameters, optimizer)
-    teacher.requires_grad_(False)
-    student.train().requires_grad_(True)
-    _fake_quantize(student, step)
-    with _watched(teacher, step) as theirs, _watched(student, step) as ours:
+    first, losses = _load(state, trained, optimizer)
+    student.train()
+    with _watched(inside, step) as theirs, _watched(student, step) as ours:
         for number in range(first, step.steps):
             progress("distill", number, step.steps)
-            draw = torch.Generator().manual_seed(step.seed * 1_000_003 + number)
-            starts = torch.randint(len(ids) - length, (step.batch_size,), generator=draw)
-            windows = torch.stack([ids[start : start + length] for start in starts.tolist()])
             for group in optimizer.param_groups:
                 group["lr"] = step.learning_rate * _schedule(number, step.steps)
-            inputs, targets = task(folder, windows, seed=number)
+            inputs, targets, is_own = _step_inputs(original, student, step, ids, length, number)
             for values in (*theirs.values(), *ours.values()):
                 values.clear()
-            with torch.no_grad():
-                wanted = teacher(**inputs).logits[targets >= 0]
-            loss = step_loss(step, student(**inputs).logits[targets >= 0], wanted, targets[targets >= 0])
+            counts = targets >= 0
+            wanted = teacher(number, inputs, counts)
+            found = student(**inputs).logits[counts]
+            loss = step_loss(step, found, wanted, targets[counts], is_own)
             loss = loss + _inner_loss(step, projections, theirs, ours)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            for parameter, mask in masks:
-                parameter.data.mul_(mask)
+            masks.apply(number)
             losses.append(float(loss.detach()))
             if (number + 1) % _CHECKPOINT_EVERY == 0 and number + 1 < step.steps:
-                _save(state, parameters, optimizer, losses)
+                _save(state, trained, optimizer, losses)
     progress("distill", step.steps, step.steps)
-    _end_fake_quantize(student)
+    release(student)
     tenth = max(1, step.steps // 10)
     return [sum(losses[at : at + tenth]) / len(losses[at : at + tenth]) for at in range(0, len(losses), tenth)]
+
+
+def _teacher_model(original: ModelFolder, step: Distill) -> Any:
+    folder = ModelFolder.open(step.teacher) if step.teacher else original
+    return load_dense(folder).requires_grad_(False)
+
+
+def _teacher(original: ModelFolder, step: Distill, text: Path, inside: Any) -> Teacher:
+    """What the recipe names; a plain training has none, but where its inside is looked at."""
+
+    def make() -> Teacher:
+        if is_server(step.teacher):
+            return ServerTeacher(step.teacher, step.top)
+        return in_process(inside or _teacher_model(original, step))
+
+    if not step.soft and inside is None:
+        return lambda _number, _inputs, _counts: Wanted(torch.empty(0))
+    if not step.cache:
+        return make()
+    about = {name: getattr(step, name) for name in ("teacher", "batch_size", "length", "seed", "top")}
+    about |= {"text": [str(text), text.stat().st_size], "original": fingerprint(original, {})}
+    return CachedTeacher(Path(step.cache), about, step.top, make)
+
+
+def _step_inputs(
+    folder: ModelFolder, student: Any, step: Distill, ids: Tensor, length: int, number: int
+) -> tuple[Mapping[str, Tensor], Tensor, bool]:
+    """The forward's arguments, the token that belongs at each place (-1: none), and whether the student wrote them."""
+    draw = torch.Generator().manual_seed(step.seed * 1_000_003 + number)
+    starts = torch.randint(len(ids) - length, (step.batch_size,), generator=draw)
+    windows = torch.stack([ids[start : start + length] for start in starts.tolist()])
+    if not step.on_policy or float(torch.rand((), generator=draw)) >= step.on_policy:
+        return *task(folder, windows, seed=number), False
+    half = length // 2
+    written = roll_out(student, windows[:, :half], length - half, draw)
+    targets = torch.full_like(written, -1)
+    targets[:, half - 1 : -1] = written[:, half:]
+    return {"input_ids": written}, targets, True
+
+
+def roll_out(student: Any, prompts: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Prompts [B, P] and `count` tokens that the student says after them, drawn at temperature 1: [B, P + count]."""
+    ids, cache = prompts, None
+    student.eval()
+    with torch.no_grad():
+        for _ in range(count):
+            given = ids if cache is None else ids[:, -1:]
+            output = student(input_ids=given, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            shares = softmax(output.logits[:, -1].float(), -1)
+            ids = torch.cat([ids, torch.multinomial(shares, 1, generator=draw)], dim=1)
+    student.train()
+    return ids
 
 
 def _schedule(number: int, total: int) -> float:
@@ -136,12 +194,12 @@ def _schedule(number: int, total: int) -> float:
     return (number + 1) / warm if number < warm else 1 - 0.9 * (number - warm) / max(1, total - warm)
 
 
-def step_loss(step: Distill, found: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
-    """The losses on logits [T, V]: of the student, of the teacher; targets [T]."""
+def step_loss(step: Distill, found: Tensor, wanted: Wanted, targets: Tensor, is_own: bool = False) -> Tensor:
+    """The losses on the student's logits [T, V]; targets [T]. What the student wrote itself is no example to follow."""
     loss = found.new_zeros(())
     if step.soft:
-        loss = loss + step.soft * soft_loss(found, wanted, step.temperature)
-    if step.hard:
+        loss = loss + step.soft * soft_loss(found, wanted, step.temperature, step.divergence)
+    if step.hard and not is_own:
         loss = loss + step.hard * cross_entropy(found, targets)
     return loss
 
@@ -150,35 +208,11 @@ def _inner_loss(step: Distill, projections: nn.ModuleList, theirs: _Seen, ours: 
     """The losses on what was seen inside."""
     loss = torch.zeros(())
     if step.hidden:
-        loss = loss + step.hidden * _hidden_loss(theirs["hidden"], ours["hidden"], projections)
+        loss = loss + step.hidden * hidden_loss(theirs["hidden"], ours["hidden"], projections)
     if step.attention:
         for role in ("query", "key", "value"):
             loss = loss + step.attention * relation_loss(theirs[role][-1], ours[role][-1])
     return loss
-
-
-def soft_loss(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL of the student's [T, V] from the teacher's probabilities at a temperature, times its square."""
-    target = softmax(wanted / temperature, -1)
-    return kl_div(log_softmax(found / temperature, -1), target, reduction="batchmean") * temperature**2
-
-
-def relation_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL between how alike the places [B, L, D] of a sequence are to each other, in either model."""
-    scores = [item.flatten(2).float() for item in (teacher, student)]
-    relations = [item @ item.transpose(1, 2) / item.shape[-1] ** 0.5 for item in scores]
-    return kl_div(
-        log_softmax(relations[1], -1).flatten(0, 1), softmax(relations[0], -1).flatten(0, 1), reduction="batchmean"
-    )
-
-
-def _hidden_loss(teacher: list[Tensor], student: list[Tensor], projections: nn.ModuleList) -> Tensor:
-    """Mean squared difference of every student's layer, projected, and the teacher's at the same height."""
-    total = student[0].new_zeros(())
-    for number, (values, projection) in enumerate(zip(student, projections, strict=True)):
-        wanted = teacher[(number + 1) * len(teacher) // len(student) - 1]
-        total = total + mse_loss(projection(values), wanted) / wanted.square().mean()
-    return total / len(student)
 
 
 def _projections(teacher: Any, student: Any, step: Distill) -> nn.ModuleList:
@@ -201,7 +235,7 @@ def _watched(model: Any, step: Distill) -> Iterator[_Seen]:
     def keep(role: str) -> Callable[..., None]:
         return lambda _module, _args, output: seen[role].append(output[0] if isinstance(output, tuple) else output)
 
-    blocks = find_blocks(model)
+    blocks = find_blocks(model) if model is not None else []
     if step.hidden:
         handles += [model.get_submodule(name).register_forward_hook(keep("hidden")) for name in blocks]
     if step.attention:
@@ -219,50 +253,6 @@ def _watched(model: Any, step: Distill) -> Iterator[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Rounded(nn.Module):
-    """Rounds a weight [N, K]; its gradient is that of the weight itself (Bengio et al. 2013)."""
-
-    def __init__(self, scheme: WeightScheme) -> None:
-        super().__init__()
-        self._scheme = scheme
-
-    def forward(self, weight: Tensor) -> Tensor:
-        rounded = nearest(weight.detach(), fit(weight.detach(), self._scheme)).dequantize()
-        return weight + (rounded - weight).detach()
-
-
-def _fake_quantize(model: Any, step: Distill) -> None:
-    if not step.bits:
-        return
-    for block in find_blocks(model):
-        for name, linear in model.get_submodule(block).named_modules():
-            if isinstance(linear, nn.Linear):
-                if linear.in_features % (step.group_size or linear.in_features):
-                    raise ConfigError(
-                        f"distill: group_size = {step.group_size} does not divide the inputs of {block}.{name}"
-                    )
-                nn.utils.parametrize.register_parametrization(
-                    linear, "weight", _Rounded(WeightScheme(step.bits, step.group_size))
-                )
-
-
-def _end_fake_quantize(model: Any) -> None:
-    for module in list(model.modules()):
-        if nn.utils.parametrize.is_parametrized(module, "weight"):
-            nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-
-
-def _masks(student: Any) -> list[tuple[Tensor, Tensor]]:
-    """Matrices that were pruned, and where they are not zero."""
-    found = []
-    for module in student.modules():
-        if isinstance(module, nn.Linear):
-            mask = module.weight.data != 0
-            if float(mask.float().mean()) < 1 - _MASKED:
-                found.append((module.weight, mask))
-    return found
 
 
 def _save(file: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

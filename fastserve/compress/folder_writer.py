@@ -75,8 +75,14 @@ class FolderWriter:
         """A shard that was written."""
         return WeightReader([self._file(shard)])
 
-    def finish(self, config: Mapping[str, Any], card: Mapping[str, Any]) -> ModelFolder:
-        """Number the shards, write config.json, index and card, copy the rest, and move the folder to its place."""
+    def finish(
+        self, config: Mapping[str, Any], card: Mapping[str, Any], changed: Mapping[str, str | None] | None = None
+    ) -> ModelFolder:
+        """Number the shards, write config.json, index and card, copy the rest, and move the folder to its place.
+
+        changed: contents of other small files that are not copied, by name; None leaves one out.
+        """
+        changed = changed or {}
         shards = sorted(self.work.glob("shard-*.safetensors"))
         weight_map: dict[str, str] = {}
         total = 0
@@ -94,9 +100,12 @@ class FolderWriter:
             if (
                 other.is_file()
                 and other.suffix not in (".safetensors", ".bin", ".pt")
-                and other.name not in _NOT_COPIED
+                and other.name not in (*_NOT_COPIED, *changed)
             ):
                 shutil.copyfile(other, self.work / other.name)
+        for name, text in changed.items():
+            if text is not None:
+                (self.work / name).write_text(text, encoding="utf-8")
         for file in (self.work / _FINGERPRINT, *self.work.glob("kept-*")):
             file.unlink()
         if self.target.exists():

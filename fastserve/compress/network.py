@@ -69,7 +69,7 @@ class Network:
         """A parameter's values from the folder, as `dtype` or (None) as they lie there."""
         name = self._tensor_of[parameter]
         if self._format(name) is not None:
-            return self._dequantized(name, tuple(self.model.get_parameter(parameter).shape))
+            return self._dequantized(name, tuple(self.model.get_parameter(parameter).shape), dtype)
         target = torch.empty(self._reader.shape(name), dtype=dtype or self._reader.dtype(name))
         self._reader.read_into(name, target)
         return target
@@ -127,11 +127,12 @@ class Network:
                 return layout
         return None
 
-    def _dequantized(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _dequantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
         layout = self._format(name)
         assert layout is not None and len(shape) == 2
         weight = read_quantized(self._reader, name.removesuffix(".weight"), shape, layout)
-        return weight if isinstance(weight, Tensor) else weight.dequantize()
+        dense = weight if isinstance(weight, Tensor) else weight.dequantize()
+        return dense.to(dtype or dense.dtype)
 
     def _match_names(self) -> dict[str, str]:
         prefix = f"{self.model.base_model_prefix}."

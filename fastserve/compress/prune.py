@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.compress import sparse, structure
+from fastserve.checkpoint import bitmask
+from fastserve.compress import operators, sparse, structure, vocabulary
 from fastserve.compress.activations import observe
 from fastserve.compress.folder_writer import FolderWriter
 from fastserve.compress.network import Network, unsupported
@@ -28,8 +29,13 @@ def check(network: Network, step: Prune) -> None:
     """ConfigError for what cannot be done with this network, before work starts."""
     config = network.folder.config
     blocks = (item for name in network.blocks for item in network.block(name).named_modules(prefix=name))
-    if step.method != "layers" and (found := unsupported(blocks)):
+    if step.method not in ("layers", "vocabulary") and (found := unsupported(blocks)):
         raise ConfigError(f"{found} holds a matrix but is no Linear; of this architecture only layers can be left out")
+    if step.method == "vocabulary":
+        vocabulary.check(network.folder)
+    elif step.method == "operators":
+        for name in network.blocks:
+            operators.find(name, network.linears(name))
     if step.method in ("heads", "kv-heads"):
         for name in network.blocks:
             structure.check_attention(network.block(name), name)
@@ -57,6 +63,8 @@ def run(
     """Write the tensors; returns what changes in config.json, and what the card says."""
     if step.method == "layers":
         return _drop_layers(network, step, batches, writer, progress)
+    if step.method == "operators":
+        return _drop_operators(network, step, batches, writer, progress)
     total = len(network.blocks)
     writer.write("0000", outside(network))
     if not batches:  # nothing looks at inputs
@@ -64,7 +72,7 @@ def run(
             progress("prune", number - 1, total)
             network.fill(name)
             _prune_block(network, Visit(name, network.block(name), []), step)
-            writer.write(f"{number:04d}", tensors_of(network, name))
+            writer.write(f"{number:04d}", _stored(network, name, step))
             network.drop(name)
     else:
         for number, visit in enumerate(walk(network, batches), 1):
@@ -73,7 +81,7 @@ def run(
                 _restore(network, visit, writer, f"{number:04d}", step)
             else:
                 _prune_block(network, visit, step)
-                writer.write(f"{number:04d}", tensors_of(network, visit.block))
+                writer.write(f"{number:04d}", _stored(network, visit.block, step))
     progress("prune", total, total)
     return _changes(network, step), {}
 
@@ -86,7 +94,25 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
         return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
         return {_channels_key(network): num_channels(network, step)}
-    return {}
+    return _stored_config(step)
+
+
+def _stored_config(step: Prune) -> dict[str, Any]:
+    is_short = step.store == "bitmask"
+    return {"quantization_config": bitmask.config(0.5 if step.pattern else step.ratio)} if is_short else {}
+
+
+def _stored(network: Network, block: str, step: Prune) -> dict[str, Tensor]:
+    """The block's tensors as they are written: without zeros, where that was asked for and takes less."""
+    tensors = tensors_of(network, block)
+    if step.store == "dense":
+        return tensors
+    found: dict[str, Tensor] = {}
+    linears = {network.tensor_name(f"{name}.weight") for name in network.linears(block)}
+    for name, values in tensors.items():
+        is_smaller = name in linears and bitmask.packed_bytes(values) < values.nbytes
+        found |= bitmask.pack(name.removesuffix(".weight"), values) if is_smaller else {name: values}
+    return found
 
 
 def num_channels(network: Network, step: Prune) -> int:
@@ -135,6 +161,11 @@ def _restore(network: Network, visit: Visit, writer: FolderWriter, shard: str, s
     reader = writer.shard(shard)
     for parameter in network.parameters_of(visit.block):
         name = network.tensor_name(parameter)
+        module = name.removesuffix(".weight")
+        if f"{module}.bitmask" in reader:
+            rows, columns = network.model.get_parameter(parameter).shape
+            network.set(parameter, bitmask.read(reader, module, (rows, columns)).float())
+            continue
         values = torch.empty(reader.shape(name))
         reader.read_into(name, values)
         network.set(parameter, values)
@@ -182,6 +213,29 @@ def _drop_layers(
     dropped = set(sorted(influence, key=lambda name: influence[name])[: _num_dropped(network, step)])
     kept = [name for name in network.blocks if name not in dropped]
     return write_layers(network, [network.blocks.index(name) for name in kept], writer), {"layer_influence": influence}
+
+
+def _drop_operators(
+    network: Network, step: Prune, batches: list[Mapping[str, Tensor]], writer: FolderWriter, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    dropped, influence = operators.least(network, batches, step.ratio)
+    writer.write("0000", outside(network))
+    for number, name in enumerate(network.blocks, 1):
+        progress("prune", number - 1, len(network.blocks))
+        network.fill(name)
+        operators.clear(network.linears(name), dropped)
+        writer.write(f"{number:04d}", _stored(network, name, step))
+        network.drop(name)
+    return _stored_config(step), {"operator_influence": influence, "dropped": dropped}
+
+
+def drop_tokens(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:
+    """Write the network with these tokens alone; returns what changes in config.json."""
+    writer.write("0000", vocabulary.tensors(network, kept))
+    for number, name in enumerate(network.blocks, 1):
+        tensors = {network.tensor_name(item): network.read(item, None) for item in network.parameters_of(name)}
+        writer.write(f"{number:04d}", tensors)
+    return vocabulary.config(network.folder, kept)
 
 
 def write_layers(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:

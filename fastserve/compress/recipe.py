@@ -53,12 +53,15 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
         text: a plain text file that was not calibrated on; "" leaves the comparison out.
         tokens, length: how many tokens of it, in windows of which length.
         speed: also time prefill and decoding of both as FastServe serves them.
+        task, examples: also score both on examples of a task, as `fastserve eval --task` does.
     """
 
     text: str = ""
     tokens: Count = 8192
     length: Count = 512
     speed: bool = False
+    task: str = ""
+    examples: str = ""
 
 
 class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="quantize"):
@@ -119,16 +122,21 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     """Weights set to zero, or whole parts left out.
 
     Attributes:
-        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts) or
-            kv-heads (keys and values of neighbouring heads become their mean).
+        method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts), operators (whole
+            attentions and feed-forwards), vocabulary (tokens that the text uses least), or kv-heads (keys and
+            values of neighbouring heads become their mean).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).
+        store: "dense", which loads everywhere, or "bitmask": zeros are left out of the file (single weights).
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers"] = "magnitude"
+    method: Literal[
+        "magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers", "operators", "vocabulary"
+    ] = "magnitude"
     ratio: Share = 0.5
     pattern: Literal["", "2:4"] = ""
+    store: Literal["dense", "bitmask"] = "dense"
     ignore: tuple[str, ...] = ()
 
     @property
@@ -140,8 +148,11 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
         return self.needs_text
 
     def check(self) -> None:
-        if self.pattern and self.method not in ("magnitude", "wanda", "sparsegpt"):
+        is_sparse = self.method in ("magnitude", "wanda", "sparsegpt")
+        if self.pattern and not is_sparse:
             raise ConfigError(f"pattern = {self.pattern!r} is for single weights: magnitude, wanda or sparsegpt")
+        if self.store != "dense" and not is_sparse and self.method != "operators":
+            raise ConfigError(f"store = {self.store!r} is for zeros: magnitude, wanda, sparsegpt or operators")
 
 
 class Rotate(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="rotate"):
@@ -165,7 +176,10 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
     """A model trained to answer as the original does: the result of the step before, or a smaller student.
 
     Attributes:
-        teacher: folder; the model that the recipe began with when left out.
+        teacher: folder, or address of a server that runs it (http://...); the model that the recipe began with when
+            left out.
+        top: likeliest tokens of which a server or a cache tells the probabilities.
+        cache: folder that keeps what the teacher says, for runs with other students or losses.
         student: folder to begin with; the result of the step before when left out.
         layers: begin with these layers of the student alone.
         shape: begin with random weights, in the teacher's architecture with these keys of config.json changed.
@@ -174,11 +188,17 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
         temperature: of both sides' probabilities.
         soft, hard, hidden, attention: weights of the losses: the teacher's probabilities, the text itself, hidden
             states through a projection, and relations among the last layer's queries, keys and values (MiniLM).
+        on_policy: share of steps on what the student itself writes after half a window, with soft labels alone.
+        divergence: of the soft labels: forward, reverse or jsd.
+        lora_rank: train matrices of this rank beside the weights, and add them at the end; 0: train all weights.
+        sparsity, sparsity_schedule: set the smallest weights to zero on the way, up to this share of each matrix.
         bits, group_size: round the weights in every pass, as "quantize" by rtn with search = false does; 0: not.
         seed: of the order of windows and of projections.
     """
 
     teacher: str = ""
+    top: Annotated[int, Meta(ge=1, le=256)] = 20
+    cache: str = ""
     student: str = ""
     layers: tuple[int, ...] = ()
     shape: dict[str, int] = {}
@@ -192,6 +212,11 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
     hard: Annotated[float, Meta(ge=0)] = 0.5
     hidden: Annotated[float, Meta(ge=0)] = 0.0
     attention: Annotated[float, Meta(ge=0)] = 0.0
+    on_policy: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    lora_rank: Annotated[int, Meta(ge=0)] = 0
+    sparsity: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    sparsity_schedule: Literal["cubic", "linear"] = "cubic"
     bits: Literal[0, 2, 3, 4, 6, 8] = 0
     group_size: Annotated[int, Meta(ge=0)] = 0
     seed: int = 0
@@ -200,14 +225,48 @@ class Distill(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", t
     def needs_text(self) -> bool:
         return not self.text
 
+    @property
+    def hears_few(self) -> bool:
+        """Whether only the teacher's likeliest tokens are heard."""
+        return bool(self.cache) or self.teacher.startswith(("http://", "https://"))
+
     def check(self) -> None:
         if not (self.soft or self.hard or self.hidden or self.attention):
             raise ConfigError("distill: all weights of losses are 0; give soft, hard, hidden or attention one")
         if self.shape and (self.student or self.layers):
             raise ConfigError("distill: shape begins with random weights; leave out student and layers, or shape")
+        if self.hears_few and (self.hidden or self.attention or self.divergence != "forward"):
+            raise ConfigError(
+                "distill: hidden, attention and other divergences need a teacher's folder, not a server or a cache"
+            )
+        if self.on_policy and (self.cache or not self.soft):
+            raise ConfigError("distill: on_policy needs soft labels of new texts: soft above 0, and no cache")
+        if self.sparsity and self.lora_rank:
+            raise ConfigError("distill: lora_rank leaves the weights alone, but sparsity sets some to zero; give one")
+        if self.shape and self.lora_rank:
+            raise ConfigError("distill: random weights (shape) cannot be learnt with lora_rank; leave out one")
 
 
-Step = Quantize | Prune | Rotate | Distill
+class Window(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="window"):
+    """Attention that sees the last tokens alone.
+
+    Attributes:
+        size: how many.
+        full_every: every so many layers one keeps seeing all (Qwen); 0: none.
+    """
+
+    size: Count
+    full_every: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def needs_text(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Nothing to add to the types."""
+
+
+Step = Quantize | Prune | Rotate | Window | Distill
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
@@ -235,10 +294,14 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the recipe does not fit: {error}; docs/compression.md lists the keys") from error
+    if bool(recipe.evaluation.task) != bool(recipe.evaluation.examples):
+        raise ConfigError("evaluation.task and evaluation.examples (a file of them) are given together")
     for number, step in enumerate(recipe.steps, 1):
         step.check()
         if isinstance(step, Quantize) and number < len(recipe.steps):
             raise ConfigError(f"step {number} quantises, but steps come after it; what is quantised cannot be changed")
+        if isinstance(step, Prune) and step.store != "dense" and number < len(recipe.steps):
+            raise ConfigError(f'step {number} stores "{step.store}", but steps come after it; only the last one can')
         if step.needs_text and not recipe.calibration.text:
             raise ConfigError(
                 f"step {number} ({describe(step)}) looks at activations: give calibration.text (--calibration FILE), "

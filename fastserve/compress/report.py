@@ -33,6 +33,9 @@ def rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append((f"perplexity on {loss['tokens']:,} tokens", change))
         found.append(("KL to the original", f"{loss['kl']:.5f} nats per token"))
         found.append(("same likeliest token", f"{loss['same_top']:.2%}"))
+    if task := card.get("task"):
+        for name, value in task["original"].items():
+            found.append((f"{task['name']}, {name}", f"{value:.4g} -> {task['compressed'][name]:.4g}"))
     if speed := card.get("speed"):
         for name, pair in speed.items():
             found.append((f"{name}, tokens/s", f"{pair['original']:.1f} -> {pair['compressed']:.1f}"))

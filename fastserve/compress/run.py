@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import resource
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,37 @@ import msgspec
 from torch import Tensor
 
 from fastserve import __version__
-from fastserve.checkpoint.folder import ModelFolder, read_json
-from fastserve.compress import calibration, distill, evaluate, mixed, prune, quantize, report, rotate, served
+from fastserve.checkpoint.folder import INDEX_FILE, ModelFolder, read_json
+from fastserve.compress import (
+    calibration,
+    distill,
+    evaluate,
+    mixed,
+    prune,
+    quantize,
+    report,
+    rotate,
+    served,
+    vocabulary,
+    window,
+)
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
-from fastserve.compress.network import Network
+from fastserve.compress.network import Network, load_dense
 from fastserve.compress.quantize import Progress
-from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step
+from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
 from fastserve.core.errors import ConfigError
 
 REPORT_FILE = "report.html"
+Score = Callable[[str], dict[str, float]]  # a model folder -> figures by name
 
 
-def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = None) -> ModelFolder:
+def compress(
+    model: str, out: Path, recipe: Recipe, progress: Progress | None = None, score: Score | None = None
+) -> ModelFolder:
     """Run `recipe` on a folder (or hub id, or "" for the built-in model) and write the result to `out`.
+
+    Args:
+        score: what a model folder reaches on `recipe.evaluation.examples`; needed where they are given.
 
     Returns:
         The new folder; its card (fastserve.json) says what was done and how much each layer lost.
@@ -39,6 +58,8 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
         CheckpointError: the folder is damaged, holds values that are not finite, or has an unknown architecture.
     """
     say = progress or (lambda *_: None)
+    if recipe.evaluation.task and score is None:
+        raise ConfigError("evaluation.task needs a function that scores a folder: compress(..., score=...)")
     source = ModelFolder.open(model)
     _check(source, recipe, say)
     started = time.perf_counter()
@@ -54,11 +75,31 @@ def compress(model: str, out: Path, recipe: Recipe, progress: Progress | None = 
         current = _run_step(current, target, step, recipe, source, say)
     for folder in between:
         shutil.rmtree(folder)
-    _measure(source, current, recipe, time.perf_counter() - started, say)
+    _measure(source, current, recipe, time.perf_counter() - started, say, score)
     return current
 
 
-def _measure(source: ModelFolder, result: ModelFolder, recipe: Recipe, seconds: float, progress: Progress) -> None:
+def _score(folder: ModelFolder, score: Score) -> dict[str, float]:
+    """Scores of a folder by its weights' values, whatever form they are stored in."""
+    with tempfile.TemporaryDirectory(prefix="fastserve-score-") as place:
+        model = load_dense(folder)
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(place)
+        for file in folder.path.iterdir():
+            is_wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX_FILE
+            if is_wanted and not (Path(place) / file.name).exists():
+                shutil.copyfile(file, Path(place) / file.name)
+        return score(place)
+
+
+def _measure(
+    source: ModelFolder,
+    result: ModelFolder,
+    recipe: Recipe,
+    seconds: float,
+    progress: Progress,
+    score: Score | None,
+) -> None:
     """Add to the card what was gained and lost, and write report.html beside it."""
     card = read_json(result.path / CARD_FILE)
     found: dict[str, Any] = card["compressed"]
@@ -70,12 +111,16 @@ def _measure(source: ModelFolder, result: ModelFolder, recipe: Recipe, seconds: 
         found["loss"] = evaluate.compare(source, result, settings, progress).as_dict()
         if served.is_served(result):
             ids = calibration.text_ids(source, Path(settings.text), settings.tokens).tolist()
-            prompt, before, speed_before = served.run(source, ids, settings.speed)
+            prompts, before, speed_before = served.run(source, ids, settings.speed)
             _, after, speed_after = served.run(result, ids, settings.speed)
-            found["samples"] = [{"prompt": prompt, "original": before, "compressed": after}]
+            sides = zip(prompts, before, after, strict=True)
+            found["samples"] = [{"prompt": prompt, "original": old, "compressed": new} for prompt, old, new in sides]
             found["speed"] = {
                 name: {"original": value, "compressed": speed_after[name]} for name, value in speed_before.items()
             }
+    if score is not None and settings.task:
+        scores = {"original": _score(source, score), "compressed": _score(result, score)}
+        found["task"] = {"name": settings.task, **scores}
     write_json(result.path / CARD_FILE, card)
     (result.path / REPORT_FILE).write_text(report.page(found), encoding="utf-8")
 
@@ -90,6 +135,7 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
     num_channels = 0  # that a step before leaves
+    _check_vocabulary(recipe)
     for step in recipe.steps:
         if isinstance(step, Quantize):
             plan = quantize.Plan.make(network, step)
@@ -104,12 +150,26 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
             num_channels = prune.num_channels(network, step) or num_channels
         elif isinstance(step, Rotate):
             rotate.check(network)
+        elif isinstance(step, Window):
+            window.check(network, step)
         else:
-            teacher = ModelFolder.open(step.teacher) if step.teacher else source
-            distill.check(teacher, step, step.text or recipe.calibration.text)
+            distill.check(source, step, step.text or recipe.calibration.text)
     total = len(source.weights.names())
     for number, _ in enumerate(network.check_finite()):
         progress("check the weights", number + 1, total)
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    """Models of other tokens cannot be held against each other token by token."""
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Prune) and step.method == "vocabulary":
+            if recipe.calibration.text == calibration.GENERATED:
+                raise ConfigError("vocabulary keeps what a text uses: give calibration.text a file")
+            if recipe.evaluation.text or any(isinstance(item, Distill) for item in recipe.steps[number:]):
+                raise ConfigError(
+                    "after vocabulary the tokens are others than the original's: leave out evaluation.text, and put "
+                    "distill before it"
+                )
 
 
 def _run_step(
@@ -123,6 +183,14 @@ def _run_step(
     if isinstance(step, Rotate):
         changes = rotate.run(network, step, writer, progress)
         return writer.finish({**current.config, **changes}, make_card(current, original, plain, {}))
+    if isinstance(step, Window):
+        changes = window.run(network, step, writer)
+        return writer.finish({**current.config, **changes}, make_card(current, original, plain, {}))
+    if isinstance(step, Prune) and step.method == "vocabulary":
+        kept = vocabulary.choose(current, Path(recipe.calibration.text), step.ratio)
+        changes = prune.drop_tokens(network, kept, writer)
+        card = make_card(current, original, plain, {"tokens": len(kept)})
+        return writer.finish({**current.config, **changes}, card, vocabulary.files(current, kept))
     if isinstance(step, Prune):
         changes, found = prune.run(network, step, _batches(network, step, recipe), writer, progress)
         return writer.finish({**current.config, **changes}, make_card(current, original, plain, found))
@@ -153,9 +221,8 @@ def _distill(
             changes = prune.write_layers(network, list(step.layers), layers)
             layers.finish({**student.config, **changes}, {})
         student = ModelFolder.open(str(short))
-    teacher = ModelFolder.open(step.teacher) if step.teacher else original
     text = Path(step.text or recipe.calibration.text)
-    changes, found = distill.run(teacher, student, step, text, writer, progress)
+    changes, found = distill.run(original, student, step, text, writer, progress)
     result = writer.finish({**student.config, **changes}, make_card(current, original, plain, found))
     if step.layers:
         shutil.rmtree(student.path)

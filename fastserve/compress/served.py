@@ -15,7 +15,7 @@ from fastserve.models.families import FAMILIES
 if TYPE_CHECKING:
     from fastserve.offline.llm import LLM
 
-_SAMPLE_TOKENS, _PROMPT_TOKENS = 48, 16
+_SAMPLES, _SAMPLE_TOKENS, _PROMPT_TOKENS = 3, 48, 16
 _PREFILL, _DECODE, _REPEATS = 256, 32, 3
 
 
@@ -24,19 +24,20 @@ def is_served(folder: ModelFolder) -> bool:
     return folder.architecture in FAMILIES
 
 
-def run(folder: ModelFolder, ids: Sequence[int], with_speed: bool) -> tuple[str, str, dict[str, float]]:
-    """A prompt (the beginning of ids), its greedy continuation, and tokens per second of prefill and decode."""
+def run(folder: ModelFolder, ids: Sequence[int], with_speed: bool) -> tuple[list[str], list[str], dict[str, float]]:
+    """Prompts (parts of ids), their greedy continuations, and tokens per second of prefill and decode."""
     from fastserve.offline.llm import LLM
 
     length = min(_PREFILL + _DECODE + 1, max_length(folder))
-    llm = LLM(str(folder.path), max_model_len=length, max_batch_sequences=1, prefix_caching=False)
+    llm = LLM(str(folder.path), max_model_len=length, max_batch_sequences=_SAMPLES, prefix_caching=False)
     try:
-        prompt = [int(item) for item in ids[:_PROMPT_TOKENS]]
+        starts = [part * len(ids) // _SAMPLES for part in range(_SAMPLES)]
+        prompts = [[int(item) for item in ids[start : start + _PROMPT_TOKENS]] for start in starts]
         count = min(_SAMPLE_TOKENS, length - _PROMPT_TOKENS - 1)
-        answer = llm.generate([prompt], SamplingParams(max_tokens=count, temperature=0.0), use_tqdm=False)
-        text = answer[0].outputs[0].text
+        answers = llm.generate(prompts, SamplingParams(max_tokens=count, temperature=0.0), use_tqdm=False)
+        texts = [answer.outputs[0].text for answer in answers]
         speed = _speed(llm, [int(item) for item in ids[: length - _DECODE - 1]]) if with_speed else {}
-        return llm.tokenizer.decode(prompt), text, speed
+        return [llm.tokenizer.decode(prompt) for prompt in prompts], texts, speed
     finally:
         llm.engine.close()
 

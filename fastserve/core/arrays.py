@@ -78,6 +78,22 @@ class ArrayOutput(msgspec.Struct, array_like=True):
     is_refused: bool = False
 
 
+class ArrayBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One step of a model that answers with arrays.
+
+    Attributes:
+        num_requests: answered by it.
+        num_tokens, num_computed: of encoders, tokens that were asked for and positions that were computed; else 0.
+        seconds: that it took.
+    """
+
+    model: str
+    num_requests: int
+    num_tokens: int
+    num_computed: int
+    seconds: float
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a network: numpy's name of its type (or "bytes"), and its shape, -1 for any size."""
 

@@ -76,6 +76,8 @@ class EngineConfig:
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
         kv_cache_max_memory: bytes to which the KV cache may grow while memory is free, and from which it shrinks when
             the machine runs short; 0 keeps its size. CPU only.
+        quantization: auto (as the folder has it) or int8: matrices of the layers in 8 bits as they are loaded, a scale
+            per output, and 8-bit activations, a scale per token.
         kv_cache_dtype: auto (the compute dtype) or int8 (a scale per token and head: half of bfloat16's memory).
         kv_host_cache, kv_disk_cache: bytes of host memory and of a file for blocks that leave the KV cache; 0: none.
         kv_disk_folder: where that file is made; the system's temporary folder when empty.
@@ -107,6 +109,7 @@ class EngineConfig:
     max_waiting: int = 1024
     kv_cache_memory: int = 0
     kv_cache_max_memory: int = 0
+    quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     kv_host_cache: int = 0
     kv_disk_cache: int = 0
@@ -132,6 +135,7 @@ class EngineConfig:
             raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}")
         self._choice("kernels", ("auto", "reference", "cpu", "triton"))
         self._choice("backend", ("auto", "native", "transformers"))
+        self._choice("quantization", ("auto", "int8"))
         self._choice("kv_cache_dtype", ("auto", "int8"))
         if self.kv_cache_dtype == "int8" and self.block_size % 4:
             raise ConfigError(f"block_size must be a multiple of 4 with kv_cache_dtype=int8, not {self.block_size}")

@@ -13,6 +13,7 @@ PREFIX = "fastserve_"
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
@@ -83,14 +84,22 @@ TENANT_METRICS = (
     Metric("tenant_generation_tokens", "counter", "Tokens made.", labels=("tenant",)),
 )
 
-# By the model that took them, of several in one server.
-MODEL_STEP_SECONDS = Metric("model_step_seconds", "counter", "Time in steps of each model.", labels=("model",))
+# Of each encoder and each network of the user's own; a request is one sequence, window or set of tensors.
+ARRAY_METRICS = (
+    Metric("array_requests", "counter", "Requests by what became of them.", labels=("outcome",)),
+    Metric("array_requests_live", "gauge", "Requests without an answer: waiting or being computed."),
+    Metric("array_request_latency_seconds", "histogram", "From arrival to the answer, of whole calls.", _LATENCY),
+    Metric("array_tokens", "counter", "Tokens of requests that were computed; encoders only."),
+    Metric("array_padding_tokens", "counter", "Positions computed beyond those tokens."),
+    Metric("array_batch_requests", "histogram", "Requests that were computed together.", _REQUESTS),
+    Metric("array_step_seconds", "counter", "Time spent in this model's steps."),
+)
 
-CATALOGUE = (*ENGINE_METRICS, MODEL_STEP_SECONDS, *REQUEST_METRICS, *TENANT_METRICS)
+CATALOGUE = ENGINE_METRICS + REQUEST_METRICS + TENANT_METRICS + ARRAY_METRICS
 
 # With --metrics-compat vllm, all but these are exported under vLLM's names as well: its prefix, the same suffixes.
 VLLM_PREFIX = "vllm:"
 NOT_IN_VLLM = frozenset(
-    {"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready", "model_step_seconds"}
-    | {metric.name for metric in TENANT_METRICS}
+    {"engine_steps", "engine_step_seconds", "engine_restarts", "engine_ready"}
+    | {metric.name for metric in TENANT_METRICS + ARRAY_METRICS}
 )

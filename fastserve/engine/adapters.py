@@ -26,9 +26,8 @@ class Adapters:
 
     Args:
         linears: module -> its part of a linear; see `LoadedModel.linears`.
-        kernels, dtype: what computes them, and in which precision they are kept.
+        dtype: in which adapters are kept.
         max_loras: slots; 0: none can be loaded.
-        max_rank: largest rank of an adapter.
 
     Attributes:
         step: what the linears read a step's slots from; see `LinearAdapters.step`.
@@ -44,7 +43,6 @@ class Adapters:
         self._kernels = kernels
         self._dtype = dtype
         self._max_rank = max_rank
-        self._max_loras = max_loras
         self._free = list(range(max_loras))[::-1]
         self._slots: dict[str, int] = {}  # by key
         self._keys: dict[str, str] = {}  # by name

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastserve.core import errors
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, EngineDeadError, FastServeError, RequestError
 from fastserve.engine.messages import Abort, Answers, Load, Loaded, Ready, Run, ToEngine, Unload
 
@@ -36,11 +36,13 @@ class ArrayClient:
     Attributes:
         specs: name -> model, those loaded at run time included.
         models: what the engine says of those that are loaded.
+        on_batch: told of every batch that was computed.
     """
 
     def __init__(self, specs: Iterable[ModelSpec], send: Callable[[ToEngine], bool], max_deaths: int) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self.models: dict[str, ModelInfo] = {}
+        self.on_batch: Callable[[ArrayBatch], None] = lambda batch: None
         self._send = send
         self._max_deaths = max_deaths
         self._live: dict[str, _Live] = {}
@@ -50,6 +52,10 @@ class ArrayClient:
     def num_live(self) -> int:
         """Requests without an answer."""
         return len(self._live)
+
+    def num_live_of(self, model: str) -> int:
+        """Requests for `model` without an answer."""
+        return sum(live.request.model == model for live in self._live.values())
 
     async def run(self, requests: list[ArrayRequest]) -> list[ArrayOutput]:
         """Answers in the order of the requests; all are given up when this is cancelled or one fails.
@@ -129,6 +135,8 @@ class ArrayClient:
         if isinstance(message, Loaded):
             self._take_loaded(message)
             return
+        if message.batch is not None:
+            self.on_batch(message.batch)
         for output in message.outputs:
             live = self._live.pop(output.request_id, None)
             if live is None or live.answer.done():

@@ -27,7 +27,6 @@ class BlockTables:
         return table
 
     def drop(self, request_id: str) -> None:
-        """The sequence is no more, or has other blocks."""
         self._tables.pop(request_id, None)
 
 

@@ -46,8 +46,7 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values and places of the largest of each row, in order. They lie in the blocks with the largest maxima."""
     num_blocks = logits.shape[1] // _BLOCK
     if num_blocks <= 2 * count:
-        best = logits.topk(count)
-        return best.values, best.indices
+        return logits.topk(count)
     whole = num_blocks * _BLOCK
     blocks = logits[:, :whole].unflatten(1, (num_blocks, _BLOCK)).amax(-1).topk(count).indices  # [R, count]
     places = (blocks[..., None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)

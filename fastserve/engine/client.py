@@ -47,11 +47,7 @@ _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 3.0
 _LOOK_SECONDS = 0.05
 _RETRY_AFTER, _MAX_RETRY_AFTER = 6.0, 60.0  # before the engine knows how long a request takes; at most
-_COUNTERS = (
-    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "num_steps"),
-    *("prompt_tokens", "generation_tokens", "step_seconds", "recomputed_tokens"),
-    *("kv_blocks_kept", "kv_blocks_restored", "kv_errors", "kv_move_seconds", "draft_tokens", "draft_tokens_right"),
-)
+_GAUGES = {"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "request_seconds"}
 
 
 class EngineState(StrEnum):
@@ -190,11 +186,7 @@ class EngineClient:
             self._link.send(Abort(sent))
 
     def unload(self, name: str) -> None:
-        """Forget one of the other models; requests that it has fail.
-
-        Raises:
-            ConfigError: there is none of this name.
-        """
+        """Forget one of the other models; requests that it has fail. Raises ConfigError when there is none."""
         self.arrays.unload(name)
         for live in [live for live in self._live.values() if live.request.model == name]:
             self.abort([live.request.request_id])
@@ -485,6 +477,5 @@ class EngineClient:
 
 
 def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
-    return msgspec.structs.replace(
-        present, **{name: getattr(past, name) + getattr(present, name) for name in _COUNTERS}
-    )
+    counters = set(EngineStats.__struct_fields__) - _GAUGES
+    return msgspec.structs.replace(present, **{name: getattr(past, name) + getattr(present, name) for name in counters})

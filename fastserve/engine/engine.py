@@ -295,6 +295,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         device=config.device,
         kernels=config.kernels,
         backend=config.backend,
+        quantization=config.quantization,
         block_size=config.block_size,
         trust_remote_code=config.trust_remote_code,
     )
@@ -303,14 +304,8 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         draft_folder = ModelFolder.open(config.draft_model)
         draft = load(draft_folder)
         check_draft(folder, loaded, draft_folder, draft)
-        loaded = replace(
-            loaded,
-            draft=draft,
-            report=[
-                *loaded.report,
-                f"draft model: {draft_folder.name}, {format_bytes(draft.model.shape.weight_bytes)}",
-            ],
-        )
+        size = format_bytes(draft.model.shape.weight_bytes)
+        loaded = replace(loaded, draft=draft, report=[*loaded.report, f"draft model: {draft_folder.name}, {size}"])
     if config.kv_cache_dtype == "int8" and loaded.model.has_own_cache:
         raise ConfigError("this model keeps its own cache, which has no int8 form; use kv_cache_dtype=auto")
     memory = plan_memory(

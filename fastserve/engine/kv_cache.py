@@ -24,10 +24,7 @@ _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 class KVCache:
     """Keys and values of all layers.
 
-    Args:
-        num_layers, num_blocks, block_size, num_kv_heads, head_size: shape.
-        dtype, device: of the tensors.
-        max_blocks: most blocks `resize` can give; 0 for `num_blocks`, as ever but on a CPU under Linux.
+    max_blocks: most blocks `resize` can give; 0 for `num_blocks`, as ever but on a CPU under Linux.
     """
 
     def __init__(

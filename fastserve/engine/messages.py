@@ -10,7 +10,7 @@ import struct
 
 import msgspec
 
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.request import Request, TokenOutput
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -86,7 +86,6 @@ class EngineStats(msgspec.Struct):
         kv_blocks_kept, kv_blocks_restored, kv_errors: copied to lower tiers, brought back, and failed reads and writes.
         draft_tokens, draft_tokens_right: guesses that were verified, and those that were right.
         kv_move_seconds: part of step_seconds in which a step waited for such copies.
-        model_seconds: part of it, by model: "" is the server's own.
         request_seconds: gauge: time of the engine that a request takes, as expected now.
     """
 
@@ -101,7 +100,6 @@ class EngineStats(msgspec.Struct):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     step_seconds: float = 0.0
-    model_seconds: dict[str, float] = {}
     recomputed_tokens: int = 0
     kv_blocks_kept: int = 0
     kv_blocks_restored: int = 0
@@ -131,9 +129,10 @@ class Loaded(msgspec.Struct, tag=True):
 
 
 class Answers(msgspec.Struct, tag=True):
-    """Engine -> API: answers to requests that are answered once."""
+    """Engine -> API: answers to requests that are answered once, and the step that made them; refusals have none."""
 
     outputs: list[ArrayOutput]
+    batch: ArrayBatch | None = None
 
 
 class Outputs(msgspec.Struct, tag=True):

@@ -31,7 +31,7 @@ class PoolingRuntime:
     Attributes:
         info: what clients are told.
         weight: of its share of step time.
-        num_tokens, num_sequences: computed so far.
+        num_tokens, num_computed: asked for and computed so far (see `ArrayBatch`).
 
     Raises:
         CheckpointError, ConfigError, MemoryPlanError: it cannot be loaded or does not fit.
@@ -41,7 +41,13 @@ class PoolingRuntime:
         config = EngineConfig.from_options(spec.options)
         folder = ModelFolder.open(config.model)
         _check_memory(folder, config)
-        loaded = load_encoder(folder, dtype=config.dtype, device=config.device, kernels=config.kernels)
+        loaded = load_encoder(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            kernels=config.kernels,
+            quantization=config.quantization,
+        )
         self._model = loaded.model
         modules = SentenceModules.read(folder) or SentenceModules()
         self._embedder = Embedder(modules, self._model.device)
@@ -51,7 +57,7 @@ class PoolingRuntime:
         self._vocab_size = shape.vocab_size
         self._waiting: dict[str, PoolingRequest] = {}
         self.weight = spec.weight
-        self.num_tokens = self.num_sequences = 0
+        self.num_tokens = self.num_computed = 0
         numbers = f"{shape.num_parameters / 1e6:.1f} M parameters, {format_bytes(shape.weight_bytes)}"
         report = f"{spec.name}: {folder.architecture}, {numbers}, {'; '.join(loaded.report)}"
         self.info = ModelInfo(spec.name, "encoder", max_len, report)
@@ -101,8 +107,8 @@ class PoolingRuntime:
             [request.type_ids if self._model.config.num_types > 1 else [] for request in requests],
             self._model.device,
         )
-        self.num_tokens += batch.starts[-1]
-        self.num_sequences += len(requests)
+        self.num_tokens += sum(len(request.input_ids) for request in requests)
+        self.num_computed += batch.input_ids.shape[0]
         hidden = self._model.forward(batch)
         results = self._finish(requests[0].head, hidden, batch, requests)
         return [

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder, is_servable
-from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.engine.arbiter import Arbiter
@@ -43,10 +43,18 @@ class RunnableEngine(Protocol):
 
 
 class Runtime(Protocol):
-    """One of the others. `info` is what clients are told; `weight` its share of step time."""
+    """One of the others.
+
+    Attributes:
+        info: what clients are told.
+        weight: of its share of step time.
+        num_tokens, num_computed: asked for and computed so far (see `ArrayBatch`).
+    """
 
     info: ModelInfo
     weight: float
+    num_tokens: int
+    num_computed: int
 
     @property
     def num_waiting(self) -> int: ...
@@ -101,7 +109,7 @@ class Runtimes:
         self._loader = ThreadPoolExecutor(1, "model loader")
         self._loading: dict[str, Future[Runtime]] = {}
         self._stats = EngineStats()
-        self._seconds: dict[str, float] = {}  # of steps, by name
+        self._batch: ArrayBatch | None = None
         self.max_model_len = self._generator.max_model_len if self._generator is not None else 0
         self.vocab_size = self._generator.vocab_size if self._generator is not None else 0
         reports = [runtime.info.report for runtime in self._others.values()]
@@ -154,16 +162,28 @@ class Runtimes:
         busy = self._busy()
         name = self._arbiter.pick(busy)
         started = self._clock()
-        runtime = self._generator if name == GENERATOR else self._others[name]
-        assert runtime is not None
-        outputs: list[TokenOutput | ArrayOutput] = [*runtime.step()]
-        seconds = self._clock() - started
+        if name == GENERATOR:
+            assert self._generator is not None
+            outputs: list[TokenOutput | ArrayOutput] = [*self._generator.step()]
+            seconds = self._clock() - started
+        else:
+            runtime = self._others[name]
+            tokens, computed = runtime.num_tokens, runtime.num_computed
+            outputs = [*runtime.step()]
+            seconds = self._clock() - started
+            counts = (runtime.num_tokens - tokens, runtime.num_computed - computed)
+            ended = sum(isinstance(item, ArrayOutput) or item.finish_reason is not None for item in outputs)
+            self._batch = ArrayBatch(name, ended, *counts, seconds)
         self._arbiter.charge(name, seconds, busy[name])
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         if self._generator is None:
             self._stats.num_steps += 1
             self._stats.step_seconds += seconds
         return outputs
+
+    def take_batch(self) -> ArrayBatch | None:
+        """What the last step was, if a model took it that does not generate; told once."""
+        batch, self._batch = self._batch, None
+        return batch
 
     def load(self, spec: ModelSpec) -> None:
         """Begin to load a further model; `tend` tells when it is there.
@@ -207,10 +227,7 @@ class Runtimes:
     def stats(self) -> EngineStats:
         """The server's own model's, or, without one, steps of the others and what waits for them."""
         if self._generator is not None:
-            stats = self._generator.stats()
-            stats.model_seconds = self._seconds
-            return stats
-        self._stats.model_seconds = self._seconds
+            return self._generator.stats()
         self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())
         return self._stats
 

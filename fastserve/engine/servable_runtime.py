@@ -35,7 +35,9 @@ class _Waiting:
 
 
 class ServableRuntime:
-    """Load a user's network and answer requests batch by batch. Attributes as `PoolingRuntime`'s."""
+    """Load a user's network and answer requests batch by batch. Attributes as `PoolingRuntime`'s; it has no tokens."""
+
+    num_tokens = num_computed = 0
 
     def __init__(self, spec: ModelSpec) -> None:
         self._servable: Servable = load_servable(str(spec.options["model"]), int(spec.options.get("num_threads") or 0))

@@ -18,6 +18,7 @@ class TextRuntime:
     Attributes:
         info: what clients are told.
         weight: of its share of step time.
+        num_tokens, num_computed: always 0; its engine has counters of its own.
 
     Raises:
         CheckpointError, ConfigError, MemoryPlanError: it cannot be loaded or does not fit.
@@ -29,6 +30,7 @@ class TextRuntime:
         if limits is None:
             raise CheckpointError(f"{spec.name} is no encoder-decoder")
         self.weight = spec.weight
+        self.num_tokens = self.num_computed = 0
         self.info = ModelInfo(
             spec.name,
             "text",

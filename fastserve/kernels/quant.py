@@ -10,9 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastserve.checkpoint.quantized import QuantizedWeight
+from fastserve.checkpoint.quantized import QuantizedWeight, QuantScheme
 
 INT8_KV_SCALE_BYTES = 4
+
+
+def quantize_rows(weight: Tensor) -> QuantizedWeight:
+    """A matrix [N, K] in 8 bits, for 8-bit activations: symmetric, one scale per row, the nearest integers."""
+    wide = weight.float()
+    scheme = QuantScheme(activation_bits=8)
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return QuantizedWeight(scheme, ((wide / scales).round() + scheme.centre).to(torch.uint8), scales)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:

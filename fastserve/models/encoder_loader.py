@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
+from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels import select
 from fastserve.kernels.interface import KernelSpec
 from fastserve.kernels.reference import Kernels
-from fastserve.models.encoder import Encoder, EncoderConfig, HeadConfig
+from fastserve.models.encoder import Encoder, HeadConfig
 from fastserve.models.families.encoders import ENCODERS, EncoderFamily, find_encoder
 from fastserve.models.loader import resolve_device, resolve_dtype
 from fastserve.models.parameters import ParameterLoader
@@ -28,7 +27,7 @@ class LoadedEncoder:
 
 
 def load_encoder(
-    folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", kernels: str = "auto"
+    folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", kernels: str = "auto", quantization: str = "auto"
 ) -> LoadedEncoder:
     """Load a folder. Arguments are those of `EngineConfig`.
 
@@ -48,21 +47,32 @@ def load_encoder(
     torch_dtype, torch_device = resolve_dtype(folder, dtype), resolve_device(device)
     spec = KernelSpec(torch_device.type, torch_dtype, config.num_heads, config.num_heads, config.head_size, 1)
     chosen, lines = select.select(kernels, spec)
-    model = _load(folder, family, suffix, config, head, chosen, torch_dtype, torch_device)
+    reader, names, ignored = _tensors(folder, family, suffix, head)
+    parameters = ParameterLoader(
+        reader,
+        names,
+        frozenset(),
+        chosen,
+        torch_dtype,
+        torch_device,
+        read_quantization(folder.config),
+        to_int8=quantization == "int8",
+    )
+    try:
+        model = Encoder(config, parameters, head)
+        parameters.finish(ignored)
+    finally:
+        reader.close()
     report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}", *lines]
+    if quantization != "auto":
+        report.append(f"layers: {quantization}")
     return LoadedEncoder(model, chosen, report)
 
 
-def _load(
-    folder: ModelFolder,
-    family: EncoderFamily,
-    suffix: str,
-    config: EncoderConfig,
-    head: HeadConfig | None,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Encoder:
+def _tensors(
+    folder: ModelFolder, family: EncoderFamily, suffix: str, head: HeadConfig | None
+) -> tuple[WeightReader, dict[str, str], tuple[str, ...]]:
+    """The folder's tensors, role -> module name, and patterns of names that are left over."""
     reader = folder.weights
     prefix = family.prefix if reader.names_of(family.prefix + family.names["embedding"]) else ""
     names = {role: prefix + name for role, name in family.names.items()}
@@ -73,11 +83,4 @@ def _load(
         given = family.heads[suffix]
         roles = {"head_output": given.output, "head_dense": given.dense, "head_norm": given.norm}
         names |= {role: prefix + name[1:] if name.startswith(".") else name for role, name in roles.items()}
-    quantization = read_quantization(folder.config)
-    parameters = ParameterLoader(reader, names, frozenset(), kernels, dtype, device, quantization)
-    try:
-        model = Encoder(config, parameters, head)
-        parameters.finish(ignored)
-    finally:
-        reader.close()
-    return model
+    return reader, names, ignored

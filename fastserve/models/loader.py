@@ -43,10 +43,11 @@ def load_model(
     device: str = "auto",
     kernels: str = "auto",
     backend: str = "auto",
+    quantization: str = "auto",
     block_size: int = 16,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a folder. Arguments are those of `EngineConfig`.
+    """Load a folder; the arguments are those of `EngineConfig`.
 
     Raises:
         CheckpointError: unknown architecture or quantisation, missing, unexpected or misshapen tensors.
@@ -61,10 +62,10 @@ def load_model(
     family, config, reason = choose_native(folder, backend)
     report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}"]
     if family is None or config is None:
-        if folder.config.get("quantization_config"):
+        if folder.config.get("quantization_config") or quantization != "auto":
             raise CheckpointError(
-                f"{folder.path} is quantised, and only native architectures are served quantised ({reason}); give the "
-                "folder of the unquantised model"
+                f"only native architectures are served quantised, and {folder.path} is none ({reason}); give the "
+                "folder of the unquantised model, and quantization=auto"
             )
         from fastserve.models import transformers_backend
 
@@ -79,14 +80,15 @@ def load_model(
         )
         return LoadedModel(other, chosen, [*report, *lines])
     report.append(f"backend: native ({reason})")
-    spec = KernelSpec(
-        torch_device.type, torch_dtype, config.num_heads, config.num_kv_heads, config.head_size, block_size
-    )
-    chosen, lines = select.select(kernels, spec)
-    quantization = read_quantization(folder.config)
-    if quantization is not None and any(item.is_dense for item in quantization.formats):
+    heads = (config.num_heads, config.num_kv_heads, config.head_size)
+    chosen, lines = select.select(kernels, KernelSpec(torch_device.type, torch_dtype, *heads, block_size))
+    found = read_quantization(folder.config)
+    if found is not None and any(item.is_dense for item in found.formats):
         report.append("quantised weights that no kernel has (8-bit floats, groups of 5 to 8 bits) are held as floats")
-    model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device)
+    to_int8 = quantization == "int8"
+    model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device, to_int8)
+    if to_int8:
+        report.append("layers: int8")
     return LoadedModel(model, chosen, [*report, *lines], linears)
 
 
@@ -139,13 +141,14 @@ def _load_native(
     kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device,
+    to_int8: bool,
 ) -> tuple[Decoder, dict[str, LinearPart]]:
     reader = folder.weights
     family_names = family.names_of(folder.config)
     prefix = next((item for item in family.prefixes if reader.names_of(item + family_names["embedding"])), "")
     names = {role: name if role == "head" else prefix + name for role, name in family_names.items()}
     quantization = read_quantization(folder.config)
-    parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device, quantization)
+    parameters = ParameterLoader(reader, names, family.transposed, kernels, dtype, device, quantization, to_int8)
     ignored = family.ignored
     if config.tied_embeddings:
         ignored = (*ignored, rf"{names['head']}\.weight")

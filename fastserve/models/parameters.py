@@ -21,7 +21,7 @@ from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
-from fastserve.kernels.quant import reordered
+from fastserve.kernels.quant import quantize_rows, reordered
 from fastserve.kernels.reference import Kernels
 from fastserve.models.model import ModelShape, same_fields
 
@@ -52,6 +52,7 @@ class ParameterLoader:
         transposed: roles whose weight lies on disk as [in, out].
         kernels, dtype, device: how and where the parameters live.
         quantization: which modules are quantised, and how; None: none.
+        to_int8: quantise matrices of layers that are not (`quantize_rows`), as they are loaded.
 
     Attributes:
         num_parameters, num_bytes: of what was loaded so far.
@@ -67,6 +68,7 @@ class ParameterLoader:
         dtype: torch.dtype,
         device: torch.device,
         quantization: Quantization | None = None,
+        to_int8: bool = False,
     ) -> None:
         self.kernels = kernels
         self.dtype = dtype
@@ -76,6 +78,7 @@ class ParameterLoader:
         self._names = names
         self._transposed = transposed
         self._quantization = quantization
+        self._to_int8 = to_int8
         self.linears: dict[str, LinearPart] = {}
         self._used: set[str] = set()
         self._missing: list[str] = []
@@ -154,6 +157,9 @@ class ParameterLoader:
         else:
             weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
             _check_alike([self._module(role, layer) for role in parts], weights)
+        if self._to_int8 and "router" not in parts and "{layer}" in self._names[next(iter(parts))]:
+            given = weights if isinstance(weights, list) else [weights]
+            weights = [quantize_rows(part) if isinstance(part, Tensor) else part for part in given]
         merged_bias = bias if isinstance(bias, Tensor) else None
         if bias is True:
             merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])

@@ -32,36 +32,33 @@ class SkipJoinMLFQ(FCFS):
         self.alpha = alpha
         self._last_level = num_levels - 1
         self._first_quantum = context.cost.first_iteration_seconds(1)
-        self._places: dict[str, _Place] = {}
+        self.places: dict[str, _Place] = {}
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level; the first is the shortest iteration."""
         return self._first_quantum * (1 << level)
 
-    def level_of(self, sequence: Sequence) -> int:
-        return self._places[sequence.request_id].level
-
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         self._first_quantum = self._context.cost.first_iteration_seconds(1)
         first = self._context.cost.first_iteration_seconds(sequence.num_uncached)
         level = max(0, math.ceil(math.log2(first / self._first_quantum) - 1e-9))
-        self._places[sequence.request_id] = _Place(min(level, self._last_level), 0.0, now)
+        self.places[sequence.request_id] = _Place(min(level, self._last_level), 0.0, now)
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
-        place = self._places[sequence.request_id]
+        place = self.places[sequence.request_id]
         if sequence.status is Status.WAITING and now - place.since >= self.alpha and place.level > 0:
             place.level, place.used = 0, 0.0
         return (place.level,)
 
     def review_time(self, sequence: Sequence, now: float) -> float:
-        place = self._places[sequence.request_id]
+        place = self.places[sequence.request_id]
         return place.since + self.alpha if place.level > 0 else math.inf
 
     def service_before(self, sequence: Sequence) -> float:
-        return self._first_quantum * ((1 << self._places[sequence.request_id].level) - 1)
+        return self._first_quantum * ((1 << self.places[sequence.request_id].level) - 1)
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
-        place = self._places[sequence.request_id]
+        place = self.places[sequence.request_id]
         place.used += seconds
         place.since = now
         if place.used > self.quantum(place.level) and place.level < self._last_level:
@@ -69,4 +66,4 @@ class SkipJoinMLFQ(FCFS):
             place.used = 0.0
 
     def on_finish(self, sequence: Sequence) -> None:
-        del self._places[sequence.request_id]
+        del self.places[sequence.request_id]

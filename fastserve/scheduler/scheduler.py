@@ -122,8 +122,8 @@ class Scheduler:
             sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
             # Of an encoder-decoder, what comes after the first token counts as the answer's.
             num_before = len(request.prompt_ids) - sequence.num_together - 1 if request.num_source else 0
-            length = min(room, sampling.max_tokens or room)
-            search = BeamSearch(sampling, self._answers.end_ids(sampling), length, num_before)
+            ends, length = self._answers.end_ids(sampling), min(room, sampling.max_tokens or room)
+            search = BeamSearch(sampling, ends, length, num_before)
             sequence.group = BeamGroup(request.request_id, search, [sequence])
         sequence.num_cached_expected = self.block_pool.count_cached(sequence)
         self._arrive(sequence, now)

@@ -90,7 +90,9 @@ class Api:
         self._style = ChatStyle.find(tokenizer.tool_template, options.tool_call_format, options.reasoning)
         self._grammars = GrammarGate()
         self._responses = ResponsesApi(self, options.response_store_bytes)
-        requests = ArrayRequests(client, admission, self.generator.check_open, options.request_timeout)
+        requests = ArrayRequests(
+            client, admission, self.metrics.arrays, self.generator.check_open, options.request_timeout
+        )
         self.encoders = Encoders(requests)
         self.text_models = TextModels(client, self.generator.check_open, self._answer_source)
         self.kserve = KServe(requests, self._forget, options.model_repository)

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastserve.core.arrays import ArrayOutput, ArrayRequest
 from fastserve.engine.client import EngineClient
 from fastserve.serve.admission import Admission
+from fastserve.serve.array_metrics import ArrayMetrics
 from fastserve.serve.errors import ApiError
 from fastserve.serve.stream import ClientGoneError, while_connected
 from fastserve.serve.tenants import tenant_of
@@ -23,16 +24,23 @@ class ArrayRequests:
     Args:
         client: the engine.
         admission: the budgets, shared with generation.
+        metrics: told how each call ended.
         check_open: raises ApiError while nothing can be taken.
         max_seconds: longest time for any request; 0 is no limit.
     """
 
     def __init__(
-        self, client: EngineClient, admission: Admission, check_open: Callable[[], None], max_seconds: float
+        self,
+        client: EngineClient,
+        admission: Admission,
+        metrics: ArrayMetrics,
+        check_open: Callable[[], None],
+        max_seconds: float,
     ) -> None:
         self.client = client
         self.check_open = check_open
         self._admission = admission
+        self._metrics = metrics
         self._max_seconds = max_seconds
 
     async def run(self, request: Request, asked: list[ArrayRequest], cost: int) -> list[ArrayOutput]:
@@ -49,8 +57,9 @@ class ArrayRequests:
         self.client.check_count(len(asked))
         leave = self._admission.enter(tenant_of(request), len(asked), cost, capacity, full_batch=max(1, cost))
         try:
-            async with asyncio.timeout(self._max_seconds or None):
-                return await while_connected(request.receive, self.client.run(asked))
+            with self._metrics.call(asked[0].model, len(asked)):
+                async with asyncio.timeout(self._max_seconds or None):
+                    return await while_connected(request.receive, self.client.run(asked))
         except TimeoutError as error:
             message = f"the answer was not ready within {self._max_seconds:g} s"
             raise ApiError(message, 504, code="deadline_exceeded") from error

@@ -16,7 +16,6 @@ from prometheus_client.registry import Collector
 from fastserve.core.metrics import (
     CATALOGUE,
     ENGINE_METRICS,
-    MODEL_STEP_SECONDS,
     NOT_IN_VLLM,
     PREFIX,
     REQUEST_METRICS,
@@ -25,13 +24,14 @@ from fastserve.core.metrics import (
 )
 from fastserve.core.request import FINISH_ABORT
 from fastserve.engine.client import EngineClient, EngineState
+from fastserve.serve.array_metrics import ArrayMetrics
 
 if TYPE_CHECKING:
     from fastserve.serve.generation import Choice
 
 
 class Metrics:
-    """What `/metrics` exports, and the places where requests are counted."""
+    """What `/metrics` exports, and the places where requests are counted; `arrays` is for those without tokens."""
 
     def __init__(self, client: EngineClient, model_name: str, compat: str = "none") -> None:
         """
@@ -44,6 +44,7 @@ class Metrics:
             self._extra.register(_VllmNames(self._registry))
         self._registry.register(_EngineCollector(client, model_name))
         ProcessCollector(registry=self._registry)
+        self.arrays = ArrayMetrics(client.arrays, self._registry)
         histograms: dict[str, Histogram] = {}
         for metric in REQUEST_METRICS:
             if metric.kind == "histogram":
@@ -136,12 +137,6 @@ class _EngineCollector(Collector):
             sample = family(PREFIX + metric.name, metric.help, labels=["model_name"])
             sample.add_metric([self._model_name], float(_ENGINE_VALUES[metric.name](self._client)))
             yield sample
-        steps = CounterMetricFamily(
-            PREFIX + MODEL_STEP_SECONDS.name, MODEL_STEP_SECONDS.help, labels=["model_name", *MODEL_STEP_SECONDS.labels]
-        )
-        for name, seconds in self._client.stats.model_seconds.items():
-            steps.add_metric([self._model_name, name or self._model_name], seconds)
-        yield steps
 
     def describe(self) -> Iterable[Metric]:
         return []

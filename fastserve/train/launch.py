@@ -11,17 +11,29 @@ import sys
 import uuid
 from pathlib import Path
 
-from fastserve.core.errors import FastServeError
+from fastserve.core.errors import ConfigError, FastServeError
 
 _WORKER = "fastserve.train.worker"
+LAUNCHERS = ("local", "ray")
 
 
-def is_launched() -> bool:
-    """Whether this process is one of several that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def check(launcher: str) -> None:
+    """ConfigError for a launcher that there is not."""
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"launcher must be one of {', '.join(LAUNCHERS)}, not {launcher!r}")
 
 
-def launch(recipe: Path, run: Path, num_processes: int, max_restarts: int) -> None:
+def launch(recipe: Path, run: Path, num_processes: int, max_restarts: int, launcher: str = "local") -> None:
+    """Run a recipe on several processes to its end, here or on a Ray cluster."""
+    if launcher == "ray":
+        from fastserve.train import ray_launch
+
+        ray_launch.launch(recipe, run, num_processes, max_restarts)
+    else:
+        _launch_here(recipe, run, num_processes, max_restarts)
+
+
+def _launch_here(recipe: Path, run: Path, num_processes: int, max_restarts: int) -> None:
     """Run a recipe on `num_processes` processes to its end. FastServeError when they fail more often than allowed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

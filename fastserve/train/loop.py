@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastserve.core.errors import FastServeError
 from fastserve.train.checkpoints import Checkpoints, Position
+from fastserve.train.loss_scale import LossScale
 from fastserve.train.mesh import Mesh, blocks_of
 from fastserve.train.objectives import Batch, num_labels
 from fastserve.train.optimizers import (
@@ -101,6 +102,7 @@ class Trainer:
         self._optimizers = make_optimizers(network, optimizer)
         make_states(self._optimizers)
         self._average = MovingAverage(self.named, train.ema_decay) if train.ema_decay else None
+        self._scale = LossScale(train.precision == "float16")
         self._loss = self._compiled_loss()
         self.position = Position()
         self._mean_loss, self._rollbacks, self._tokens = 0.0, 0, 0
@@ -130,7 +132,7 @@ class Trainer:
                 found.update({f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()})
         if self._average:
             found.update({f"average.{name}": value for name, value in self._average.weights.items()})
-        return found
+        return found | self._scale.tensors()
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """All weights gathered on the CPU of the first process (empty on the others); all processes take part."""
@@ -181,37 +183,49 @@ class Trainer:
 
     def _step(self) -> Step | None:
         """One step; None if it went wrong and the run went back."""
-        import torch
-
         step, mesh = self.position.step, self.mesh
-        torch.manual_seed(hash((self._seed, step, mesh.data_rank)) % 2**63)
         batches = self._task.micro_batches(step + self.position.skipped, mesh.data_rank, mesh.data_size)
         count = mesh.sum_over_data(sum(map(num_labels, batches)))
-        self.model.train()
-        total = 0.0
-        for index, batch in enumerate(batches):
-            with mesh.accumulating(is_last=index == len(batches) - 1):
-                with self._precision():
-                    loss = self._loss(self.model, self.on_device(batch))
-                # The exchange takes the mean over processes; the loss is the mean over all their labels.
-                (loss * (mesh.data_size / count)).backward()
-            total += float(loss.detach())
-        mesh.finish_gradients()
-        norm = clip_gradients(list(self.named.values()), self._section.clip_norm or math.inf)
-        loss_per_label = mesh.sum_over_data(total) / count
-        if self._has_diverged(loss_per_label, norm):
-            self._roll_back(loss_per_label, norm)
+        loss, norm = self._gradients(batches, count)
+        while math.isfinite(loss) and not math.isfinite(norm) and self._scale.shrink():
+            loss, norm = self._gradients(batches, count)
+        if self._has_diverged(loss, norm):
+            self._roll_back(loss, norm)
             return None
+        self._scale.grow()
         set_rates(self._optimizers, rate_share(step, self._task.num_steps, self._section))
         for optimizer in self._optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         if self._average:
             self._average.update(self.named, step)
         self.position = Position(step + 1, self.position.skipped)
         tokens = int(mesh.sum_over_data(sum(batch["input_ids"].size for batch in batches)))
         self._tokens += tokens
-        return Step(loss_per_label, norm, tokens)
+        return Step(loss, norm, tokens)
+
+    def _gradients(self, batches: list[Batch], count: float) -> tuple[float, float]:
+        """Leave a step's clipped gradients in the weights; (mean loss over `count` labels, norm before clipping)."""
+        import torch
+
+        mesh, scale, total = self.mesh, self._scale.value, 0.0
+        torch.manual_seed(hash((self._seed, self.position.step, mesh.data_rank)) % 2**63)
+        self._clear_gradients()
+        self.model.train()
+        for index, batch in enumerate(batches):
+            with mesh.accumulating(is_last=index == len(batches) - 1):
+                with self._precision():
+                    loss = self._loss(self.model, self.on_device(batch))
+                # The exchange takes the mean over processes; the loss is the mean over all their labels.
+                (loss * (scale * mesh.data_size / count)).backward()
+            total += float(loss.detach())
+        mesh.finish_gradients()
+        norm = clip_gradients(list(self.named.values()), self._section.clip_norm or math.inf, scale)
+        return mesh.sum_over_data(total) / count, norm
+
+    def _clear_gradients(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _has_diverged(self, loss: float, norm: float) -> bool:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -236,8 +250,7 @@ class Trainer:
         assert path is not None, "a run begins with a checkpoint"
         reached, skipped = self.position.step, self.position.skipped
         found = self._checkpoints.load(path, self.tensors())
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self.position = Position(found.step, skipped + reached - found.step + 1)
         self._mean_loss = 0.0
         self._watch.report(

@@ -46,17 +46,19 @@ class Mesh:
         self._wrapped: Any = None
 
     @classmethod
-    def start(cls, section: ParallelSection) -> Mesh:
-        """Join the process group of torchrun's variables, if there are any."""
+    def start(cls, section: ParallelSection | None) -> Mesh:
+        """Join the process group of torchrun's variables, if there are any; without a section all hold copies."""
         import torch
 
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        section = section or ParallelSection(data=size)
         mesh = cls(section, rank, size)
         if size > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+            if not torch.distributed.is_initialized():  # Ray Train does it before
+                torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
             mesh._device_mesh = torch.distributed.device_mesh.init_device_mesh(
                 mesh.device.type,
                 (section.data, section.shard, section.tensor),

@@ -99,14 +99,17 @@ def alike(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(lists.values())
 
 
-def clip_gradients(parameters: list[Parameter], max_norm: float) -> float:
-    """Scale all gradients to at most `max_norm` together; returns the norm before, the same on every process."""
+def clip_gradients(parameters: list[Parameter], max_norm: float, loss_scale: float = 1.0) -> float:
+    """Undo `loss_scale` and bring all gradients to at most `max_norm` together.
+
+    Returns the norm before, the same on every process.
+    """
     import torch
 
     lists = alike([parameter.grad for parameter in parameters if parameter.grad is not None])
     norms = [_whole(torch.nn.utils.get_total_norm(gradients)) for gradients in lists]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    total = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
     for gradients in lists:
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return float(total)

@@ -93,7 +93,9 @@ class RunParts:
     def __init__(self, recipe: Recipe) -> None:
         self.train = {name: TokenDataset(_shards(folder), "train") for name, folder in recipe.data.sources.items()}
         self.validation = {name: _validation(_shards(folder)) for name, folder in recipe.data.sources.items()}
-        hashes = {name: data.tokenizer_sha256 for name, data in self.train.items()}
+        held_out = {name: TokenDataset(_shards(folder), "train") for name, folder in recipe.data.held_out.items()}
+        self.validation.update(held_out)
+        hashes = {name: data.tokenizer_sha256 for name, data in (self.train | held_out).items()}
         first = next(iter(hashes))
         for name, sha256 in hashes.items():
             if sha256 != hashes[first]:

@@ -67,10 +67,13 @@ class DataSection:
     phases: list[Phase] = field(default_factory=list)
     mixture: dict[str, float] = field(default_factory=dict)
     validation_tokens: int = 200_000  # of each source, at every evaluation
+    held_out: dict[str, str] = field(default_factory=dict)  # shards of texts of their own that are measured as well
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("recipe section [data.sources]: name at least one folder of token shards")
+        if twice := sorted(set(self.sources) & set(self.held_out)):
+            raise ConfigError(f"recipe: {twice[0]!r} is in [data.sources] and in [data.held_out]; name them apart")
         for mixture in (self.mixture, *(phase.mixture for phase in self.phases)):
             if unknown := sorted(set(mixture) - set(self.sources)):
                 raise ConfigError(f"recipe: a mixture names {unknown[0]!r}, which is not in [data.sources]")
@@ -140,7 +143,7 @@ class TrainSection:
     max_rollbacks: int = 5
 
     def __post_init__(self) -> None:
-        _one_of("train.precision", self.precision, ("float32", "bfloat16"))
+        _one_of("train.precision", self.precision, ("float32", "bfloat16", "float16"))
         for name in ("batch_tokens", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if not 0 <= self.ema_decay < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     for name, (family, head, options) in MODELS.items():
         encoder_folders.encoder(folder / name, family, head, **options)
+    encoder_folders.encoder(folder / "late", "Bert", "ForSequenceClassification")
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
     (folder / "vectors" / "modules.json").write_text(json.dumps(listed))
@@ -90,6 +92,30 @@ def test_embeddings_through_the_openai_client(mixed: ServerProcess, repository: 
     prompted = client.embeddings.create(model="vectors", input=TEXTS[0], extra_body={"prompt_name": "query"})
     written = client.embeddings.create(model="vectors", input="find: " + TEXTS[0])
     assert prompted.data[0].embedding == written.data[0].embedding != plain.data[0].embedding
+
+
+def test_metrics_tell_models_apart(mixed: ServerProcess) -> None:
+    def values(name: str, **labels: str) -> float:
+        listed = "".join(f',{key}="{value}"' for key, value in labels.items())
+        text = httpx.get(mixed.url + "/metrics", timeout=30).text
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith(f'fastserve_array_{name}{{model_name="vectors"{listed}}}')
+        ]
+        return float(lines[0].split()[-1]) if lines else 0.0
+
+    names = ["tokens_total", "batch_requests_sum", "request_latency_seconds_count", "step_seconds_total"]
+    before = [values(name) for name in names]
+    answered, refused_before = values("requests_total", outcome="answered"), values("requests_total", outcome="refused")
+    post(mixed, "/v1/embeddings", model="vectors", input=[[2, 8, 9, 3], [2, 3]])
+    post(mixed, "/v1/embeddings", model="vectors", input=[2, 3])
+    assert refused(mixed, "/pooling", model="vectors", input=[2, 3], output="scores")[0] == 400
+    tokens, requests, calls, seconds = (values(name) - start for name, start in zip(names, before, strict=True))
+    assert (tokens, requests, calls) == (8, 3, 2) and seconds > 0
+    assert values("requests_total", outcome="answered") == answered + 3
+    assert values("requests_total", outcome="refused") == refused_before + 1
+    assert values("padding_tokens_total") == 0 and values("requests_live") == 0
 
 
 def test_token_ids_are_taken_as_they_are(mixed: ServerProcess) -> None:
@@ -191,6 +217,50 @@ def test_many_at_once_are_answered_as_alone(mixed: ServerProcess) -> None:
     for text, answer in zip(texts, together, strict=True):
         if text in alone:
             np.testing.assert_allclose(answer["data"][0]["embedding"], alone[text], atol=1e-5)
+
+
+def test_models_come_and_go_while_others_work(mixed: ServerProcess) -> None:
+    """Nobody else's answer changes or fails, and the newcomer has limits of its own."""
+    expected = post(mixed, "/v1/embeddings", model="vectors", input=TEXTS)["data"]
+    stop = threading.Event()
+
+    def embed() -> int:
+        count = 0
+        while not stop.is_set():
+            found = post(mixed, "/v1/embeddings", model="vectors", input=TEXTS)["data"]
+            for item, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(item["embedding"], other["embedding"], atol=1e-5)
+            count += 1
+        return count
+
+    def generate() -> int:
+        count = 0
+        while not stop.is_set():
+            usage = post(mixed, "/v1/completions", prompt="The fox", max_tokens=8, ignore_eos=True)["usage"]
+            assert usage["completion_tokens"] == 8
+            count += 1
+        return count
+
+    def answers(length: int) -> int:
+        body = {"model": "late", "input": [5] * length, "output": "scores"}
+        return httpx.post(mixed.url + "/pooling", json=body, timeout=60).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        working = [pool.submit(embed), pool.submit(embed), pool.submit(generate)]
+        try:
+            for _ in range(3):
+                config = json.dumps({"max_model_len": 16, "weight": 2})
+                loaded = httpx.post(
+                    mixed.url + "/v2/repository/models/late/load", json={"parameters": {"config": config}}, timeout=60
+                )
+                assert loaded.status_code == 200, loaded.text
+                assert [answers(16), answers(17)] == [200, 400]
+                gone = httpx.post(mixed.url + "/v2/repository/models/late/unload", json={}, timeout=60)
+                assert gone.status_code == 200, gone.text
+                assert answers(16) == 404
+        finally:
+            stop.set()
+        assert all(task.result(60) > 0 for task in working)
 
 
 def test_encoders_alone(repository: Path) -> None:

@@ -162,5 +162,7 @@ def test_a_trained_sentence_model() -> None:
     mask = tokens["attention_mask"].unsqueeze(-1)
     expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
     assert ((vectors * expected).sum(axis=1) > 0.9999).all()
+    small = np.stack(fastserve.pipeline("sentence-embedding", str(path), quantization="int8")(texts))
+    assert 0.99 < (small * expected).sum(axis=1).min() < 0.99999
     likeness = vectors @ vectors.T
     assert likeness[3, 4] > 0.5 > 0.2 > likeness[3, 5]  # it knows a puppy from a stock

@@ -93,6 +93,22 @@ def test_norms_may_have_their_old_names(tmp_path: Path) -> None:
     assert torch.equal(before.forward(batch), after.forward(batch))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_in_int8_give_nearly_the_same(dtype: str, kernels: str, tmp_path: Path) -> None:
+    folder = ModelFolder.open(str(encoder_folders.encoder(tmp_path, "Bert", "ForTokenClassification")))
+    exact = load_encoder(folder, kernels="reference").model
+    loaded = load_encoder(folder, dtype=dtype, kernels=kernels, quantization="int8")
+    batch = RaggedBatch.of(*sequences(2), loaded.model.device)
+    ours, theirs = loaded.model.forward(batch).float(), exact.forward(batch)
+    cosines = torch.nn.functional.cosine_similarity(ours, theirs)
+    assert 0.99 < cosines.min() < 0.99999  # near, and really another computation
+    assert "layers: int8" in loaded.report
+    if loaded.kernels.name == "cpu":  # the reference keeps floats
+        held = load_encoder(folder, dtype=dtype, kernels=kernels).model.shape.weight_bytes
+        assert loaded.model.shape.weight_bytes < held
+
+
 def test_what_is_no_encoder_is_refused_by_name(tmp_path: Path) -> None:
     folder = encoder_folders.encoder(tmp_path, "Bert")
     file = folder / "config.json"

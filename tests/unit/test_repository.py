@@ -55,6 +55,7 @@ ENGINE_OPTIONS = [
     "max_waiting",
     "kv_cache_memory",
     "kv_cache_max_memory",
+    "quantization",
     "kv_cache_dtype",
     "kv_host_cache",
     "kv_disk_cache",

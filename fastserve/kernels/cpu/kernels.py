@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ _CACHE_DTYPES = {**_DTYPES, torch.int8: 2}
 _SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _BYTES, _NIBBLES, _CODEBOOK = 2, 3, 4
+_log = logging.getLogger(__name__)
 
 
 class CPUKernels(Kernels):
@@ -90,6 +91,10 @@ class CPUKernels(Kernels):
         tensors = [tuple(None if item is None else item.contiguous() for item in part) for part in tensors]
         rows = [(len(part[0]), *(0 if item is None else item.data_ptr() for item in part)) for part in tensors]
         native = self._backend.pack(code, tensors[0][0].shape[1], rows, **options)
+        zeros, gain = self._backend.drop_zeros(native)
+        if gain:  # measured now, for matrices with as many
+            kept = "without them" if gain > 1 else "with them"
+            _log.info("kernels: %d %% of a matrix is zero; leaving it out is %.2f times as fast: %s", zeros, gain, kept)
         return PackedLinear(torch.empty(0), native=native, is_gated=is_gated, activation_bits=activation_bits)
 
     def linear(
@@ -284,13 +289,18 @@ class CPUKernels(Kernels):
         window: int = 0,
         bias: Tensor | None = None,
     ) -> Tensor:
-        if key.stride(-1) != 1 or value.stride(-1) != 1:
-            key, value = key.contiguous(), value.contiguous()
-        lengths = [end - start for start, end in pairwise(key_starts)]
-        tables = [torch.arange(start, end) for start, end in pairwise(key_starts)]  # a cache of blocks of one key
-        keys, values = key.unsqueeze(1), value.unsqueeze(1)
+        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
         bias = None if bias is None else bias.float().contiguous()
-        return self._attention(query, keys, values, query_starts, lengths, tables, scale, 0.0, window, False, bias)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        if not query.numel():
+            return out
+        self._backend.varlen(
+            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
+            query.shape[1], key.shape[1], query.shape[2],
+            key.data_ptr(), value.data_ptr(), key.stride()[:2], value.stride()[:2], query_starts, key_starts,
+            scale, window, _address(bias), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
+        )  # fmt: skip
+        return out
 
     def _attention(
         self,

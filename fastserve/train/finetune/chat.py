@@ -25,7 +25,11 @@ _LOOK_AHEAD = 64  # conversations looked through to fill a row
 
 
 class Instruction:
-    """Rows have messages, prompt and completion, or instruction, input and output. Only answers are learnt."""
+    """Rows have messages, prompt and completion, or instruction, input and output. Only answers are learnt.
+
+    A row with nothing but `text` is learnt as a whole: pieces of what the model was pretrained on keep it from
+    forgetting.
+    """
 
     network_class = "AutoModelForCausalLM"
 
@@ -34,13 +38,14 @@ class Instruction:
         _set_template(tokenizer, settings)
 
     def configure(self, config: Any, rows: list[Example]) -> None:
-        pass
+        if all(map(_is_text, rows)):
+            messages_of(rows[0])  # says what a conversation needs
 
     def use_labels(self, config: Any) -> None:
         pass
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
-        items = [self._conversation(messages_of(row)) for row in rows]
+        items = [self._text(row["text"]) if _is_text(row) else self._conversation(messages_of(row)) for row in rows]
         kept = [item for item in items if any(label != IGNORED for label in item["labels"])]
         if not kept:
             raise ConfigError(f"no conversation has an answer within max_length ({self._settings.max_length} tokens)")
@@ -65,8 +70,15 @@ class Instruction:
         return {"held_out_loss": round(total / max(1, count), 6)}
 
     def _conversation(self, messages: Messages) -> Encoded:
+        return self._learnt(*render(self._tokenizer, messages))
+
+    def _text(self, text: str) -> Encoded:
+        begin = self._tokenizer.bos_token_id
+        ids = [*([] if begin is None else [begin]), *self._tokenizer.encode(text, add_special_tokens=False)]
+        return self._learnt(ids, [True] * len(ids))
+
+    def _learnt(self, ids: list[int], is_answer: list[bool]) -> Encoded:
         """Inputs and labels, one token apart; what max_length cuts is lost."""
-        ids, is_answer = render(self._tokenizer, messages)
         ids, is_answer = ids[: self._settings.max_length + 1], is_answer[: self._settings.max_length + 1]
         labels = [number if learnt else IGNORED for number, learnt in zip(ids[1:], is_answer[1:], strict=True)]
         return {"input_ids": ids[:-1], "position_ids": list(range(len(ids) - 1)), "labels": labels}
@@ -169,6 +181,10 @@ class Preference:
         import torch
 
         return torch.nn.functional.logsigmoid(margins)
+
+
+def _is_text(row: Example) -> bool:
+    return set(row) == {"text"}
 
 
 def messages_of(row: Example) -> Messages:

@@ -7,7 +7,6 @@ RUN/model/                      the tuned folder, with its scores in the card
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.train import launch
 from fastserve.train.card import write_card_page
 from fastserve.train.checkpoints import Checkpoints, Position
+from fastserve.train.finetune.adapters import add_adapters, merged
 from fastserve.train.finetune.chat import Instruction, Preference
 from fastserve.train.finetune.examples import Example, divide, read_examples
 from fastserve.train.finetune.labels import Classification, TokenClassification
@@ -32,8 +33,8 @@ from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh
 from fastserve.train.network import open_tokenizer, save_model_folder
 from fastserve.train.objectives import Batch
-from fastserve.train.settings import OptimizerSection, ParallelSection, TrainSection
-from fastserve.train.watch import RunWatch
+from fastserve.train.settings import OptimizerSection, TrainSection
+from fastserve.train.watch import RunWatch, Silence
 
 if TYPE_CHECKING:
     import torch
@@ -46,44 +47,78 @@ KINDS: dict[str, Any] = dict(
     )
 )
 _CHECKPOINTS_PER_RUN = 10
+CLAIM = "finetune.json"  # in the run's folder: what was asked
 
 
 def finetune(task: str, model: str, data: Path, run: Path, settings: FinetuneSettings) -> dict[str, Any]:
     """Tune the folder `model` on the examples in `data`, into the folder `run`; returns the scores before and after.
 
-    Goes on from the last checkpoint of `run`, if there is one. ConfigError for examples or a model that do not fit.
+    Goes on from the last checkpoint of `run`, if there is one. Under torchrun this is called on every process, and
+    they share each batch. ConfigError for examples or a model that do not fit.
     """
-    tokenizer = open_tokenizer(Path(model))
-    kind = KINDS[task](tokenizer, settings)
+    mesh = Mesh.start(None)
+    try:
+        kind, rows, training, held_out = _opened(task, model, data, settings, mesh.num_processes)
+        network = open_network(kind, model, rows, "auto" if settings.qlora else "float32")
+        if isinstance(kind, Preference):
+            kind.prepare(network.eval(), [*training, *held_out])
+        items = kind.encode(training)
+        if settings.lora_rank:
+            network = add_adapters(network, settings)
+        if mesh.is_first:
+            claim(run, task, model, data, settings)
+        mesh.wait()
+        tuning = Tuning(kind, items, held_out, settings, Path(model), run, task)
+        if mesh.is_first:
+            tuning.before = tuning.scores(network)
+        trainer = Trainer(
+            network,
+            tuning,
+            tuning.train_section(),
+            tuning.optimizer_section(),
+            mesh=mesh,
+            checkpoints=Checkpoints(run / "checkpoints", mesh, keep=1),
+            watch=RunWatch(run, "finetune", tuning.num_steps) if mesh.is_first else Silence(),
+            seed=settings.seed,
+            report_every=max(1, min(10, tuning.num_steps // 10)),
+        )
+        trainer.run()
+    finally:
+        mesh.close()
+    return tuning.measured
+
+
+def tune(
+    task: str, model: str, data: Path, run: Path, settings: FinetuneSettings, num_processes: int, max_restarts: int
+) -> dict[str, Any]:
+    """`finetune` on one process or on several of this machine; what would stop it is found before they are started."""
+    if num_processes == 1:
+        return finetune(task, model, data, run, settings)
+    from transformers import AutoConfig
+
+    kind, rows, training, _ = _opened(task, model, data, settings, num_processes)
+    kind.configure(AutoConfig.from_pretrained(model), rows)
+    if len(kind.encode(training)) < num_processes:
+        raise ConfigError(f"the examples are too few for {num_processes} processes")
+    claim(run, task, model, data, settings)
+    launch.launch(run / CLAIM, run, num_processes, max_restarts)
+    measured: dict[str, Any] = json.loads((run / "model" / "fastserve.json").read_text(encoding="utf-8"))["measured"]
+    return measured
+
+
+def _opened(
+    task: str, model: str, data: Path, settings: FinetuneSettings, num_processes: int
+) -> tuple[Any, list[Example], list[Example], list[Example]]:
+    """(kind, all rows, those to learn, those to measure)."""
+    if settings.batch_size % num_processes:
+        raise ConfigError(f"batch_size {settings.batch_size} does not divide among {num_processes} processes")
+    kind = KINDS[task](open_tokenizer(Path(model)), settings)
     rows = read_examples(data)
     if settings.validation:
         training, held_out = rows, read_examples(Path(settings.validation))
     else:
         training, held_out = divide(rows, settings.validation_share, settings.seed)
-    held_out = held_out[: settings.evaluate_examples or None]
-    network = open_network(kind, model, rows)
-    if isinstance(kind, Preference):
-        kind.prepare(network.eval(), [*training, *held_out])
-    items = kind.encode(training)
-    _claim(run, task, model, data, settings)
-    if settings.lora_rank:
-        network = add_adapters(network, settings)
-    mesh = Mesh(ParallelSection(), 0, 1)
-    tuning = Tuning(kind, items, held_out, settings, Path(model), run, task)
-    trainer = Trainer(
-        network,
-        tuning,
-        tuning.train_section(),
-        tuning.optimizer_section(),
-        mesh=mesh,
-        checkpoints=Checkpoints(run / "checkpoints", mesh, keep=1),
-        watch=RunWatch(run, "finetune", tuning.num_steps),
-        seed=settings.seed,
-        report_every=max(1, min(10, tuning.num_steps // 10)),
-    )
-    tuning.before = tuning.scores(network)
-    trainer.run()
-    return tuning.measured
+    return kind, rows, training, held_out[: settings.evaluate_examples or None]
 
 
 class Tuning:
@@ -132,7 +167,9 @@ class Tuning:
         epoch, place = divmod(step, self._steps_per_epoch)
         order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._items))
         chosen = [self._items[index] for index in order[place * self._batch_size :][: self._batch_size]]
-        size = self._settings.micro_batch_size or self._batch_size
+        own = len(chosen) // num_ranks
+        chosen = chosen[rank * own :][:own]
+        size = self._settings.micro_batch_size or own
         return [self._kind.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -146,17 +183,23 @@ class Tuning:
             return self._kind.score(network, self._held_out)
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
-        self.measured = {**self.scores(trainer.network), "before": self.before}
+        """The scores, on the first process."""
+        if trainer.mesh.is_first:
+            self.measured = {**self.scores(trainer.network), "before": self.before}
         return self.measured
 
     def export(self, trainer: Trainer, position: Position, measured: dict[str, Any]) -> None:
+        if trainer.mesh.is_first:
+            self._write_folder(trainer.network, position, measured)
+        trainer.mesh.wait()
+
+    def _write_folder(self, network: Any, position: Position, measured: dict[str, Any]) -> None:
         from fastserve import __version__
 
-        network = trainer.network
         if self._settings.lora_rank:
             if not self._settings.merge:
                 network.save_pretrained(self._run / "adapter")
-            network = copy.deepcopy(network).merge_and_unload()
+            network = merged(network)
         card = {
             "name": self._run.name,
             "made_by": f"fastserve {__version__}, fastserve finetune {self._task}",
@@ -176,8 +219,8 @@ class Tuning:
         write_card_page(folder, self._run / "log.jsonl", card, "finetune")
 
 
-def open_network(kind: Kind, model: str, rows: list[Example] | None) -> Any:
-    """The folder's network in float32 with the head of the kind: a new one for `rows`, the folder's own without."""
+def open_network(kind: Kind, model: str, rows: list[Example] | None, dtype: str = "float32") -> Any:
+    """The folder's network with the head of the kind: a new one for `rows`, the folder's own without."""
     import torch
     import transformers
 
@@ -189,9 +232,7 @@ def open_network(kind: Kind, model: str, rows: list[Example] | None) -> Any:
             kind.use_labels(config)
         torch.manual_seed(0)
         loader = getattr(transformers, kind.network_class)
-        network = loader.from_pretrained(
-            model, config=config, dtype=torch.float32, ignore_mismatched_sizes=rows is not None
-        )
+        network = loader.from_pretrained(model, config=config, dtype=dtype, ignore_mismatched_sizes=rows is not None)
         return network if rows is not None else network.requires_grad_(False).eval()
     except OSError as error:
         raise CheckpointError(f"cannot open {model}: {error}") from error
@@ -201,31 +242,11 @@ def open_network(kind: Kind, model: str, rows: list[Example] | None) -> Any:
         raise ConfigError(f"{model} cannot be tuned for this task: {str(error).splitlines()[0]}") from error
 
 
-def add_adapters(network: Any, settings: FinetuneSettings) -> Any:
-    """Low-rank additions to the chosen linear modules (peft); new heads are tuned as a whole."""
-    import peft
-
-    heads = [name for name in ("classifier", "qa_outputs", "score") if hasattr(network, name)]
-    config = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_targets) or "all-linear",
-        exclude_modules=heads or None,
-        modules_to_save=heads or None,
-        use_dora=settings.dora,
-    )
-    try:
-        return peft.get_peft_model(network, config)
-    except ValueError as error:
-        raise ConfigError(f"lora_targets: {error}") from error
-
-
-def _claim(run: Path, task: str, model: str, data: Path, settings: FinetuneSettings) -> None:
+def claim(run: Path, task: str, model: str, data: Path, settings: FinetuneSettings) -> None:
     """Make the folder this run's, or check that it is."""
     values = {"task": task, "model": model, "data": str(data), "settings": dataclasses.asdict(settings)}
     text = json.dumps(values, indent=1)
-    path = run / "finetune.json"
+    path = run / CLAIM
     if path.exists():
         if path.read_text(encoding="utf-8") != text:
             raise ConfigError(f"{run} holds a run with other settings; choose another --out, or remove the folder")

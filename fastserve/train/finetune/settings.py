@@ -33,7 +33,7 @@ class FinetuneSettings:
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
         weight_decay: of the matrices.
         warmup_share: share of the steps in which the rate rises.
-        precision: float32 or bfloat16.
+        precision: float32, bfloat16, or float16 with a scaled loss.
         gradient_checkpointing: compute activations twice to save their memory.
         dtype: of the exported weights: float32 or bfloat16.
         lora_rank: tune low-rank additions of this rank instead of all weights; 0: all weights.
@@ -41,6 +41,7 @@ class FinetuneSettings:
         lora_dropout: their dropout.
         lora_targets: modules that get them; all linear ones when not given.
         dora: split weights into size and direction too (DoRA).
+        qlora: hold the weights that the additions are tuned on in 4 bits (QLoRA); needs lora_rank.
         merge: export whole weights with the additions merged; else an adapter folder is written beside.
         packing: fill rows with several conversations, which do not attend to each other (instruction).
         chat_template: file with a chat template, for models that have none (instruction, preference).
@@ -73,6 +74,7 @@ class FinetuneSettings:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ()
     dora: bool = False
+    qlora: bool = False
     merge: bool = True
     packing: bool = True
     chat_template: str = ""
@@ -88,13 +90,14 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("precision", "dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ConfigError(f"{name} must be float32 or bfloat16, not {getattr(self, name)!r}")
+        for name, allowed in (("precision", ("float32", "bfloat16", "float16")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name, low in (("batch_size", 1), ("max_length", 8), ("epochs", 0), ("steps", 0), ("lora_rank", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if self.dora and not self.lora_rank:
-            raise ConfigError("dora refines LoRA: give lora_rank too")
+        for name in ("dora", "qlora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ConfigError(f"{name} is a form of LoRA: give lora_rank too")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share must lie between 0 and 1, not {self.validation_share}")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 _SCORE_BATCH = 16
-_CANDIDATES = 20  # starts and ends considered per window
 
 
 class QuestionAnswering:
@@ -40,8 +39,9 @@ class QuestionAnswering:
         for row in rows:
             if (span := answer_span(row)) is None:
                 continue
-            for window, offsets in self._windows(row):
-                items.append({**window, "labels": _token_span(offsets, *span)})
+            encoded = self._encoded(row)
+            for window, encoding in zip(_inputs(encoded), encoded.encodings, strict=True):
+                items.append({**window, "labels": _token_span(encoding, *span)})
         if not items:
             raise ConfigError("no answer stands in its context as it is written; give answers with `answer_start`")
         return items
@@ -60,49 +60,32 @@ class QuestionAnswering:
         return answer_scores(self.predict(network, rows), [answers_of(row) for row in rows])
 
     def predict(self, network: Any, rows: list[Example]) -> list[str]:
-        """The likeliest span of each context, over all its windows."""
-        owners, windows, all_offsets = [], [], []
-        for index, row in enumerate(rows):
-            for window, offsets in self._windows(row):
-                owners.append(index)
-                windows.append({**window, "labels": [0, 0]})
-                all_offsets.append(offsets)
-        best = [(-np.inf, 0, 0)] * len(rows)
-        for numbers in batches_of(list(range(len(windows))), _SCORE_BATCH):
-            batch = on_device(self.batch([windows[number] for number in numbers]), network)
+        """The likeliest span of each context, over all its windows, by the rules that serving has."""
+        from fastserve.offline.tasks.question_answering import AnswerRules, choose_answers
+
+        cut = [self._encoded(row) for row in rows]
+        windows = [{**window, "labels": [0, 0]} for encoded in cut for window in _inputs(encoded)]
+        scores: list[Any] = []
+        for items in batches_of(windows, _SCORE_BATCH):
+            batch = on_device(self.batch(items), network)
             batch.pop("labels")
             outputs = network(**batch)
-            starts, ends = outputs.start_logits.float().cpu().numpy(), outputs.end_logits.float().cpu().numpy()
-            for row_in_batch, number in enumerate(numbers):
-                offsets = all_offsets[number]
-                found = self._best_span(starts[row_in_batch], ends[row_in_batch], offsets)
-                if found[0] > best[owners[number]][0]:
-                    first, last = offsets[found[1]], offsets[found[2]]
-                    assert first is not None and last is not None  # outside the context scores are minus infinity
-                    best[owners[number]] = (found[0], first[0], last[1])
-        return [row["context"][start:end] for row, (_, start, end) in zip(rows, best, strict=True)]
+            both = np.stack([outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()], axis=-1)
+            scores += [logits[: len(item["input_ids"])] for logits, item in zip(both, items, strict=True)]
+        rules = AnswerRules(max_answer_length=self._settings.max_answer_tokens)
+        found = []
+        for row, encoded in zip(rows, cut, strict=True):
+            own, scores = scores[: len(encoded.encodings)], scores[len(encoded.encodings) :]
+            found.append(choose_answers(row["context"], encoded.encodings, own, rules)[0]["answer"])
+        return found
 
-    def _best_span(self, starts: Any, ends: Any, offsets: list[tuple[int, int] | None]) -> tuple[float, int, int]:
-        """(score, first token, last token) of the best span inside the context."""
-        outside = np.array([offset is None for offset in offsets])
-        starts = np.where(outside, -np.inf, starts[: len(offsets)])
-        ends = np.where(outside, -np.inf, ends[: len(offsets)])
-        best = (-np.inf, 0, 0)
-        for start in np.argsort(-starts)[:_CANDIDATES].tolist():
-            last = min(len(offsets), start + self._settings.max_answer_tokens)
-            end = start + int(np.argmax(ends[start:last]))
-            score = float(starts[start] + ends[end])
-            if score > best[0]:
-                best = (score, start, end)
-        return best
-
-    def _windows(self, row: Example) -> list[tuple[Encoded, list[tuple[int, int] | None]]]:
-        """The inputs of each window, and each token's characters in the context (None: not of the context)."""
+    def _encoded(self, row: Example) -> Any:
+        """transformers' encoding of question and context, an entry for each window."""
         room = self._settings.max_length
         question = self._tokenizer(str(value_of(row, "question")), add_special_tokens=False)["input_ids"]
         if len(question) > room // 2:
             raise ConfigError(f"a question has {len(question)} tokens, more than half of max_length ({room})")
-        encoded = self._tokenizer(
+        return self._tokenizer(
             str(row["question"]),
             str(value_of(row, "context")),
             truncation="only_second",
@@ -111,13 +94,12 @@ class QuestionAnswering:
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        names = [name for name in encoded if name not in ("offset_mapping", "overflow_to_sample_mapping")]
-        found = []
-        for window, offsets in enumerate(encoded["offset_mapping"]):
-            kinds = encoded.sequence_ids(window)
-            places = [tuple(offset) if kind == 1 else None for offset, kind in zip(offsets, kinds, strict=True)]
-            found.append(({name: encoded[name][window] for name in names}, places))
-        return found
+
+
+def _inputs(encoded: Any) -> list[Encoded]:
+    """What the network reads of each window."""
+    names = [name for name in encoded if name not in ("offset_mapping", "overflow_to_sample_mapping")]
+    return [{name: encoded[name][window] for name in names} for window in range(len(encoded.encodings))]
 
 
 def answers_of(row: Example) -> list[str]:
@@ -139,12 +121,11 @@ def answer_span(row: Example) -> tuple[int, int] | None:
     return None
 
 
-def _token_span(offsets: list[tuple[int, int] | None], start: int, end: int) -> list[int]:
-    inside = [
-        index for index, offset in enumerate(offsets) if offset is not None and offset[0] < end and offset[1] > start
-    ]
-    covered = [offset for offset in offsets if offset is not None]
+def _token_span(window: Any, start: int, end: int) -> list[int]:
+    """First and last token of the characters [start, end) of the context; [0, 0] where a window has not all of them."""
+    places = [index for index, sequence in enumerate(window.sequence_ids) if sequence == 1]
+    inside = [index for index in places if window.offsets[index][0] < end and window.offsets[index][1] > start]
     # An answer that the window cuts is none: the other window has it whole.
-    if not inside or covered[0][0] > start or covered[-1][1] < end:
+    if not inside or window.offsets[places[0]][0] > start or window.offsets[places[-1]][1] < end:
         return [0, 0]
     return [inside[0], inside[-1]]

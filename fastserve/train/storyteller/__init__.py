@@ -1,6 +1,5 @@
-"""The built-in model: a storyteller of a few million parameters, made from raw books by one recipe.
+"""What only the built-in model needs: its texts and chats made from raw books, and the scores and card of the result.
 
-Four stages: learn a tokenizer, pretrain on books, tune on requests made from the stories, export a folder. Run it with
-`python -m fastserve.train.storyteller configs/builtin.toml`. Importing this package loads neither torch nor
-transformers.
+Everything between is done by the commands that any model is trained with: examples/builtin_model.sh has them in order.
+Importing this package loads neither torch nor transformers.
 """

@@ -2,7 +2,7 @@
 
 A complete short tale answers `Tell me a story about ...`; the first part of a long one answers a request for a
 beginning. Many tales are retold of somebody else (topics.retell) and others are told by a grammar (plots.py), afresh in
-each epoch. Only answers are learnt, with the token that ends them.
+each epoch. Pieces of the books as they are keep their language from being forgotten.
 """
 
 from __future__ import annotations
@@ -12,24 +12,16 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import Any
 
 from fastserve.train.storyteller import phrases
 from fastserve.train.storyteller.corpus import Document
-from fastserve.train.storyteller.packing import Conversation
 from fastserve.train.storyteller.plots import StoryGrammar, Told
-from fastserve.train.storyteller.recipe import Tune
-from fastserve.train.storyteller.tokenizer import ASSISTANT, END_OF_TEXT, END_OF_TURN, SYSTEM, USER, token_id
+from fastserve.train.storyteller.recipe import Chats
 from fastserve.train.storyteller.topics import NounFinder, another_of_its_kind, mentions, retell, sex_of
 from fastserve.train.storyteller.words import NAMES
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 Message = tuple[str, str]  # role, content
-_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 _TALE_OPENS = re.compile(
     r"Once|There (?:was|were|lived)|(?:A|An|Two|Three|Some) [A-Za-z]+|One (?:day|morning|evening|night|winter|summer)"
     r"|(?:A )?[Ll]ong(?:,? long)? (?:time )?ago|In (?:a|the) |The [A-Z]"
@@ -58,11 +50,9 @@ class ChatSet:
     def __init__(
         self,
         training: dict[str, list[Document]],
-        tokenizer: Tokenizer,
-        section: Tune,
+        section: Chats,
         held_out_subjects: frozenset[str],
     ) -> None:
-        self.tokenizer = tokenizer
         self._section = section
         self._excluded = held_out_subjects
         self._nouns = NounFinder(document.text for name in section.requests_per_story for document in training[name])
@@ -73,12 +63,22 @@ class ChatSet:
             for tale in self._tales_of(document, requests)
         ]
         self._grammar = StoryGrammar(held_out_subjects, self._nouns.countable(_MIN_NOUN_COUNT), self._names_by_sex())
-        self._ids = {token: token_id(tokenizer, token) for token in (END_OF_TEXT, END_OF_TURN, *_ROLES.values())}
+        self._books = [document for name in section.book_sources for document in training[name]]
 
-    def epoch(self, seed: int) -> list[Conversation]:
-        """The encoded conversations of one epoch; the few longer than a row are left out."""
-        encoded = (self.encode(messages) for messages in self.conversations(seed))
-        return [conversation for conversation in encoded if len(conversation.tokens) <= self._section.length]
+    def rows(self, seed: int) -> Iterator[dict[str, Any]]:
+        """The rows of one epoch as `fastserve finetune instruction` reads them: `messages`, or a piece of a book."""
+        chooser, chat_words, book_words = random.Random(seed + 1), 0, 0
+        share = self._section.book_share
+        for conversation in self.conversations(seed):
+            num_words = sum(len(content.split()) for _, content in conversation)
+            if num_words > self._section.max_words:
+                continue
+            yield {"messages": [{"role": role, "content": content} for role, content in conversation]}
+            chat_words += num_words
+            while self._books and book_words < chat_words * share / (1 - share):
+                piece = self._piece(chooser)
+                book_words += len(piece.split())
+                yield {"text": piece}
 
     def conversations(self, seed: int) -> Iterator[list[Message]]:
         """The conversations of one epoch as messages: real tales, told plots, small talk."""
@@ -101,14 +101,11 @@ class ChatSet:
                 for question in questions:
                     yield self._with_system([("user", question), ("assistant", chooser.choice(answers))], chooser)
 
-    def encode(self, messages: list[Message]) -> Conversation:
-        """Token ids exactly as the chat template writes them, and which of them are answers."""
-        tokens, is_answer = [self._ids[END_OF_TEXT]], [False]
-        for role, content in messages:
-            ids = self.tokenizer.encode(content.strip()).ids
-            tokens += [self._ids[_ROLES[role]], *ids, self._ids[END_OF_TURN]]
-            is_answer += [False] + [role == "assistant"] * (len(ids) + 1)
-        return Conversation(np.array(tokens, dtype=np.uint16), np.array(is_answer))
+    def _piece(self, chooser: random.Random) -> str:
+        """Paragraphs of a book that follow each other, about as long as the longest answer."""
+        paragraphs = chooser.choice(self._books).text.split("\n")
+        start = chooser.randrange(len(paragraphs))
+        return "\n".join(_paragraphs_within(paragraphs[start:], self._section.max_answer_words)) or paragraphs[start]
 
     def _tales_of(self, document: Document, requests: int) -> Iterator[Tale]:
         """A short document is a tale if it was published or reads like one; a long one gives its first paragraphs."""
@@ -116,14 +113,11 @@ class ChatSet:
         if not document.title and not (told_by_nobody and _TALE_OPENS.match(document.text)):
             return
         paragraphs = document.text.split("\n")
-        sizes = [len(encoding.ids) + 1 for encoding in self.tokenizer.encode_batch(paragraphs)]
-        if self._section.min_answer_tokens <= sum(sizes) <= self._section.max_answer_tokens:
+        num_words = len(document.text.split())
+        if self._section.min_answer_words <= num_words <= self._section.max_answer_words:
             yield self._tale(document.text, document.title, True, requests)
-        elif sum(sizes) > self._section.max_answer_tokens:
-            ends = itertools.accumulate(sizes)
-            opening = "\n".join(
-                itertools.takewhile(lambda _: next(ends) <= self._section.max_answer_tokens // 2, paragraphs)
-            )
+        elif num_words > self._section.max_answer_words:
+            opening = "\n".join(_paragraphs_within(paragraphs, self._section.max_answer_words // 2))
             if len(opening.split()) >= 50:
                 yield self._tale(opening, document.title, False, 1)
 
@@ -210,3 +204,9 @@ class ChatSet:
 def _exchange(requests: tuple[str, ...], told: Told, chooser: random.Random, answer: str = "") -> list[Message]:
     request = chooser.choice(requests).format(topic=told.topic, title=told.title, story=told.text)
     return [("user", request), ("assistant", answer or told.text)]
+
+
+def _paragraphs_within(paragraphs: list[str], num_words: int) -> list[str]:
+    """The first paragraphs that have at most so many words together."""
+    ends = itertools.accumulate(len(paragraph.split()) for paragraph in paragraphs)
+    return [paragraph for paragraph, end in zip(paragraphs, ends, strict=True) if end <= num_words]

@@ -1,7 +1,7 @@
-"""The recipe of one model: every number that shapes it, read from a TOML file.
+"""Where the texts of the built-in model come from and how its chats are made, read from a TOML file.
 
 A section of the file is a dataclass here and a key is a field, so a misspelt key or a value of the wrong type is an
-error that names it. No stage reads a number from anywhere else; the exported card keeps the recipe as it was read.
+error that names it. The exported card keeps the recipe as it was read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Source:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every document is kept: such sources define easy English, and the tokenizer learns from them."""
+        """Whether every document is kept: such sources define easy English."""
         return not self.keep_easiest_words and not self.max_words
 
 
@@ -43,73 +43,22 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerSection:
-    vocab_size: int = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The shape, with the names of Hugging Face's LlamaConfig."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    max_position_embeddings: int = 1024
-    rope_theta: float = 10000.0
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of pretraining with one window length and one mixture; weights are shares of the windows."""
-
-    steps: int
-    length: int
-    mixture: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Optimizer:
-    """Muon for matrices, AdamW for the rest; warm-up, plateau, then a linear decay to `final_share` of the rate."""
-
-    muon_learning_rate: float
-    adamw_learning_rate: float
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    decay_steps: int = 0
-    final_share: float = 0.0
-    clip_norm: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Pretrain:
-    batch_tokens: int
-    phases: list[Phase]
-    optimizer: Optimizer
-    checkpoint_every: int = 200
-    evaluate_every: int = 400
-
-
-@dataclass(frozen=True, slots=True)
-class Tune:
+class Chats:
     """Chat tuning. `requests_per_story` names the sources of tales and how often a tale is asked for in an epoch."""
 
-    batch_tokens: int
-    length: int
-    steps: int  # as many epochs as it takes; each makes its requests afresh
-    max_answer_tokens: int
-    min_answer_tokens: int
-    book_share: float  # share of windows of plain pretraining text mixed in, against forgetting
     requests_per_story: dict[str, int]
-    optimizer: Optimizer
+    epochs: int = 3  # each is made afresh
+    min_answer_words: int = 30
+    max_answer_words: int = 350
+    max_words: int = 365  # of a whole conversation, longer ones are left out: about what a row of tuning holds
+    book_share: float = 0.2  # share of the words that are plain pieces of the books, against forgetting
+    book_sources: list[str] = field(default_factory=list)  # where those come from
     follow_up_share: float = 0.12  # share of tales followed by a second request
     retold_share: float = 0.7  # share of tales told of another animal, person or thing than in the book
     opening_share: float = 0.3  # share of the beginnings of long tales used in an epoch
     system_share: float = 0.08  # share of conversations opened by a system message
     plots: int = 0  # stories of the story grammar (plots.py) in an epoch
     small_talk_rounds: int = 2  # how often each question of small talk is asked in an epoch
-    checkpoint_every: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +67,6 @@ class Generation:
 
     temperature: float = 0.7
     top_p: float = 0.9
-    repetition_penalty: float = 1.0
     max_new_tokens: int = 400
 
 
@@ -128,10 +76,7 @@ class Recipe:
     licence: str
     seed: int
     data: Data
-    tokenizer: TokenizerSection
-    model: Model
-    pretrain: Pretrain
-    tune: Tune
+    chats: Chats
     generation: Generation
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,28 +86,14 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe; ConfigError names the key that is missing, unknown or of the wrong type."""
     recipe = build_section(Recipe, read_toml(path), "")
-    _check(recipe)
+    for name, sources in (
+        ("requests_per_story", recipe.chats.requests_per_story),
+        ("book_sources", recipe.chats.book_sources),
+    ):
+        if unknown := sorted(set(sources) - set(recipe.data.sources)):
+            raise ConfigError(f"recipe: chats.{name} names {unknown[0]!r}, which is not in data.sources")
+    if recipe.chats.book_share and not recipe.chats.book_sources:
+        raise ConfigError("recipe: chats.book_share needs chats.book_sources")
+    if not 0 <= recipe.chats.book_share < 1:
+        raise ConfigError("recipe: chats.book_share must be at least 0 and below 1")
     return recipe
-
-
-def _check(recipe: Recipe) -> None:
-    """What the types cannot say."""
-    model, pretrain = recipe.model, recipe.pretrain
-    if model.hidden_size % model.num_attention_heads:
-        raise ConfigError("recipe: model.hidden_size must be a multiple of model.num_attention_heads")
-    if model.num_attention_heads % model.num_key_value_heads:
-        raise ConfigError("recipe: model.num_attention_heads must be a multiple of model.num_key_value_heads")
-    for index, phase in enumerate(pretrain.phases):
-        if unknown := sorted(set(phase.mixture) - set(recipe.data.sources)):
-            raise ConfigError(f"recipe: pretrain.phases[{index}] mixes {unknown[0]!r}, which is not in data.sources")
-        if pretrain.batch_tokens % phase.length:
-            raise ConfigError(
-                f"recipe: pretrain.batch_tokens must be a multiple of phases[{index}].length ({phase.length})"
-            )
-    if recipe.tune.batch_tokens % recipe.tune.length:
-        raise ConfigError("recipe: tune.batch_tokens must be a multiple of tune.length")
-    longest = max([recipe.tune.length, *(phase.length for phase in pretrain.phases)])
-    if longest > model.max_position_embeddings:
-        raise ConfigError(f"recipe: windows of {longest} tokens exceed model.max_position_embeddings")
-    if unknown := sorted(set(recipe.tune.requests_per_story) - set(recipe.data.sources)):
-        raise ConfigError(f"recipe: tune.requests_per_story names {unknown[0]!r}, which is not in data.sources")

@@ -1,4 +1,4 @@
-"""Ask a tuned model for stories and score whether they are about what was asked.
+"""Ask a tuned model for stories, through the engine that serves it, and score whether they are about what was asked.
 
 On-topic score: the share of stories, one for each subject that no training request named, in which the subject occurs.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastserve.train.storyteller.recipe import Generation
-from fastserve.train.storyteller.tokenizer import ASSISTANT, END_OF_TEXT, END_OF_TURN, PADDING, USER, token_id
 from fastserve.train.storyteller.topics import mentions, with_article
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from fastserve import LLM, SamplingParams
 
 # The requests whose first answers, unedited, are shown with the model.
 SHOWN_REQUESTS = (
@@ -40,43 +37,13 @@ class Sample:
     has_ended: bool
 
 
-def answer(
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    requests: list[str],
-    settings: Generation,
-    seed: int,
-    batch_size: int = 20,
-) -> list[Sample]:
-    """One sampled answer to each request."""
-    import torch
-
-    padding, end = token_id(tokenizer, PADDING), token_id(tokenizer, END_OF_TURN)
-    device = next(model.parameters()).device
-    model.eval()
-    torch.manual_seed(seed)
-    samples: list[Sample] = []
-    for start in range(0, len(requests), batch_size):
-        part = requests[start : start + batch_size]
-        prompts = [tokenizer.encode(f"{END_OF_TEXT}{USER}{request}{END_OF_TURN}{ASSISTANT}").ids for request in part]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, T]
-        with torch.no_grad():
-            tokens = model.generate(
-                input_ids=ids,
-                attention_mask=(ids != padding).long(),
-                do_sample=True,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=0,
-                repetition_penalty=settings.repetition_penalty,
-                max_new_tokens=settings.max_new_tokens,
-                eos_token_id=[end, token_id(tokenizer, END_OF_TEXT)],
-                pad_token_id=padding,
-            )
-        for request, row in zip(part, tokens[:, width:].tolist(), strict=True):
-            samples.append(Sample(request, tokenizer.decode(row, skip_special_tokens=True).strip(), end in row))
-    return samples
+def answer(model: LLM, requests: list[str], settings: SamplingParams) -> list[Sample]:
+    """One answer to each request."""
+    outputs = model.chat([[{"role": "user", "content": request}] for request in requests], settings)
+    return [
+        Sample(request, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop")
+        for request, output in zip(requests, outputs, strict=True)
+    ]
 
 
 def samples_page(samples: list[Sample]) -> str:
@@ -89,13 +56,9 @@ def samples_page(samples: list[Sample]) -> str:
     return "\n".join(parts)
 
 
-def on_topic(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, subjects: list[str], settings: Generation, seed: int
-) -> tuple[dict[str, float], list[Sample]]:
+def on_topic(model: LLM, subjects: list[str], settings: SamplingParams) -> tuple[dict[str, float], list[Sample]]:
     """Scores (`on_topic`, `ended`, `mean_words`) over one story for each subject, and the stories."""
-    samples = answer(
-        model, tokenizer, [f"Tell me a story about {with_article(subject)}." for subject in subjects], settings, seed
-    )
+    samples = answer(model, [f"Tell me a story about {with_article(subject)}." for subject in subjects], settings)
     hits = sum(mentions(sample.answer, subject) > 0 for subject, sample in zip(subjects, samples, strict=True))
     scores = {
         "on_topic": hits / len(samples),

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from fastserve.checkpoint import bitmask
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.weights import WeightReader
 from fastserve.compress import sparse, structure
 from fastserve.compress.activations import InputStatistics
 from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import make_recipe
 from fastserve.compress.run import compress
-from fastserve.core.errors import ConfigError
+from fastserve.core.errors import CheckpointError, ConfigError
 from tests import folders
 from tests.unit.compress.test_grid import WEIGHT, inputs
 from tests.unit.compress.test_quantize import logits, served_logits
@@ -73,6 +76,49 @@ def test_a_folder_with_zeros(models: dict[str, Path], text: Path, tmp_path: Path
             == folder.weights.view(name, folder.weights.shape(name)).numel()
         )
     assert torch.isfinite(logits(load_dense(folder), folder)).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_zeros_left_out_of_the_file(models: dict[str, Path], text: Path, tmp_path: Path, kind: str) -> None:
+    step = {"do": "prune", "method": "wanda", "ratio": 0.8}
+    dense = compress(str(models[kind]), tmp_path / "dense", recipe(text, step))
+    short = compress(str(models[kind]), tmp_path / "short", recipe(text, {**step, "store": "bitmask"}))
+    assert torch.equal(logits(load_dense(dense), dense), logits(load_dense(short), short))
+    assert any(name.endswith(".bitmask") for name in short.weights.names())
+    linears = [name for name in dense.weights.names() if f"{name.removesuffix('.weight')}.bitmask" in short.weights]
+    sizes = [dense.weights.info(name) for name in linears]
+    saved = dense.weight_bytes - short.weight_bytes
+    assert saved > 0.6 * sum(info.end - info.start for info in sizes)
+    if kind == "llama":
+        assert torch.equal(served_logits(dense.path), served_logits(short.path))
+
+
+def test_an_interrupted_run_with_zeros_left_out(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    wanted = recipe(text, {"do": "prune", "method": "sparsegpt", "ratio": 0.6, "store": "bitmask"})
+    whole = compress(str(models["llama"]), tmp_path / "whole", wanted)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("prune", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models["llama"]), tmp_path / "again", wanted, interrupt)
+    again = compress(str(models["llama"]), tmp_path / "again", wanted)
+    assert [item.read_bytes() for item in again.shards] == [item.read_bytes() for item in whole.shards]
+
+
+@pytest.mark.parametrize("columns", [1, 8, 13, 64])
+def test_a_bitmask_holds_any_matrix(tmp_path: Path, columns: int) -> None:
+    weight = torch.randn(5, columns).bfloat16() * (torch.rand(5, columns) < 0.4)
+    weight[2] = 0
+    tensors = bitmask.pack("m", weight)
+    assert sum(item.nbytes for item in tensors.values()) == bitmask.packed_bytes(weight)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert torch.equal(bitmask.read(WeightReader([tmp_path / "a.safetensors"]), "m", (5, columns)), weight)
+    tensors["m.bitmask"][0, 0] ^= 1
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="m is damaged"):
+        bitmask.read(WeightReader([tmp_path / "b.safetensors"]), "m", (5, columns))
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.cli.main import app
 from fastserve.compress import search as search_module
 from fastserve.compress.evaluate import compare
-from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate, make_recipe
+from fastserve.compress.network import load_dense
+from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate, Window, make_recipe
 from fastserve.compress.report import as_text, front, page
 from fastserve.compress.run import compress
 from fastserve.compress.search import search
 from fastserve.core.errors import ConfigError
+from tests.unit.compress.test_quantize import logits
 
 runner = CliRunner()
 
@@ -60,6 +63,7 @@ def test_the_command_writes_folder_card_and_report(models: dict[str, Path], text
         (["--out", "x", "--max-loss", "0.1"], "go with --auto"),
         (["--out", "x", "--auto", "--max-loss", "0.1"], "evaluation"),
         (["--out", "x", "--recipe", "none.toml"], "cannot read the recipe"),
+        (["--out", "x", "--gguf", "q8_0", "--auto"], "--gguf writes a model as it is"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -92,11 +96,41 @@ def test_calibration_by_the_model_itself_and_speed(models: dict[str, Path], text
     assert "decode, tokens/s" in as_text(folders[0], card)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [{"do": "quantize", "method": "kmeans"}, {"do": "prune", "method": "magnitude", "ratio": 0.8, "store": "bitmask"}],
+    ids=["codebook", "bitmask"],
+)
+def test_scores_on_a_task_are_of_what_was_written(
+    models: dict[str, Path], text: Path, tmp_path: Path, step: dict[str, Any]
+) -> None:
+    """The scorer gets folders that transformers loads, with the values of the weights, whatever form they are in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    seen: list[torch.Tensor] = []
+
+    def score(folder: str) -> dict[str, float]:
+        AutoTokenizer.from_pretrained(folder)
+        network = AutoModelForCausalLM.from_pretrained(folder).eval()
+        seen.append(logits(network, ModelFolder.open(folder)))
+        return {"accuracy": float(len(seen))}
+
+    values = {"steps": [step], "evaluation": {"task": "classification", "examples": str(text)}}
+    out = compress(str(models["llama"]), tmp_path / "out", make_recipe(values), score=score)
+    for folder, found in zip((ModelFolder.open(str(models["llama"])), out), seen, strict=True):
+        assert torch.allclose(found, logits(load_dense(folder), folder), atol=1e-4)
+    card = json.loads((out.path / "fastserve.json").read_text())["compressed"]
+    assert card["task"] == {"name": "classification", "original": {"accuracy": 1.0}, "compressed": {"accuracy": 2.0}}
+    assert "classification, accuracy" in as_text(out, card) and "classification, accuracy" in page(card)
+    with pytest.raises(ConfigError, match="score="):
+        compress(str(models["llama"]), tmp_path / "none", make_recipe(values))
+
+
 def test_every_key_and_flag_is_documented(repository: Path) -> None:
     page_text = (repository / "docs/compression.md").read_text(encoding="utf-8")
     keys = {
         key
-        for section in (Calibration, Evaluation, Quantize, Prune, Rotate, Distill)
+        for section in (Calibration, Evaluation, Quantize, Prune, Rotate, Window, Distill)
         for key in section.__struct_fields__
     }
     assert [key for key in sorted(keys) if not re.search(rf"`{key}`|^{key} = ", page_text, re.MULTILINE)] == []

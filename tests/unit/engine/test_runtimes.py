@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.core.arrays import Array, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest
+from fastserve.core.arrays import Array, ArrayBatch, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest
 from fastserve.core.errors import CheckpointError, ConfigError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.core.sampling_params import SamplingParams
@@ -85,6 +85,7 @@ class FakeEncoder:
         self.info = ModelInfo(spec.name, "encoder", 10, f"fake {spec.name}")
         self.weight = spec.weight
         self.waiting: list[PoolingRequest] = []
+        self.num_tokens = self.num_computed = 0
 
     @property
     def num_waiting(self) -> int:
@@ -103,6 +104,9 @@ class FakeEncoder:
 
     def step(self) -> list[ArrayOutput]:
         done, self.waiting = self.waiting, []
+        num_tokens = sum(len(item.input_ids) for item in done)
+        self.num_tokens += num_tokens
+        self.num_computed += num_tokens + 1
         return [ArrayOutput(item.request_id, {"": Array("float32", [1], bytes(4))}) for item in done]
 
 
@@ -127,6 +131,19 @@ def test_models_work_side_by_side() -> None:
     outputs = [output for _ in range(3) for output in runtimes.step()]
     assert sorted(output.request_id for output in outputs) == ["1", "2", "g"]
     assert runtimes.has_work() and runtimes.stats().num_running == 1
+
+
+def test_a_step_without_tokens_is_told_once() -> None:
+    now = iter(range(100))
+    runtimes = Runtimes(FakeGenerator, [ModelSpec("a", {})], FakeEncoder, clock=lambda: float(next(now)))
+    runtimes.run(request("1", "a", 3))
+    runtimes.run(request("2", "a", 4))
+    runtimes.step()
+    assert runtimes.take_batch() == ArrayBatch("a", 2, 7, 8, 1.0)
+    assert runtimes.take_batch() is None
+    runtimes.add(generation("g"))
+    runtimes.step()
+    assert runtimes.take_batch() is None
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -40,7 +40,7 @@ def test_mlfq_joins_the_level_whose_quantum_holds_the_prefill() -> None:
         driver.add(request(f"p{num_prompt}", num_prompt, 2))
     for num_prompt in (1, 100, 2000):
         sequence = driver.scheduler._sequences[f"p{num_prompt}"]
-        level, first = policy.level_of(sequence), STEP.step + STEP.prefill_token * num_prompt
+        level, first = policy.places[sequence.request_id].level, STEP.step + STEP.prefill_token * num_prompt
         assert policy.quantum(level) >= first * (1 - 1e-6)
         assert level == 0 or policy.quantum(level - 1) < first
 
@@ -70,7 +70,7 @@ def test_mlfq_starves_nobody(seed: int, alpha: float) -> None:
     waiting_since = dict.fromkeys((f"r{index}" for index in range(4)), 0.0)
     while driver.scheduler.has_work():
         levels = {
-            name: policy.level_of(sequence)
+            name: policy.places[sequence.request_id].level
             for name in waiting_since
             if (sequence := driver.scheduler._sequences.get(name)) is not None
         }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,40 @@ def test_bfloat16_compile_and_gradient_checkpointing_learn_the_same(corpora: dic
     pretrain(make_recipe(corpora["bpe"], train=options), tmp_path / "other")
     plain, other = losses_of(tmp_path / "plain"), losses_of(tmp_path / "other")
     assert all(math.isclose(plain[step], other[step], rel_tol=0.02) for step in plain)
+
+
+def test_float16_scales_its_loss_and_does_an_overflowing_step_again(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """The first scale overflows; the same losses follow as in float32, and a resumed run keeps the scale."""
+    from safetensors import safe_open
+
+    from fastserve.train.checkpoints import whole_checkpoints
+
+    pretrain(make_recipe(corpora["bpe"]), tmp_path / "plain")
+    half = make_recipe(corpora["bpe"], train={"precision": "float16"})
+    pretrain(half, tmp_path / "half")
+    plain, found = losses_of(tmp_path / "plain"), losses_of(tmp_path / "half")
+    assert all(math.isclose(plain[step], found[step], rel_tol=0.02) for step in plain)
+    assert not any("rollback_to" in line for line in log_of(tmp_path / "half"))
+    newest = whole_checkpoints(tmp_path / "half" / "checkpoints")
+    with safe_open(next(newest[-1].glob("*.safetensors")), "pt") as file:
+        scale, steps = file.get_tensor("loss_scale").tolist()
+    assert steps == 8 and 1 <= scale <= 2**16
+
+    shutil.rmtree(newest[-1])
+    (tmp_path / "half" / "log.jsonl").unlink()
+    pretrain(half, tmp_path / "half")
+    assert losses_of(tmp_path / "half") == {step: found[step] for step in range(5, 9)}
+
+
+def test_the_loss_scale() -> None:
+    from fastserve.train.loss_scale import LossScale
+
+    scale = LossScale(True)
+    shrunk = [scale.value for _ in iter(scale.shrink, False)]
+    assert shrunk == [2.0**power for power in range(15, -1, -1)]
+    for _ in range(2000):
+        scale.grow()
+    assert scale.value == 2 and LossScale(False).tensors() == {} and not LossScale(False).shrink()
 
 
 def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> None:

@@ -219,6 +219,57 @@ def test_only_answers_are_learnt_and_packing_changes_no_loss(llama: Path) -> Non
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_rows_of_text_are_learnt_as_a_whole(llama: Path) -> None:
+    from fastserve.train.objectives import IGNORED
+
+    tokenizer = open_tokenizer(llama)
+    kind = KINDS["instruction"](tokenizer, FinetuneSettings(packing=False))
+    _, text = kind.encode([*conversations(1), {"text": TEXTS[0]}])
+    assert tokenizer.decode(text["labels"]) == TEXTS[0] and IGNORED not in text["labels"]
+    assert text["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_four_bits_hold_a_weight_and_give_its_gradient() -> None:
+    import torch
+
+    from fastserve.train.finetune.four_bit import FourBitLinear
+
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(128, 48)
+    packed = FourBitLinear(dense)
+    assert packed.codes.numel() == dense.weight.numel() // 2 and packed.scales.numel() == dense.weight.numel() // 64
+    # Half the widest gap of the levels, 0.152 of a block's largest weight, bounds the error of each.
+    largest = dense.weight.detach().abs().reshape(-1, 64).amax(1)
+    error = (packed.weight - dense.weight).detach().abs().reshape(-1, 64).amax(1)
+    assert bool((error <= 0.153 * largest).all()) and torch.equal(FourBitLinear(packed.as_dense()).codes, packed.codes)
+    inputs = torch.randn(5, 128, requires_grad=True)
+    outputs = [module(inputs).square().sum() for module in (packed, packed.as_dense())]
+    gradients = [torch.autograd.grad(output, inputs)[0] for output in outputs]
+    assert torch.allclose(outputs[0], outputs[1]) and torch.allclose(gradients[0], gradients[1])
+
+
+def test_a_base_in_four_bits(tmp_path: Path) -> None:
+    """The base does not move, what is exported is what was tuned, and a stopped run would find the same base."""
+    from fastserve.train.finetune.adapters import add_adapters, merged
+    from fastserve.train.finetune.four_bit import FourBitLinear
+
+    config = {**SMALL, "hidden_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    folder = make_folder(tmp_path / "llama", "llama", config, "AutoModelForCausalLM", vocab_size=330, chat=True)
+    rows = conversations(80)
+    settings = FinetuneSettings(
+        **{**FAST, "max_length": 128, "batch_size": 4}, steps=40, lora_rank=8, qlora=True, lora_dropout=0.1
+    )
+    found = finetune("instruction", str(folder), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["held_out_loss"] < found["before"]["held_out_loss"] - 0.4
+    kept = score_of_folder("instruction", tmp_path / "run" / "model", rows, settings)["held_out_loss"]
+    assert kept == pytest.approx(found["held_out_loss"], abs=0.1)
+    kind = KINDS["instruction"](open_tokenizer(folder), settings)
+    network = add_adapters(open_network(kind, str(folder), rows, "auto"), settings)
+    bases = [module for module in network.modules() if isinstance(module, FourBitLinear)]
+    assert len(bases) == 7 * 2 and not any(isinstance(module, FourBitLinear) for module in merged(network).modules())
+    assert all(not name.endswith("base_layer.weight") for name, _ in network.named_parameters())
+
+
 @pytest.mark.parametrize("lora", [{}, {"lora_rank": 8}, {"lora_rank": 8, "dora": True, "merge": False}], ids=str)
 def test_instructions_and_adapters(llama: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
     rows = conversations(80)
@@ -256,12 +307,17 @@ def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
         ("seq2seq", bert, [{"source": "a", "target": "b"}] * 3, {}, "cannot be tuned|decoder_start"),
         ("instruction", bert, [{"prompt": "a", "completion": "b"}] * 3, {}, "no chat template.*--chat-template"),
         ("instruction", llama, [{"text": "a"}] * 3, {}, "needs messages"),
+        ("instruction", llama, conversations(3), {"lora_rank": 2, "qlora": True}, "not a multiple of 64"),
         ("question-answering", bert, [{"question": "a", "context": "b", "answers": ["z"]}] * 3, {}, "no answer stands"),
         ("classification", bert, label * 5, {"lora_rank": 2, "lora_targets": ("nothing",)}, "lora_targets"),
         ("classification", bert, label * 5, {"validation": "/none.jsonl"}, "no file /none.jsonl"),
     ):
         with pytest.raises(ConfigError, match=message):
             attempt(task, model, rows, **settings)
-    for values, message in (({"dora": True}, "lora_rank"), ({"dtype": "int8"}, "dtype must be")):
+    for values, message in (
+        ({"dora": True}, "lora_rank"),
+        ({"qlora": True}, "lora_rank"),
+        ({"dtype": "int8"}, "dtype must be"),
+    ):
         with pytest.raises(ConfigError, match=message):
             FinetuneSettings(**values)

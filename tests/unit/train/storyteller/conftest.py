@@ -1,4 +1,4 @@
-"""A toy corpus and a recipe so small that a whole training run takes seconds."""
+"""A toy corpus and a recipe of its texts."""
 
 from __future__ import annotations
 
@@ -26,52 +26,14 @@ kind = "storybooks"
 [data.sources.stories]
 file = "stories.txt"
 
-[tokenizer]
-vocab_size = 320
-
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-intermediate_size = 64
-max_position_embeddings = 256
-
-[pretrain]
-batch_tokens = 512
-checkpoint_every = 5
-evaluate_every = 10
-
-[[pretrain.phases]]
-steps = 8
-length = 64
-mixture = { storybooks = 1, stories = 1.0 }
-
-[[pretrain.phases]]
-steps = 4
-length = 128
-mixture = { stories = 1.0 }
-
-[pretrain.optimizer]
-muon_learning_rate = 0.01
-adamw_learning_rate = 0.01
-warmup_steps = 2
-decay_steps = 4
-
-[tune]
-batch_tokens = 512
-length = 256
-steps = 4
-min_answer_tokens = 5
-max_answer_tokens = 160
+[chats]
+epochs = 2
+min_answer_words = 4
+max_answer_words = 120
 book_share = 0.2
+book_sources = ["stories"]
+plots = 0
 requests_per_story = { storybooks = 2, stories = 1 }
-
-[tune.optimizer]
-muon_learning_rate = 0.01
-adamw_learning_rate = 0.01
-warmup_steps = 1
-decay_steps = 2
 
 [generation]
 max_new_tokens = 8

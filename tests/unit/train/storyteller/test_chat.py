@@ -1,16 +1,14 @@
-"""Requests are about their answers, held-out subjects are never asked for, and the encoding is the chat template's."""
+"""Requests are about their answers, held-out subjects are never asked for, and pieces of books come in their share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastserve.train.storyteller.chat import ChatSet
 from fastserve.train.storyteller.corpus import read_corpus
 from fastserve.train.storyteller.recipe import read_recipe
-from fastserve.train.storyteller.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, train_tokenizer
 from fastserve.train.storyteller.topics import mentions
 
 
@@ -18,42 +16,21 @@ from fastserve.train.storyteller.topics import mentions
 def chat_set(recipe_path: Path, data_folder: Path) -> ChatSet:
     recipe = read_recipe(recipe_path)
     corpus = read_corpus(recipe.data, data_folder / "corpora", recipe.seed)
-    tokenizer = train_tokenizer((document.text for document in corpus.training["stories"]), 320)
-    return ChatSet(corpus.training, tokenizer, recipe.tune, frozenset({"owl"}))
+    return ChatSet(corpus.training, recipe.chats, frozenset({"owl"}))
 
 
-def render(messages: list[tuple[str, str]], add_generation_prompt: bool = False) -> str:
-    template = ImmutableSandboxedEnvironment().from_string(CHAT_TEMPLATE)
-    as_dicts = [{"role": role, "content": content} for role, content in messages]
-    return template.render(messages=as_dicts, bos_token=END_OF_TEXT, add_generation_prompt=add_generation_prompt)
-
-
-def test_chat_template() -> None:
-    messages = [("system", "Be kind."), ("user", " hello "), ("assistant", "Hi!"), ("user", "bye")]
-    expected = "<|endoftext|><|system|>Be kind.<|end|><|user|>hello<|end|><|assistant|>Hi!<|end|><|user|>bye<|end|>"
-    assert render(messages) == expected
-    assert render(messages, add_generation_prompt=True) == expected + "<|assistant|>"
-
-
-def test_chat_template_reads_parts() -> None:
-    template = ImmutableSandboxedEnvironment().from_string(CHAT_TEMPLATE)
-    content = [{"type": "text", "text": "hello"}, {"type": "image_url"}]
-    assert template.render(messages=[{"role": "user", "content": content}], bos_token="") == "<|user|>hello<|end|>"
-
-
-def test_encoding_is_what_the_template_renders(chat_set: ChatSet) -> None:
-    messages = [
-        ("system", "Be kind."),
-        ("user", "Tell me a story."),
-        ("assistant", "Once."),
-        ("user", "More."),
-        ("assistant", "Twice."),
-    ]
-    encoded = chat_set.encode(messages)
-    tokenizer = chat_set.tokenizer
-    assert encoded.tokens.tolist() == tokenizer.encode(render(messages)).ids
-    learned = tokenizer.decode(encoded.tokens[encoded.is_answer].tolist(), skip_special_tokens=False)
-    assert learned == "Once.<|end|>Twice.<|end|>"
+def test_a_fifth_of_the_words_are_pieces_of_the_books(chat_set: ChatSet) -> None:
+    books = chats = 0
+    for row in chat_set.rows(seed=1):
+        if "text" in row:
+            assert row.keys() == {"text"} and 0 < len(row["text"].split()) <= 120
+            books += len(row["text"].split())
+        else:
+            num_words = sum(len(message["content"].split()) for message in row["messages"])
+            assert num_words <= 365
+            chats += num_words
+            assert row["messages"][-1]["role"] == "assistant" and row["messages"][-1]["content"]
+    assert books / (books + chats) == pytest.approx(0.2, abs=0.02)
 
 
 def test_stories_are_about_the_request(chat_set: ChatSet) -> None:

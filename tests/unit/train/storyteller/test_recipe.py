@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,33 @@ from fastserve.core.errors import ConfigError
 from fastserve.train.storyteller.recipe import read_recipe
 from tests.conftest import REPOSITORY
 
-BUILTIN = REPOSITORY / "configs" / "builtin.toml"
+BUILTIN = REPOSITORY / "configs" / "builtin_texts.toml"
 
 
 def test_built_in_recipe_reads() -> None:
     recipe = read_recipe(BUILTIN)
-    assert recipe.model.hidden_size // recipe.model.num_attention_heads == 64
     assert recipe.data.sources["storybooks"].kind == "storybooks"
-    assert recipe.as_dict()["pretrain"]["phases"][0]["mixture"]["stories"] > 0
+    assert recipe.as_dict()["chats"]["requests_per_story"]["stories"] > 0
 
 
 def test_whole_numbers_are_read_as_shares(recipe_path: Path) -> None:
-    mixture = read_recipe(recipe_path).pretrain.phases[0].mixture
-    assert mixture == {"storybooks": 1.0, "stories": 1.0}
-    assert all(type(share) is float for share in mixture.values())
+    recipe_path.write_text(recipe_path.read_text().replace("book_share = 0.2", "book_share = 0"), encoding="utf-8")
+    share = read_recipe(recipe_path).chats.book_share
+    assert share == 0 and type(share) is float
+
+
+def test_pretraining_of_the_built_in_model_reads() -> None:
+    """The recipe names what the script makes, and the shape of the model that ships."""
+    import json
+
+    from fastserve.train.settings import read_recipe as read_training_recipe
+
+    recipe = read_training_recipe(REPOSITORY / "configs" / "builtin.toml")
+    script = (REPOSITORY / "examples" / "builtin_model.sh").read_text(encoding="utf-8")
+    folder = re.search(r"^out=(\S+)", script, re.MULTILINE)
+    assert folder and all(path.startswith(f"{folder[1]}/data/") for path in recipe.data.sources.values())
+    shipped = json.loads((REPOSITORY / "fastserve" / "checkpoint" / "builtin" / "config.json").read_text())
+    assert all(shipped[name] == value for name, value in recipe.model.config.items())
 
 
 @pytest.mark.parametrize(
@@ -32,12 +46,12 @@ def test_whole_numbers_are_read_as_shares(recipe_path: Path) -> None:
         ("seed = 7", "", "key 'seed' is missing"),
         ("seed = 7", "sead = 7", "unknown key 'sead'"),
         ("seed = 7", 'seed = "7"', "recipe key seed: expected int"),
-        ("vocab_size = 320", "vocab_size = 320.5", "recipe key tokenizer.vocab_size: expected int"),
-        ("hidden_size = 32", "hidden_size = 33", "multiple of model.num_attention_heads"),
-        ("length = 64", "length = 60", "phases[0].length"),
-        ("length = 256", "length = 512", "exceed model.max_position_embeddings"),
-        ("mixture = { stories = 1.0 }", "mixture = { poems = 1.0 }", "phases[1] mixes 'poems'"),
-        ("[tune]\n", "[tune\n", "not valid TOML"),
+        ("plots = 0", "plots = 0.5", "recipe key chats.plots: expected int"),
+        ("book_share = 0.2", "book_share = 1.0", "chats.book_share must be"),
+        ('book_sources = ["stories"]', 'book_sources = ["poems"]', "chats.book_sources names 'poems'"),
+        ('book_sources = ["stories"]', "", "book_share needs chats.book_sources"),
+        ("stories = 1 }", "poems = 1 }", "chats.requests_per_story names 'poems'"),
+        ("[chats]\n", "[chats\n", "not valid TOML"),
     ],
 )
 def test_errors_name_the_key(recipe_path: Path, old: str, new: str, message: str) -> None:

@@ -288,9 +288,11 @@ public:
 
     void run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs, const std::vector<int64_t>& query_starts,
              const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables,
+             const std::vector<int64_t>& source_lens, const std::vector<uintptr_t>& source_tables,
              uintptr_t adapter_slots, bool choose) {
-        std::vector<const int64_t*> tables;
+        std::vector<const int64_t*> tables, sources;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
+        for (uintptr_t address : source_tables) sources.push_back(at<const int64_t>(address));
         StepInputs step{tokens,
                         rows,
                         at<const int64_t>(inputs.at(0)),
@@ -301,7 +303,9 @@ public:
                         static_cast<int64_t>(context_lens.size()),
                         query_starts.data(),
                         context_lens.data(),
-                        tables.data()};
+                        tables.data(),
+                        source_lens.data(),
+                        sources.data()};
         nb::gil_scoped_release release;
         plan_.run(step, choose);
     }

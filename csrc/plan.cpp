@@ -196,8 +196,8 @@ void Plan::set_step(const StepInputs& step) {
                 if constexpr (std::is_same_v<std::decay_t<decltype(args)>, AttentionArgs>) {
                     args.num_sequences = step.num_sequences;
                     args.query_starts = step.query_starts;
-                    args.context_lens = step.context_lens;
-                    args.block_tables = step.block_tables;
+                    args.context_lens = args.causal ? step.context_lens : step.source_lens;
+                    args.block_tables = args.causal ? step.block_tables : step.source_tables;
                 } else {
                     rows_of(args) = entry.per_token ? step.tokens : step.rows;
                     if constexpr (std::is_same_v<std::decay_t<decltype(args)>, LinearArgs>) {

@@ -40,6 +40,9 @@ struct StepInputs {
     const int64_t* query_starts;
     const int64_t* context_lens;
     const int64_t* const* block_tables;
+    // Attention that is not causal is over the source that a sequence was made from; null in networks without one.
+    const int64_t* source_lens;
+    const int64_t* const* source_tables;
 };
 
 class Plan {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMES = "int8, int4 (that is int4-g128), int4-g32, int4-g64, int4-g128, each also with -asym, -a8 or both; codebook"
 _NAME = re.compile(r"int(?P<bits>[48])(-g(?P<group>32|64|128))?(?P<asym>-asym)?(?P<a8>-a8)?")
-_LINEAR = re.compile(r".*\.layers\.\d+\..*_proj")
+_LINEAR = re.compile(r".*\.layers\.\d+\..*(_proj|\.fc[12])|.*\.block\.\d+\.layer\.\d+\.\w+\.(q|k|v|o|w[io](_[01])?)")
 _MAX_SHARD_BYTES = 1 << 30
 _Tensors = dict[str, "torch.Tensor"]
 

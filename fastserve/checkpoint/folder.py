@@ -37,6 +37,7 @@ ENCODER_TASKS = {
 }
 _GENERATING = ("LMHeadModel", "MTModel", "DoubleHeadsModel")
 TEXT_GENERATION = "text-generation"
+TEXT_TO_TEXT = "text2text-generation"  # encoder-decoders
 _SERVABLE = re.compile(r".+\.(onnx|pt2)|[^:]+:\w+")
 
 
@@ -122,8 +123,10 @@ class ModelFolder:
 
     @property
     def task(self) -> str:
-        """What the network is for: one of ENCODER_TASKS' values, else text-generation."""
+        """What the network is for: one of ENCODER_TASKS' values, else text-generation or text2text-generation."""
         name = self.architecture
+        if self.config.get("is_encoder_decoder") and name.endswith(("ForConditionalGeneration", "MTModel")):
+            return TEXT_TO_TEXT
         found = (task for suffix, task in ENCODER_TASKS.items() if name.endswith(suffix))
         return TEXT_GENERATION if name.endswith(_GENERATING) else next(found, TEXT_GENERATION)
 

@@ -18,6 +18,7 @@ import tokenizers
 
 from fastserve.checkpoint.chat_template import ChatTemplate, find_template
 from fastserve.checkpoint.folder import ModelFolder, read_json
+from fastserve.checkpoint.sentencepiece import is_marian, marian_tokenizer
 from fastserve.core.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -289,7 +290,7 @@ def _load_backend(folder: ModelFolder) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{file} cannot be read ({error}); copy or download it again") from error
-    return _convert_backend(folder)
+    return marian_tokenizer(folder) if is_marian(folder) else _convert_backend(folder)
 
 
 def _convert_backend(folder: ModelFolder) -> tokenizers.Tokenizer:

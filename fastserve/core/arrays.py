@@ -119,9 +119,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What the engine says of a model that it has loaded.
 
     Attributes:
-        kind: "encoder" or "tensors".
-        max_len: longest sequence in tokens; 0 where there are none.
+        kind: "encoder", "tensors", or "text" for an encoder-decoder.
+        max_len: longest sequence in tokens, of an encoder-decoder longest source; 0 where there are none.
         report: how it runs, for people.
+        max_answer, vocab_size: of an encoder-decoder, tokens of the longest answer and of the vocabulary.
         inputs, outputs: of a user's own network.
     """
 
@@ -129,6 +130,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kind: str
     max_len: int = 0
     report: str = ""
+    max_answer: int = 0
+    vocab_size: int = 0
     inputs: dict[str, TensorSpec] = {}
     outputs: dict[str, TensorSpec] = {}
 

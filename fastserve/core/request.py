@@ -25,12 +25,15 @@ class Request(msgspec.Struct, frozen=True):
 
     Attributes:
         request_id: unique among live requests.
-        prompt_ids: token ids of the prompt; at least one.
+        prompt_ids: token ids of the prompt; at least one. For an encoder-decoder, those of the source, and then those
+            that the decoder begins with.
         sampling: a valid SamplingParams with n == 1 and a seed.
         arrival_time: seconds on the system-wide monotonic clock (`time.monotonic`).
         priority: smaller is served first under the priority policy.
         tenant: who is asking; counted and shared fairly by tenant, never shown.
         adapter: LoRA adapter by name; "" for none. Requests of different ones share no cached prefix.
+        num_source: how many of `prompt_ids` are an encoder's.
+        model: which one, where several generate; "" is the server's own.
     """
 
     request_id: str
@@ -40,6 +43,8 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     tenant: str = ""
     adapter: str = ""
+    num_source: int = 0
+    model: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

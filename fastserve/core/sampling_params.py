@@ -19,8 +19,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63
-_WITH_BEAMS = {"n", "num_beams", "length_penalty", "early_stopping", "max_tokens", "seed"}
-_WITH_BEAMS |= {"ignore_eos", "stop_token_ids", "skip_special_tokens"}
+# Fields that a beam search may have.
+WITH_BEAMS = {"n", "num_beams", "length_penalty", "early_stopping", "max_tokens", "seed"}
+WITH_BEAMS |= {"ignore_eos", "stop_token_ids", "skip_special_tokens", "min_tokens"}
+WITH_BEAMS |= {"no_repeat_ngram_size", "suppress_token_ids", "forced_eos_token_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,10 @@ class SamplingParams:
         repetition_penalty: divide positive (multiply negative) logits of tokens seen in prompt or output (CTRL, 2019).
         presence_penalty, frequency_penalty: subtract once, or per occurrence, for tokens seen in the output.
         logit_bias: token id -> value added to its logit.
+        no_repeat_ngram_size: no run of so many tokens comes twice, the prompt's included (a source's are not); 0: no
+            such rule.
+        suppress_token_ids: tokens that are never made.
+        forced_eos_token_id: the last of max_tokens is this one, if the answer has not ended before.
         seed: same seed, same tokens, whatever else is in the batch; None draws a fresh one.
         max_tokens: longest completion in tokens; None means up to the model's context length.
         min_tokens: stop tokens are masked until this many tokens were made.
@@ -79,11 +85,15 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0
+    suppress_token_ids: tuple[int, ...] = ()
+    forced_eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         stop: Any = self.stop  # one string, any sequence of strings, or None come from users
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "suppress_token_ids", tuple(self.suppress_token_ids or ()))
         self._check_range("n", self.n, 1, MAX_N)
         self._check_range("temperature", self.temperature, 0.0, 100.0)
         if not 0.0 < self.top_p <= 1.0:
@@ -100,6 +110,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             self._check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         self._check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        self._check_range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1024)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
@@ -160,7 +171,7 @@ class SamplingParams:
             raise RequestError(f"num_beams ({self.num_beams}) must be at least n ({self.n})", "num_beams")
         for item in fields(self):
             usual = (item.default, 0.0) if item.name == "temperature" else (item.default,)
-            if item.name not in _WITH_BEAMS and getattr(self, item.name) not in usual:
+            if item.name not in WITH_BEAMS and getattr(self, item.name) not in usual:
                 raise RequestError(
                     f"{item.name} has no place in a beam search; leave out {item.name} or num_beams", item.name
                 )

@@ -18,10 +18,10 @@ class BlockTables:
         self._device = device
         self._tables: dict[str, Tensor] = {}
 
-    def get(self, request_id: str, block_ids: list[int], is_new: bool) -> Tensor:
+    def get(self, request_id: str, block_ids: list[int]) -> Tensor:
         """The table of a sequence, [num_blocks] int64."""
         table = self._tables.get(request_id)
-        if is_new or table is None or len(table) != len(block_ids):
+        if table is None or len(table) != len(block_ids):
             table = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
             self._tables[request_id] = table
         return table
@@ -72,7 +72,7 @@ def make_batch(
         )
         query_starts.append(len(input_ids))
         context_lens.append(end)
-        block_tables.append(tables.get(entry.request_id, blocks, entry.request is not None))
+        block_tables.append(tables.get(entry.request_id, blocks))
     slots_of = adapter_slots or {}
     adapters = (
         [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []

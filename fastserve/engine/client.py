@@ -185,6 +185,13 @@ class EngineClient:
         if sent and self._link is not None:
             self._link.send(Abort(sent))
 
+    def unload(self, name: str) -> None:
+        """Forget one of the other models; requests that it has fail. Raises ConfigError when there is none."""
+        self.arrays.unload(name)
+        for live in [live for live in self._live.values() if live.request.model == name]:
+            self.abort([live.request.request_id])
+            live.stream.fail(RequestError(f"the model {name!r} was unloaded", "model"))
+
     @property
     def adapters(self) -> dict[str, str]:
         """The LoRA adapters that requests may have: name -> folder."""

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
-from fastserve.checkpoint.folder import TEXT_GENERATION, ModelFolder
+from fastserve.checkpoint.folder import TEXT_GENERATION, TEXT_TO_TEXT, ModelFolder
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
@@ -32,7 +32,9 @@ from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
 from fastserve.engine.memory import ElasticSize, MemoryPlan, free_memory, plan_memory
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.sources import SourceLimits
 from fastserve.engine.warm_up import measure_steps
+from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.loader import LoadedModel, load_model
 from fastserve.scheduler.block_pool import BlockPool
 from fastserve.scheduler.cost import CostModel
@@ -58,6 +60,7 @@ class Engine:
         vocab_size: ids are below this.
         memory: the memory plan.
         report: lines for people: model, kernels, memory.
+        source_limits: of an encoder-decoder.
 
     Raises:
         CheckpointError, ConfigError, MemoryPlanError: the model cannot be loaded or does not fit.
@@ -126,9 +129,12 @@ class Engine:
             self.memory.activation_bytes + _MEMORY_MARGIN,
             interval=1.0 if config.kv_cache_max_memory else math.inf,
         )
+        self.source_limits: SourceLimits | None = None
+        if isinstance(loaded.model, EncoderDecoder):
+            self.source_limits = SourceLimits(loaded.model, self.max_model_len, config.block_size)
         decides_by_cost = policy.uses_cost or tier_pool is not None or config.target_tpot_ms > 0
         decides_by_cost |= loaded.draft is not None and config.speculation == "auto"
-        if decides_by_cost and not loaded.model.has_own_cache:
+        if decides_by_cost and not loaded.model.has_own_cache and self.source_limits is None:
             measure_steps(self._executor, cost, self.memory, config)
         self._stats = EngineStats(kv_blocks_total=self.memory.num_blocks)
 
@@ -138,6 +144,10 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, too long, or has ids outside the vocabulary; there is no such adapter.
         """
+        if self.source_limits is not None:
+            request = self.source_limits.place(request)
+        elif request.num_source:
+            raise RequestError("this model has no encoder; give a prompt alone", "prompt")
         if request.adapter:
             request = msgspec.structs.replace(request, adapter=self._adapters.key(request.adapter))
         prompt = request.prompt_ids
@@ -275,7 +285,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         CheckpointError, ConfigError, MemoryPlanError: see `Engine`.
     """
     folder = ModelFolder.open(config.model)
-    if folder.task != TEXT_GENERATION:
+    if folder.task not in (TEXT_GENERATION, TEXT_TO_TEXT):
         raise CheckpointError(
             f"{folder.path} is for {folder.task}, not for generating text: use fastserve.pipeline, or fastserve serve"
         )

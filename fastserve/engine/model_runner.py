@@ -14,13 +14,16 @@ from torch import Tensor
 from fastserve.core.request import TokenLogprobs
 from fastserve.engine.adapters import Adapters
 from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.beam_candidates import find_candidates
 from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.sampler import SamplingState, gather_logprobs
+from fastserve.engine.sources import Sources
 from fastserve.engine.speculation import sample_verified
 from fastserve.kernels.interface import Batch, RecordedStep
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import PagedContext
+from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.model import ServingModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 
@@ -58,6 +61,7 @@ class ModelRunner:
         self._adapters = adapters
         self._adapter_slots: dict[str, int] = {}  # of requests that have one
         self._tables = BlockTables(model.device)
+        self._sources = Sources(model, kernels, kv_cache) if isinstance(model, EncoderDecoder) else None
         self._masks = GrammarMasks(grammars)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
@@ -76,12 +80,16 @@ class ModelRunner:
                 self._admit(entry)
         if plan.copies:
             self._kv_cache.copy_blocks(plan.copies, self._kernels)
+        if self._sources is not None:
+            plan = self._sources.compute(plan)
         if not plan.entries:
             return StepResult({})
         self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
         batch, row_ranges = make_batch(
             plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device, self._adapter_slots
         )
+        if self._sources is not None:
+            self._sources.describe(batch)
         result = StepResult({})
         entries = [entry for entry in plan.entries if entry.samples]
         if self._recorded is not None and not self._prompts:
@@ -139,7 +147,13 @@ class ModelRunner:
         state = SamplingState(sampling, stop_ids, frozenset(request.prompt_ids) if needs_prompt else frozenset())
         for token_id in entry.output_ids:
             state.count(token_id)
+        if sampling.no_repeat_ngram_size:
+            block_size = self._kv_cache.block_size
+            state.history = request.prompt_ids[-(-request.num_source // block_size) * block_size :] + entry.output_ids
         self._states[request.request_id] = state
+        self._tables.drop(request.request_id)
+        if self._sources is not None:
+            self._sources.admit(request)
         if request.adapter:
             self._adapter_slots[request.request_id] = self._adapters.slot(request.adapter)
         self._masks.admit(request.request_id, sampling.structured_outputs, entry.output_ids)
@@ -152,6 +166,8 @@ class ModelRunner:
             self._prompts.pop(request_id, None)
             self._adapter_slots.pop(request_id, None)
             self._tables.drop(request_id)
+            if self._sources is not None:
+                self._sources.drop(request_id)
             self._masks.drop(request_id)
         if request_ids:
             self._model.release(request_ids)
@@ -163,6 +179,16 @@ class ModelRunner:
         """
         states = [self._states[entry.request_id] for entry in entries]
         first_rows = [*accumulate((1 + entry.num_drafts for entry in entries[:-1]), initial=0)]
+        beams = [place for place, state in enumerate(states) if state.sampling.num_beams > 1]
+        if beams:
+            rows = [first_rows[place] for place in beams]
+            own, last = [states[place] for place in beams], [entries[place].token_ids[-1] for place in beams]
+            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last)
+            result.logprobs.update(zip((entries[place].request_id for place in beams), found, strict=True))
+            entries = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
+            if entries:
+                self._sample(result, logits[sorted({*range(len(logits))} - {*rows})], entries, None)
+            return
         allowed = self._mask(logits, entries, first_rows)
         known = greedy if allowed is logits else None
         made = sample_verified(allowed, [_drafts(entry) for entry in entries], states, self._kernels, known)
@@ -191,7 +217,7 @@ class ModelRunner:
     def _add_logprobs(
         self, result: StepResult, logits: Tensor, entries: list[PlanEntry], first_rows: list[int], tokens: list[int]
     ) -> None:
-        wanted = [self._states[entry.request_id].num_logprobs for entry in entries]
+        wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
             rows = [first_rows[place] for place in places]

@@ -123,8 +123,8 @@ def run(connection: Connection, engine: Runtimes) -> None:
         for news in engine.tend():
             connection.send(news)
         answers = [output for output in outputs if isinstance(output, ArrayOutput)]
-        if answers:
-            connection.send(Answers(answers, engine.take_batch()))
+        if (batch := engine.take_batch()) is not None or answers:
+            connection.send(Answers(answers, batch))
         now = time.monotonic()
         if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
             tokens = [output for output in outputs if isinstance(output, TokenOutput)]

@@ -1,4 +1,5 @@
-"""Every model of one engine process: at most one that generates, and any number that answer with arrays.
+"""Every model of one engine process: the server's own, which generates, and any number of others: encoders,
+encoder-decoders, networks of the user's own.
 
 Each is a runtime with a queue of its own; the `Arbiter` says which takes the next step. Further models may be loaded
 and unloaded while the others work: loading goes on in a thread, and the memory that is left decides.
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
-from fastserve.checkpoint.folder import is_servable
+from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder, is_servable
 from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, FastServeError, RequestError
 from fastserve.core.request import Request, TokenOutput
@@ -42,7 +43,7 @@ class RunnableEngine(Protocol):
 
 
 class Runtime(Protocol):
-    """A model that answers each request once.
+    """One of the others.
 
     Attributes:
         info: what clients are told.
@@ -57,14 +58,14 @@ class Runtime(Protocol):
 
     @property
     def num_waiting(self) -> int: ...
-    def add(self, request: ArrayRequest) -> None: ...
+    def add(self, request: Any) -> None: ...
     def abort(self, request_ids: Iterable[str]) -> None: ...
     def has_work(self) -> bool: ...
-    def step(self) -> list[ArrayOutput]: ...
+    def step(self) -> Sequence[TokenOutput | ArrayOutput]: ...
 
 
 def load_runtime(spec: ModelSpec) -> Runtime:
-    """Load a model that does not generate. Imported here because this is where torch comes in.
+    """Load one of the others. Imported here because this is where torch comes in.
 
     Raises:
         FastServeError: it cannot be loaded or does not fit.
@@ -73,9 +74,13 @@ def load_runtime(spec: ModelSpec) -> Runtime:
 
     from fastserve.engine.pooling_runtime import PoolingRuntime
     from fastserve.engine.servable_runtime import ServableRuntime
+    from fastserve.engine.text_runtime import TextRuntime
 
     torch.set_num_threads(int(spec.options.get("num_threads") or 0) or len(os.sched_getaffinity(0)))
-    return ServableRuntime(spec) if is_servable(str(spec.options["model"])) else PoolingRuntime(spec)
+    model = str(spec.options["model"])
+    if is_servable(model):
+        return ServableRuntime(spec)
+    return TextRuntime(spec) if ModelFolder.open(model).task == TEXT_TO_TEXT else PoolingRuntime(spec)
 
 
 class Runtimes:
@@ -116,11 +121,14 @@ class Runtimes:
         return [runtime.info for runtime in self._others.values()]
 
     def add(self, request: Request) -> None:
-        """Queue a request for the model that generates.
+        """Queue a request for a model that generates.
 
         Raises:
             RequestError: there is none, or it cannot serve this.
         """
+        if request.model:
+            self._other(request.model).add(request)
+            return
         if self._generator is None:
             raise RequestError("no model of this server generates text", "model")
         self._generator.add(request)
@@ -131,10 +139,13 @@ class Runtimes:
         Raises:
             RequestError: there is no such model, or it cannot serve this.
         """
-        runtime = self._others.get(request.model)
+        self._other(request.model).add(request)
+
+    def _other(self, name: str) -> Runtime:
+        runtime = self._others.get(name)
         if runtime is None:
-            raise RequestError(f"there is no model {request.model!r} here", "model")
-        runtime.add(request)
+            raise RequestError(f"there is no model {name!r} here", "model")
+        return runtime
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""
@@ -161,7 +172,8 @@ class Runtimes:
             outputs = [*runtime.step()]
             seconds = self._clock() - started
             counts = (runtime.num_tokens - tokens, runtime.num_computed - computed)
-            self._batch = ArrayBatch(name, len(outputs), *counts, seconds)
+            ended = sum(isinstance(item, ArrayOutput) or item.finish_reason is not None for item in outputs)
+            self._batch = ArrayBatch(name, ended, *counts, seconds)
         self._arbiter.charge(name, seconds, busy[name])
         if self._generator is None:
             self._stats.num_steps += 1
@@ -213,7 +225,7 @@ class Runtimes:
         return news
 
     def stats(self) -> EngineStats:
-        """The generating model's, or, without one, steps of the others and what waits for them."""
+        """The server's own model's, or, without one, steps of the others and what waits for them."""
         if self._generator is not None:
             return self._generator.stats()
         self._stats.num_waiting = sum(runtime.num_waiting for runtime in self._others.values())

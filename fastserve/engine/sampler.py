@@ -16,7 +16,6 @@ from fastserve.core.request import TokenLogprobs
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.kernels.interface import RowSampling
 from fastserve.kernels.reference import Kernels
-from fastserve.scheduler.beams import num_candidates
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -33,6 +32,7 @@ class SamplingState:
         prompt_ids: distinct ids of the prompt.
         output_counts: id -> times made so far.
         num_output: tokens made so far.
+        history: prompt (of an encoder-decoder: the decoder's) and output; only with no_repeat_ngram_size.
     """
 
     sampling: SamplingParams
@@ -40,21 +40,17 @@ class SamplingState:
     prompt_ids: frozenset[int] = frozenset()
     output_counts: dict[int, int] = field(default_factory=dict)
     num_output: int = 0
+    history: list[int] = field(default_factory=list)
 
     def count(self, token_id: int) -> None:
         self.num_output += 1
+        if self.sampling.no_repeat_ngram_size:
+            self.history.append(token_id)
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
 
     @property
-    def num_logprobs(self) -> int | None:
-        """How many of the most probable tokens are wanted; a beam needs some to choose from."""
-        if self.sampling.num_beams > 1:
-            return num_candidates(self.sampling.num_beams, len(self.stop_ids))
-        return self.sampling.logprobs
-
-    @property
     def is_plain_greedy(self) -> bool:
-        return self.sampling.is_greedy and not self.changes_logits
+        return self.sampling.is_greedy and self.sampling.num_beams == 1 and not self.changes_logits
 
     @property
     def changes_logits(self) -> bool:
@@ -65,7 +61,27 @@ class SamplingState:
             or sampling.presence_penalty
             or sampling.frequency_penalty
             or self.num_output < sampling.min_tokens
+            or sampling.no_repeat_ngram_size
+            or sampling.suppress_token_ids
+            or self.is_forced_to_end
         )
+
+    @property
+    def is_forced_to_end(self) -> bool:
+        """Whether the next token is `forced_eos_token_id`."""
+        sampling = self.sampling
+        return sampling.forced_eos_token_id is not None and self.num_output + 1 == sampling.max_tokens
+
+    def banned_ids(self) -> list[int]:
+        """Tokens that may not come next."""
+        banned = [*self.sampling.suppress_token_ids]
+        if self.num_output < self.sampling.min_tokens:
+            banned += self.stop_ids
+        size = self.sampling.no_repeat_ngram_size
+        if size and len(self.history) + 1 >= size:
+            past, begun = self.history, self.history[len(self.history) + 1 - size :]
+            banned += [past[end] for end in range(size - 1, len(past)) if past[end + 1 - size : end] == begun]
+        return banned
 
 
 def random_bits(seed: int, index: int) -> int:
@@ -88,12 +104,10 @@ def sample(logits: Tensor, states: list[SamplingState], kernels: Kernels, greedy
     if greedy:
         return greedy
     if any(state.changes_logits for state in states):
-        logits = logits.float()
-        rows = [
-            process_logits(row, state) if state.changes_logits else row
-            for row, state in zip(logits, states, strict=True)
-        ]
-        logits = torch.stack(rows)
+        logits = logits.to(torch.float32, copy=True)
+        for row, state in zip(logits, states, strict=True):
+            if state.changes_logits:
+                process_logits(row, state)
     return kernels.sample(logits, [_row_sampling(state) for state in states])
 
 
@@ -112,9 +126,8 @@ def _row_sampling(state: SamplingState) -> RowSampling:
 
 
 def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
-    """A copy of one row [V] with penalties, bias and the mask of early stops applied."""
+    """Apply penalties, bias and what may not or must come next to one row [V], which is returned."""
     sampling = state.sampling
-    logits = logits.clone()
     device = logits.device
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), dtype=torch.int64, device=device)
@@ -128,8 +141,11 @@ def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device)
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype, device=device)
-    if state.num_output < sampling.min_tokens and state.stop_ids:
-        logits[torch.tensor(state.stop_ids, dtype=torch.int64, device=device)] = float("-inf")
+    banned = state.banned_ids()
+    if banned:
+        logits[torch.tensor(banned, dtype=torch.int64, device=device)] = float("-inf")
+    if sampling.forced_eos_token_id is not None and state.is_forced_to_end:
+        logits.fill_(float("-inf"))[sampling.forced_eos_token_id] = 0.0
     return logits
 
 

@@ -45,7 +45,7 @@ class ServableRuntime:
         self._waiting: dict[str, _Waiting] = {}
         inputs, outputs = self._servable.inputs, self._servable.outputs
         report = f"{spec.name}: {spec.options['model']}, {signature(inputs)} -> {signature(outputs)}"
-        self.info = ModelInfo(spec.name, "tensors", 0, report, inputs, outputs)
+        self.info = ModelInfo(spec.name, "tensors", 0, report, inputs=inputs, outputs=outputs)
 
     def add(self, request: ArrayRequest) -> None:
         """Queue a request.

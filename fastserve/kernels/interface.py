@@ -42,6 +42,8 @@ class Batch:
         logit_rows: [R] int64, rows of the hidden states that need logits.
         request_ids: the B sequences, for models that keep a cache of their own.
         adapter_slots: [T] int64, the slot of each token's adapter or -1; None when no sequence has one.
+        source_lens, source_tables: of encoder-decoders, tokens of each sequence's source and the blocks that hold its
+            keys and values.
     """
 
     input_ids: Tensor
@@ -53,6 +55,8 @@ class Batch:
     logit_rows: Tensor
     request_ids: list[str] = field(default_factory=list)
     adapter_slots: Tensor | None = None
+    source_lens: list[int] = field(default_factory=list)
+    source_tables: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,12 +202,20 @@ class Kernels:
         return self.transform_heads(query, transform.query_norm, transform)
 
     def paged_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int,
+        softcap: float,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of query [T, H, D] over each sequence's cached keys and values -> [T, H, D].
 
         A query at position p sees positions max(0, p - window + 1) .. p; window 0 means no limit. softcap c > 0
-        replaces scores s by c * tanh(s / c).
+        replaces scores s by c * tanh(s / c). bias: as in `varlen_attention`; without window and softcap.
         """
         output = torch.empty_like(query)
         block_size = keys.shape[1]
@@ -220,7 +228,24 @@ class Kernels:
             key = _gather(keys, blocks)[inside]  # [S, G, D]
             value = _gather(values, blocks)[inside]
             part = query[start:end]
-            output[start:end] = _attend(part, key.to(part.dtype), value.to(part.dtype), scale, window, softcap)
+            key, value = key.to(part.dtype), value.to(part.dtype)
+            if bias is None:
+                output[start:end] = _attend(part, key, value, scale, window, softcap)
+            else:
+                mask = _distance_mask(len(part), len(key), 0, bias, query.device)
+                mask = mask.masked_fill(~causal_mask(len(part), len(key), 0, query.device), float("-inf"))
+                output[start:end] = _attend_masked(part, key, value, scale, mask)
+        return output
+
+    def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Attention of query [T, H, D] over all of each sequence's source, whose keys and values are cached in
+        `batch.source_tables` -> [T, H, D]."""
+        output = torch.empty_like(query)
+        for index, (table, length) in enumerate(zip(batch.source_tables, batch.source_lens, strict=True)):
+            rows = slice(batch.query_starts[index], batch.query_starts[index + 1])
+            blocks = table[: -(-length // keys.shape[1])]
+            key, value = (_gather(cache, blocks)[:length].to(query.dtype) for cache in (keys, values))
+            output[rows] = _attend_masked(query[rows], key, value, scale)
         return output
 
     def varlen_attention(
@@ -242,23 +267,8 @@ class Kernels:
         """
         output = torch.empty_like(query)
         for start, end, first, last in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
-            offset = (last - first) - (end - start)  # the last query is where the last key is
-            positions = torch.arange(offset, last - first, device=query.device).unsqueeze(1)
-            distances = torch.arange(last - first, device=query.device) - positions  # [Q, S]
-            mask = torch.zeros(distances.shape, device=query.device)
-            if window:
-                mask = mask.masked_fill(distances.abs() >= window, float("-inf"))
-            if bias is not None:
-                mask = mask + bias[:, distances + bias.shape[1] // 2]  # [H, Q, S]
-            result = functional.scaled_dot_product_attention(
-                query[start:end].transpose(0, 1).unsqueeze(0),
-                key[first:last].transpose(0, 1).unsqueeze(0),
-                value[first:last].transpose(0, 1).unsqueeze(0),
-                attn_mask=mask.to(query.dtype),
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            output[start:end] = result[0].transpose(0, 1)
+            mask = _distance_mask(end - start, last - first, window, bias, query.device)
+            output[start:end] = _attend_masked(query[start:end], key[first:last], value[first:last], scale, mask)
         return output
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
@@ -321,26 +331,43 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     """One sequence: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""
     num_queries, num_heads, size = query.shape
     num_keys, num_kv_heads = key.shape[:2]
-    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
     is_whole_prompt = num_queries == num_keys and not window
     mask = None
     if num_queries > 1 and not (is_whole_prompt and not softcap):
         mask = causal_mask(num_queries, num_keys, window, query.device)
+    if num_queries > 1 and not softcap:
+        return _attend_masked(query, key, value, scale, mask, is_causal=mask is None)
+    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
     if softcap:
         return _attend_softcap(query, key, value, mask, scale, softcap)
-    if num_queries == 1:
-        # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
-        grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
-        result = functional.scaled_dot_product_attention(grouped, key, value, scale=scale)
-        return result.reshape(1, num_heads, size)
+    # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
+    grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
+    return functional.scaled_dot_product_attention(grouped, key, value, scale=scale).reshape(1, num_heads, size)
+
+
+def _distance_mask(num_queries: int, num_keys: int, window: int, bias: Tensor | None, device: torch.device) -> Tensor:
+    """What a window and a bias by distance add to the scores [Q, S] or [H, Q, S]; the last query is at the last key."""
+    positions = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+    distances = torch.arange(num_keys, device=device) - positions  # [Q, S]
+    mask = torch.zeros(distances.shape, device=device)
+    if window:
+        mask = mask.masked_fill(distances.abs() >= window, float("-inf"))
+    return mask if bias is None else mask + bias[:, distances + bias.shape[1] // 2]
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """query [Q, H, D] over key, value [S, G, D]: `mask` is added to the scores, or says which count -> [Q, H, D]."""
+    query, key, value = (item.transpose(0, 1).unsqueeze(0) for item in (query, key, value))
     result = functional.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
+        query,
         key,
         value,
-        attn_mask=mask,
-        is_causal=mask is None,
+        attn_mask=mask if mask is None or mask.dtype is torch.bool else mask.to(query.dtype),
+        is_causal=is_causal,
         scale=scale,
-        enable_gqa=num_heads != num_kv_heads,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return result[0].transpose(0, 1)
 

@@ -52,11 +52,15 @@ class PagedContext:
         kernels: the operations.
         keys, values: per layer [num_blocks, block_size, G, D].
         batch: the step.
+
+    Attributes:
+        bias: [H, 2 R + 1] float32, added to scores by distance (see `Kernels.varlen_attention`); a network may set it.
     """
 
     def __init__(self, kernels: Kernels, keys: list[Tensor], values: list[Tensor], batch: Batch) -> None:
         self.kernels = kernels
         self.longest = max(batch.context_lens, default=0)
+        self.bias: Tensor | None = None
         self._keys = keys
         self._values = values
         self.batch = batch
@@ -77,7 +81,11 @@ class PagedContext:
             self.kernels.store_kv(key, value, keys, values, slots)
         else:
             query = self.kernels.transform_and_store(query, key, value, transform, keys, values, slots)
-        return self.kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap)
+        return self.kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap, self.bias)
+
+    def attend_source(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """query [T, H, D] over its sequence's whole source, which is cached -> [T, H, D]."""
+        return self.kernels.source_attention(query, self._keys[layer], self._values[layer], self.batch, scale)
 
 
 class VarlenContext:

@@ -8,6 +8,7 @@ this class, too. Legend: T tokens, B sequences, K hidden size, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class EncoderConfig:
     Attributes:
         embedding_size: of the tables, where a projection to hidden_size follows.
         max_positions: longest sequence in tokens.
+        sinusoids: how fixed positions are made (a key of `SINUSOIDS`), in place of learned ones; "": not.
         num_types: rows of the token type embedding; 0 without one.
         layer_of: per layer the one on disk whose parameters it has; several may share them.
         windows: per layer, how far a token sees to either side plus 1; 0 is all.
@@ -54,6 +56,7 @@ class EncoderConfig:
     embedding_size: int = 0
     num_learned_positions: int = 0
     position_offset: int = 0
+    sinusoids: str = ""
     num_types: int = 0
     norm: str = "layer"
     norms_first: bool = False
@@ -162,19 +165,26 @@ class EncoderLayer:
 class Encoder:
     """Token ids of whole sequences to hidden states, and a head's scores. Parameters are read while it is built."""
 
-    def __init__(self, config: EncoderConfig, parameters: ParameterLoader, head: HeadConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        parameters: ParameterLoader,
+        head: HeadConfig | None = None,
+        embedding: PackedLinear | Tensor | None = None,
+    ) -> None:
+        """embedding: the table, where the network has it already."""
         self.config, self.device, self.head_config = config, parameters.device, head
         self._kernels, self._dtype = parameters.kernels, parameters.dtype
         size = config.embedding_size or config.hidden_size
         self._embedding: PackedLinear | Tensor
-        if head is not None and head.is_tied:
+        if embedding is not None:
+            self._embedding = embedding
+        elif head is not None and head.is_tied:
             self._embedding = parameters.linear({"embedding": config.vocab_size}, size, bias=False)
         else:
             self._embedding = parameters.tensor("embedding", (config.vocab_size, size))
-        self._positions = self._types = self._bias = self._norm = self._projection = None
-        if config.num_learned_positions:
-            rows = parameters.tensor("position_embedding", (config.num_learned_positions, size))
-            self._positions = rows[config.position_offset :]
+        self._types = self._bias = self._norm = self._projection = None
+        self._positions = position_table(config, parameters, size)
         if config.num_types:
             self._types = parameters.tensor("type_embedding", (config.num_types, size))
         if config.embedding_norm:
@@ -252,6 +262,25 @@ class Head:
             return kernels.linear(self._output, x, is_wide=True)
         assert isinstance(embedding, PackedLinear) and self._output_bias is not None
         return kernels.linear(embedding, x, is_wide=True) + self._output_bias
+
+
+# Frequencies of fixed positions, by the number of them: as in Vaswani et al. (2017), and as in tensor2tensor.
+SINUSOIDS: dict[str, Callable[[int], Tensor]] = {
+    "paper": lambda count: -torch.arange(count, dtype=torch.float64) / count,
+    "tensor2tensor": lambda count: -torch.arange(count, dtype=torch.float64) / (count - 1),
+}
+
+
+def position_table(config: EncoderConfig, parameters: ParameterLoader, size: int) -> Tensor | None:
+    """What is added to embeddings of `size`, a row per position; None: nothing."""
+    if config.num_learned_positions:
+        rows = parameters.tensor("position_embedding", (config.num_learned_positions, size))
+        return rows[config.position_offset :]
+    if not config.sinusoids:
+        return None
+    positions = torch.arange(config.max_positions, dtype=torch.float64) + config.position_offset
+    angles = positions[:, None] * 10000.0 ** SINUSOIDS[config.sinusoids](size // 2)
+    return torch.cat((angles.sin(), angles.cos()), dim=1).to(parameters.device, parameters.dtype).contiguous()
 
 
 def distance_bias(table: Tensor, radius: int, max_distance: int, is_causal: bool) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.kernels import select
@@ -55,6 +55,10 @@ def load_model(
     """
     torch_dtype = resolve_dtype(folder, dtype)
     torch_device = resolve_device(device)
+    if folder.task == TEXT_TO_TEXT:
+        from fastserve.models.encoder_decoder_loader import load_encoder_decoder
+
+        return LoadedModel(*load_encoder_decoder(folder, torch_dtype, torch_device, kernels, backend, block_size))
     family, config, reason = choose_native(folder, backend)
     report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}"]
     if family is None or config is None:

@@ -93,9 +93,12 @@ class ParameterLoader:
 
     def of_expert(self, expert: int) -> ParameterLoader:
         """This loader for one of a layer's experts: the names' {expert} is its number."""
+        return self.with_names({role: name.replace("{expert}", str(expert)) for role, name in self._names.items()})
+
+    def with_names(self, names: Mapping[str, str]) -> ParameterLoader:
+        """This loader for another part of the network."""
         other = copy.copy(self)
-        other.linears = {}
-        other._names = {role: name.replace("{expert}", str(expert)) for role, name in self._names.items()}
+        other.linears, other._names = {}, names
         return other
 
     def has_role(self, role: str) -> bool:
@@ -103,9 +106,9 @@ class ParameterLoader:
         return role in self._names
 
     def tensor(self, role: str, shape: tuple[int, ...], layer: int = 0, suffix: str = "weight") -> Tensor:
-        """One tensor in the compute precision, such as a norm's weight."""
+        """One tensor in the compute precision, such as a norm's weight; suffix "": the role names it whole."""
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
-        name = f"{self._module(role, layer)}.{suffix}"
+        name = f"{self._module(role, layer)}.{suffix}" if suffix else self._module(role, layer)
         old_name = f"{self._module(role, layer)}.{_OLD_SUFFIXES.get(suffix, suffix)}"
         if name not in self._reader and old_name in self._reader:
             name = old_name
@@ -135,7 +138,7 @@ class ParameterLoader:
         self,
         parts: Mapping[str, int],
         num_inputs: int,
-        bias: bool,
+        bias: bool | Tensor,
         layer: int = 0,
         *,
         is_gated: bool = False,
@@ -143,8 +146,8 @@ class ParameterLoader:
     ) -> PackedLinear:
         """One merged linear: role -> number of its output rows, in order; packed for the kernels.
 
-        is_gated: the parts are gate and up, in this order. order: which row of a single part comes where; None: as
-        they are.
+        bias: whether the parts have one each on disk; or the whole. is_gated: the parts are gate and up, in this order.
+        order: which row of a single part comes where; None: as they are.
         """
         for role in parts:
             self._prefetch(role, layer + 1)
@@ -157,8 +160,8 @@ class ParameterLoader:
         if self._to_int8 and "router" not in parts and "{layer}" in self._names[next(iter(parts))]:
             given = weights if isinstance(weights, list) else [weights]
             weights = [quantize_rows(part) if isinstance(part, Tensor) else part for part in given]
-        merged_bias = None
-        if bias:
+        merged_bias = bias if isinstance(bias, Tensor) else None
+        if bias is True:
             merged_bias = torch.cat([self.tensor(role, (rows,), layer, "bias") for role, rows in parts.items()])
         if order is not None and len(parts) == 1:
             [weight] = weights if isinstance(weights, list) else [weights]

@@ -7,12 +7,13 @@ server instead. Not thread-safe.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder
+from fastserve.checkpoint.source_text import SourceText
 from fastserve.checkpoint.text_stream import TextStream
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.config import EngineConfig
@@ -40,12 +41,16 @@ class LLM:
     Example:
         >>> llm = LLM()
         >>> llm.generate("Once upon a time", SamplingParams(max_tokens=40))[0].outputs[0].text
+
+    Attributes:
+        source_text: of an encoder-decoder, what its folder says of texts.
     """
 
     def __init__(self, model: str = "", **options: Any) -> None:
         config = EngineConfig.from_options({"model": str(model), **options})
         folder = ModelFolder.open(config.model)
         self.tokenizer = Tokenizer.load(folder)
+        self.source_text = SourceText(folder, self.tokenizer) if folder.task == TEXT_TO_TEXT else None
         self.engine = Engine(config)
         self._num_calls = 0
 
@@ -61,7 +66,8 @@ class LLM:
 
         Args:
             prompts: one text or one list of token ids, or a list of such.
-            params: for all prompts, or one per prompt; by default 16 tokens at temperature 1.
+            params: for all prompts, or one per prompt; by default 16 tokens at temperature 1, and for an
+                encoder-decoder what its folder says.
             lora: name of an adapter (option `lora`, or `load_lora`) for all prompts, or one per prompt; "" for none.
             use_tqdm: show a progress bar on a terminal.
 
@@ -69,7 +75,57 @@ class LLM:
             RequestError: an empty or too long prompt, a grammar that is not supported, an adapter that is not there,
                 or as many params as there are not prompts.
         """
-        jobs = self._jobs(_as_prompts(prompts), params, lora)
+        return self._generate(_as_prompts(prompts), params, lora, use_tqdm, self._encode)
+
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        target_language: str = "",
+        source_language: str = "",
+        params: SamplingParams | None = None,
+        *,
+        prefix: str = "",
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Texts in another language, by an encoder-decoder.
+
+        Args:
+            target_language, source_language: as the model calls them; "" where it knows one alone, or has a usual one.
+            params: as its folder says by default.
+            prefix: what is put before each text.
+
+        Raises:
+            RequestError: no encoder-decoder, or a language that it does not know (the message names those it does).
+        """
+        source_text = self.source_text
+        if source_text is None:
+            raise RequestError("this model continues texts; translate needs an encoder-decoder")
+
+        def encode(prompt: Prompt) -> tuple[list[int], list[int]]:
+            assert isinstance(prompt, str)
+            return source_text.encode(prompt, source_language, target_language, prefix)
+
+        given: list[Prompt] = [texts] if isinstance(texts, str) else list(texts)
+        return self._generate(given, params, None, use_tqdm, encode)
+
+    def _encode(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt, and of an encoder-decoder those that its decoder begins with."""
+        if self.source_text is not None:
+            ids, start = self.source_text.encode(prompt if isinstance(prompt, str) else "")
+            return (ids if isinstance(prompt, str) else list(prompt)), start
+        return (self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)), []
+
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        lora: str | Sequence[str] | None,
+        use_tqdm: bool,
+        encode: Callable[[Prompt], tuple[list[int], list[int]]],
+    ) -> list[RequestOutput]:
+        if params is None and self.source_text is not None:
+            params = SamplingParams(**self.source_text.defaults())
+        jobs = self._jobs(prompts, params, lora, encode)
         try:
             with _progress_bar(len(jobs), use_tqdm) as advance:
                 self._run(jobs, advance)
@@ -134,6 +190,7 @@ class LLM:
         prompts: list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         lora: str | Sequence[str] | None,
+        encode: Callable[[Prompt], tuple[list[int], list[int]]],
     ) -> list[_Job]:
         params, lora = params or SamplingParams(), lora or ""
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -147,13 +204,15 @@ class LLM:
         self._num_calls += 1
         jobs: list[_Job] = []
         for index, (prompt, sampling, adapter) in enumerate(zip(prompts, per_prompt, adapters, strict=True)):
-            prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            prompt_ids, start = encode(prompt)
+            num_source, before = (len(prompt_ids), []) if start else (0, prompt_ids)
             job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
             for number, single in enumerate(fork(sampling)):
                 name = f"{self._num_calls}-{index}-{number}"
-                request = Request(name, prompt_ids, single, time.monotonic(), adapter=adapter)
+                now = time.monotonic()
+                request = Request(name, prompt_ids + start, single, now, adapter=adapter, num_source=num_source)
                 for _ in range(single.n):  # 1, but for the answers of a beam search
-                    job.streams.append(_Stream(request, TextStream(self.tokenizer, prompt_ids, single)))
+                    job.streams.append(_Stream(request, TextStream(self.tokenizer, before, single)))
             jobs.append(job)
         return jobs
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.core.arrays import ModelSpec, PoolingRequest
+from fastserve.core.arrays import ArrayOutput, ModelSpec, PoolingRequest
 from fastserve.core.errors import ConfigError, RequestError
 from fastserve.engine.array_codec import to_numpy
 from fastserve.offline.tasks.classification import classify, labelled
@@ -20,6 +20,7 @@ from fastserve.offline.tasks.fill_mask import fill_mask
 from fastserve.offline.tasks.question_answering import AnswerRules, answer_question
 from fastserve.offline.tasks.text import EncoderText, Floats, Job, Piece
 from fastserve.offline.tasks.token_classification import find_entities
+from fastserve.offline.text_pipeline import TEXT_TASKS, TextPipeline, is_text_task
 
 # Other names of the tasks.
 _SAME = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
@@ -30,8 +31,8 @@ def pipeline(task: str = "", model: str = "", **options: Any) -> Callable[..., A
 
     Args:
         task: question-answering, text-classification (sentiment-analysis), token-classification (ner), fill-mask,
-            feature-extraction, sentence-embedding (one vector per text) or text-generation; "" takes what the folder is
-            for.
+            feature-extraction, sentence-embedding (one vector per text), text-generation, text2text-generation,
+            summarization, translation or translation_XX_to_YY; "" takes what the folder is for.
         model: folder or hub id; "" is the built-in model, which generates text.
         options: fields of EngineConfig, and defaults of what the function takes (`aggregation_strategy`, `top_k`, ...).
 
@@ -47,8 +48,12 @@ def pipeline(task: str = "", model: str = "", **options: Any) -> Callable[..., A
     task = _SAME.get(task, task) or folder.task
     if task == "text-generation":
         return _generate(str(model), options)
+    if is_text_task(task):
+        return TextPipeline(task, folder, options)
     if task not in _CALLS:
-        raise ConfigError(f"there is no task {task!r}; known: {', '.join([*_CALLS, *_SAME, 'text-generation'])}")
+        raise ConfigError(
+            f"there is no task {task!r}; known: {', '.join([*_CALLS, *_SAME, 'text-generation', *TEXT_TASKS])}"
+        )
     wanted = ("feature-extraction", "fill-mask") if task in ("feature-extraction", "sentence-embedding") else (task,)
     if folder.task not in wanted:
         raise ConfigError(f"{model} is for {folder.task}, not for {task}")
@@ -90,6 +95,7 @@ class EncoderPipeline:
             self._runtime.add(PoolingRequest(name, "", piece.input_ids, piece.type_ids, piece.head, piece.rows))
         while self._runtime.has_work():
             for output in self._runtime.step():
+                assert isinstance(output, ArrayOutput)
                 arrays[output.request_id] = to_numpy(output.arrays[""])
         return job.finish([arrays[name] for name in names])
 

@@ -31,15 +31,18 @@ class BeamSearch:
         sampling: num_beams, length_penalty, early_stopping, n.
         end_ids: tokens that end an answer.
         max_tokens: longest answer.
+        num_before: tokens of the prompt that count as the answer's when its score is made.
     """
 
-    def __init__(self, sampling: SamplingParams, end_ids: frozenset[int], max_tokens: int) -> None:
+    def __init__(self, sampling: SamplingParams, end_ids: frozenset[int], max_tokens: int, num_before: int = 0) -> None:
         self._num_beams = sampling.num_beams
         self._length_penalty = sampling.length_penalty
         self._early_stopping = sampling.early_stopping
         self._num_answers = sampling.n
         self._end_ids = end_ids
         self._max_tokens = max_tokens
+        self._num_before = num_before
+        self._forced_id = sampling.forced_eos_token_id
         self._beams: list[tuple[float, list[int]]] = [(0.0, [])]  # sum of log probabilities, tokens; the best first
         self._finished: list[Beam] = []  # the best first
 
@@ -54,6 +57,8 @@ class BeamSearch:
             for beam, ((score, _), found) in enumerate(zip(self._beams, candidates, strict=True))
             for token_id, value in zip(found.token_ids[1:], found.logprobs[1:], strict=True)
         ]
+        if length == self._max_tokens and self._forced_id is not None:
+            extended = [(score, beam, self._forced_id) for beam, (score, _) in enumerate(self._beams)]
         best = nlargest(num_candidates(self._num_beams, len(self._end_ids)), extended, key=lambda item: item[0])
         going_on: list[tuple[float, int, int]] = []
         for place, (score, beam, token_id) in enumerate(best):
@@ -88,7 +93,7 @@ class BeamSearch:
         return hoped <= self._finished[-1].score
 
     def _penalised(self, score: float, length: int) -> float:
-        return float(score / length**self._length_penalty)
+        return float(score / (length + self._num_before) ** self._length_penalty)
 
 
 @dataclass(slots=True, eq=False)

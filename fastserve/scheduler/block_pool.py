@@ -153,12 +153,16 @@ class BlockPool:
             sequence.num_published = max(sequence.num_published, num_full)
 
     def _hashes_of(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        """Of its leading full blocks. Sequences with different adapters have none in common."""
+        """Of its leading full blocks. Sequences with different adapters have none in common, nor with different
+        sources, of which every block depends on all tokens."""
         hashes, size = sequence.block_hashes, self.block_size
-        root = sequence.request.adapter if self.prefix_caching else sequence.request_id
+        if num_blocks and not hashes:
+            root = (sequence.request.adapter if self.prefix_caching else sequence.request_id).encode()
+            source = array("I", sequence.token_ids[: sequence.request.num_source]).tobytes()
+            hashes.append(hash_block(root + source, sequence.token_ids[:size]))
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else root.encode(), sequence.token_ids[start : start + size]))
+            hashes.append(hash_block(hashes[-1], sequence.token_ids[start : start + size]))
         return hashes[:num_blocks]
 
     def free(self, block_ids: SequenceOf[int]) -> None:

@@ -117,9 +117,13 @@ class Scheduler:
         assert 0 < len(request.prompt_ids) < self._max_model_len
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
+        sequence.num_together = self._num_blocks(request.num_source) * self.block_pool.block_size
         if request.sampling.num_beams > 1:
             sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
-            search = BeamSearch(sampling, self._answers.end_ids(sampling), min(room, sampling.max_tokens or room))
+            # Of an encoder-decoder, what comes after the first token counts as the answer's.
+            num_before = len(request.prompt_ids) - sequence.num_together - 1 if request.num_source else 0
+            ends, length = self._answers.end_ids(sampling), min(room, sampling.max_tokens or room)
+            search = BeamSearch(sampling, ends, length, num_before)
             sequence.group = BeamGroup(request.request_id, search, [sequence])
         sequence.num_cached_expected = self.block_pool.count_cached(sequence)
         self._arrive(sequence, now)
@@ -180,7 +184,9 @@ class Scheduler:
             # Prefills take what is left when everyone who may still decode in this step keeps a token.
             keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
             take = min(sequence.num_remaining, tokens_left - keep)
-            if take == 0 and preemptive:
+            if take > 0:
+                take = max(take, sequence.num_together - sequence.num_computed)
+            if take <= 0 and preemptive:
                 skipped.append(item)
                 continue
             running.append(item)
@@ -479,7 +485,9 @@ class Scheduler:
         sampling, num_tokens = sequence.request.sampling, len(sequence.token_ids)
         room = min(room, self._max_model_len - num_tokens - 1)
         if sampling.max_tokens is not None:
-            room = min(room, sampling.max_tokens - sequence.num_output - 1)
+            # The last token may be a forced one, which is no guess's to tell.
+            last = 1 if sampling.forced_eos_token_id is None else 2
+            room = min(room, max(0, sampling.max_tokens - sequence.num_output - last))
         drafts = self._drafter.propose(sequence, room, len(self._running))
         return drafts[: self._reserve(sequence, num_tokens + len(drafts)) - num_tokens] if drafts else []
 

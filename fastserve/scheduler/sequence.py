@@ -53,6 +53,7 @@ class Sequence:
         scheduled_time, first_token_time: monotonic seconds, None until then.
         prompt_logprobs: of the prompt so far, for requests that ask for them; the first token has none.
         group: the beam search that it is a beam of.
+        num_together: leading tokens that one step computes together: an encoder's, up to the end of their last block.
     """
 
     request: Request
@@ -74,6 +75,7 @@ class Sequence:
     first_token_time: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     group: BeamGroup | None = None
+    num_together: int = 0
 
     request_id: str = field(init=False)
 
@@ -89,6 +91,7 @@ class Sequence:
         self.token_ids, self.num_computed = other.token_ids[:], other.num_computed
         self.block_ids, self.block_hashes = other.block_ids[:], other.block_hashes[:]
         self.num_published, self.residency = other.num_published, other.residency
+        self.num_together = other.num_together
         self.num_lost, self.num_cached_expected, self.is_known = other.num_lost, other.num_cached_expected, False
 
     @property

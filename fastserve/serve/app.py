@@ -33,7 +33,7 @@ from fastserve.serve.docs import render_docs
 from fastserve.serve.encoders import Encoders
 from fastserve.serve.errors import ApiError
 from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
-from fastserve.serve.generation import Answer, Generation, Generator
+from fastserve.serve.generation import Answer, Generation, Generator, Target
 from fastserve.serve.kserve import KServe
 from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit
 from fastserve.serve.metrics import Metrics
@@ -55,6 +55,7 @@ from fastserve.serve.responses_body import ResponsesBody
 from fastserve.serve.stream import ClientGoneError, EventStream, while_connected
 from fastserve.serve.structured import GrammarGate
 from fastserve.serve.tenants import KeyRing, tenant_of
+from fastserve.serve.text_models import TextModels
 from fastserve.serve.tools import ChatStyle, ToolUse
 
 _CLIENT_CLOSED_REQUEST = 499
@@ -93,7 +94,8 @@ class Api:
             client, admission, self.metrics.arrays, self.generator.check_open, options.request_timeout
         )
         self.encoders = Encoders(requests)
-        self.kserve = KServe(requests, self.encoders.forget, options.model_repository)
+        self.text_models = TextModels(client, self.generator.check_open, self._answer_source)
+        self.kserve = KServe(requests, self._forget, options.model_repository)
         self._created = int(time.time())
 
     @property
@@ -106,9 +108,10 @@ class Api:
         router = APIRouter(default_response_class=Response)
         if self.client.generates:
             router.post("/v1/chat/completions", summary="Answer a conversation")(self.chat_completions)
-            router.post("/v1/completions", summary="Continue a text")(self.completions)
             self._responses.add_routes(router)
             self.adapters.add_routes(router)
+        router.post("/v1/completions", summary="Continue a text")(self.completions)
+        self.text_models.add_routes(router)
         self.encoders.add_routes(router)
         self.kserve.add_routes(router)
         router.get("/v1/models", summary="List the models")(self.models)
@@ -133,6 +136,11 @@ class Api:
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """OpenAI's completions, with vLLM's extra sampling fields."""
+        other = self.text_models.named(body.model)
+        if other:
+            return await self.text_models.completions(other, body, request)
+        if not self.client.generates:
+            raise ApiError("no model of this server generates text", 404, param="model", code="model_not_found")
         name = self.adapters.find(body.model) or self.model_name
         self.generator.check_open()
         texts = body.prompts()
@@ -163,9 +171,10 @@ class Api:
         reply: Reply,
         request: Request,
         choose: Callable[[list[Answer]], list[Answer]] | None = None,
+        target: Target | None = None,
     ) -> Response:
         """`choose` makes the answers that are shown of those that were made."""
-        generation = await self.start(reply.id, body, prompts, sampling, request)
+        generation = await self.start(reply.id, body, prompts, sampling, request, target)
         headers = {"X-Request-Id": reply.id}
         if body.stream:
             return EventStream(_events(generation, reply, body), generation.close, headers)
@@ -178,8 +187,29 @@ class Api:
         shown = answers if choose is None else choose(answers)
         return Response(reply.whole(shown, generation.usage), headers=headers, media_type="application/json")
 
+    async def _answer_source(
+        self,
+        body: GenerationBody,
+        sources: list[list[int]],
+        sampling: SamplingParams,
+        reply: Reply,
+        request: Request,
+        target: Target,
+    ) -> Response:
+        return await self._answer(body, sources, sampling, reply, request, target=target)
+
+    def _forget(self, name: str) -> None:
+        self.encoders.forget(name)
+        self.text_models.forget(name)
+
     async def start(
-        self, name: str, body: GenerationBody, prompts: list[list[int]], sampling: SamplingParams, request: Request
+        self,
+        name: str,
+        body: GenerationBody,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        request: Request,
+        target: Target | None = None,
     ) -> Generation:
         """Start what a body asks for, on the account of the one who asks and within the time that they give.
 
@@ -194,8 +224,9 @@ class Api:
             sampling,
             body.priority,
             tenant=tenant_of(request),
-            adapter=self.adapters.find(body.model),
+            adapter="" if target is not None else self.adapters.find(body.model),
             seconds=min(seconds, default=None),
+            target=target,
         )
 
     async def models(self) -> Response:

@@ -12,8 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec.structs import replace as replace_fields
+
 from fastserve.checkpoint.text_stream import TextStream
 from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
+from fastserve.core.arrays import ModelInfo
 from fastserve.core.errors import FastServeError, QueueFullError, RequestError
 from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
 from fastserve.core.sampling_params import SamplingParams
@@ -26,6 +29,15 @@ from fastserve.serve.metrics import Metrics
 
 # Longer texts are tokenised in a thread, so that they do not hold up other streams.
 _LONG_TEXT = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An encoder-decoder beside the server's own model, and what its decoder is to begin with."""
+
+    model: ModelInfo
+    tokenizer: Tokenizer
+    start_ids: list[int]
 
 
 @dataclass(slots=True)
@@ -144,7 +156,7 @@ class Generation:
         """Counts so far; each prompt counts once, whatever n is."""
         firsts = {choice.prompt_index: choice for choice in reversed(self.choices)}
         return Usage(
-            prompt_tokens=sum(len(choice.request.prompt_ids) for choice in firsts.values()),
+            prompt_tokens=sum(c.request.num_source or len(c.request.prompt_ids) for c in firsts.values()),
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
             cached_tokens=sum(choice.num_cached_tokens for choice in firsts.values()),
         )
@@ -234,6 +246,7 @@ class Generator:
         tenant: str = "",
         adapter: str = "",
         seconds: float | None = None,
+        target: Target | None = None,
     ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
 
@@ -241,6 +254,7 @@ class Generator:
             tenant: on whose account.
             adapter: with which LoRA adapter; "" for none.
             seconds: time that the client gives us; None is no limit of its own.
+            target: whom it is for, where that is not the server's own model; `prompts` are sources then.
 
         Raises:
             RequestError, ApiError: a prompt is too long, or has ids outside the vocabulary.
@@ -258,18 +272,23 @@ class Generator:
         now = time.monotonic()
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
-            fitted = self._fit(prompt_ids, sampling)
+            fitted = self._fit(prompt_ids, sampling) if target is None else _fit_source(prompt_ids, sampling, target)
             for single in fork(fitted):
                 request = Request(f"{name}-{len(choices)}", prompt_ids, single, now, priority, tenant, adapter)
+                if target is not None:
+                    given, num_source = prompt_ids + target.start_ids, len(prompt_ids)
+                    request = replace_fields(request, prompt_ids=given, num_source=num_source, model=target.model.name)
                 for _ in range(single.n):  # 1, but for the answers of a beam search
-                    text_stream = TextStream(self._tokenizer, prompt_ids, single)
+                    tokenizer, before = (self._tokenizer, prompt_ids) if target is None else (target.tokenizer, [])
+                    text_stream = TextStream(tokenizer, before, single)
                     choices.append(Choice(len(choices), prompt_index, request, text_stream))
         requests = list({choice.request.request_id: choice.request for choice in choices}.values())
         cost = sum(
             (len(request.prompt_ids) + (request.sampling.max_tokens or 0)) * request.sampling.num_beams
             for request in requests
         )
-        full_batch = self._client.config.max_batch_sequences * self.max_model_len
+        longest = self.max_model_len if target is None else target.model.max_len + target.model.max_answer
+        full_batch = self._client.config.max_batch_sequences * longest
         try:
             leave = self._admission.enter(tenant, len(choices), cost, self._client.capacity, full_batch)
             try:
@@ -308,6 +327,20 @@ class Generator:
                 "max_tokens",
             )
         return replace(sampling, max_tokens=room if sampling.max_tokens is None else sampling.max_tokens)
+
+
+def _fit_source(source_ids: list[int], sampling: SamplingParams, target: Target) -> SamplingParams:
+    """`sampling` with max_tokens within what the model answers at most."""
+    info, room = target.model, target.model.max_answer - len(target.start_ids)
+    if not source_ids:
+        raise RequestError("the text is empty; give at least one word", "prompt")
+    if len(source_ids) > info.max_len:
+        raise _too_long(f"the text has {len(source_ids)} tokens; {info.name} takes at most {info.max_len}", "prompt")
+    if max(source_ids) >= info.vocab_size:
+        raise RequestError(f"the text has token id {max(source_ids)}; ids end at {info.vocab_size - 1}", "prompt")
+    if sampling.max_tokens is not None and sampling.max_tokens > room:
+        raise _too_long(f"{info.name} answers with at most {room} tokens; lower max_tokens", "max_tokens")
+    return replace(sampling, max_tokens=sampling.max_tokens or room)
 
 
 def _too_long(message: str, param: str) -> ApiError:

@@ -161,7 +161,7 @@ class KServe:
         name = self._info(request).name
         if not self._repository:
             repository_spec("", name, self._client.config, {})  # raises: nothing is loaded or unloaded here
-        self._client.arrays.unload(name)
+        self._client.unload(name)
         self._on_unload(name)
         return _json({})
 

@@ -51,6 +51,7 @@ _FIRST_CALLS = {
         "question-answering",
         '"question": "Who sleeps?", "context": "A fox sleeps in the wood."',
     ),
+    "text2text-generation": ("completions", '"prompt": "A fox sleeps in the wood."'),
 }
 
 

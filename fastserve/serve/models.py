@@ -66,7 +66,7 @@ class ServedModels:
                 generator = (settings, folder, name)
             else:
                 raise ConfigError(
-                    f"{generator[2]} and {name} both generate text, and one server has one such model; serve the other "
+                    f"{generator[2]} and {name} both are decoders, and one server has one such model; serve the other "
                     "on a port of its own"
                 )
         assert first is not None

@@ -182,12 +182,14 @@ class GenerationBody(Body):
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
+    no_repeat_ngram_size: int | None = None
 
     # Fields that are passed to SamplingParams as they are.
     _SAMPLING: ClassVar[tuple[str, ...]] = (
         *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
         *("frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
         *("min_tokens", "prompt_logprobs", "skip_special_tokens", "length_penalty", "early_stopping"),
+        "no_repeat_ngram_size",
     )
 
     @model_validator(mode="after")
@@ -214,28 +216,28 @@ class GenerationBody(Body):
         Raises:
             RequestError: a value is out of its range.
         """
-        num_beams = self._width()
+        num_beams = self.asked_width() or 1
         # A search is not sampled, so the model's defaults of sampling have no place in it.
-        values: dict[str, Any] = {**({"temperature": 0.0} if num_beams > 1 else defaults), "num_beams": num_beams}
-        for name in self._SAMPLING:
-            value = getattr(self, name)
-            if value is not None:
-                values[name] = value
-        values["max_tokens"] = self._max_tokens()
-        values["logprobs"] = self.num_logprobs
+        base = {"temperature": 0.0} if num_beams > 1 else defaults
+        return SamplingParams(**{**base, "num_beams": num_beams, **self.given()})
+
+    def given(self) -> dict[str, Any]:
+        """Fields of SamplingParams that the body has, but for `num_beams`."""
+        values = {name: getattr(self, name) for name in self._SAMPLING if getattr(self, name) is not None}
+        values |= {"max_tokens": self._max_tokens(), "logprobs": self.num_logprobs}
         if self.logit_bias is not None:
             values["logit_bias"] = _token_biases(self.logit_bias)
         values["structured_outputs"] = self.wanted_structure()
-        return SamplingParams(**values)
+        return values
 
-    def _width(self) -> int:
-        """Beams of a search, as `num_beams` or as vLLM has it; 1 for no search."""
+    def asked_width(self) -> int | None:
+        """Beams of a search, as `num_beams` or as vLLM has it; 1 for no search, None when nothing is said."""
         if self.num_beams is None and self.use_beam_search:
             width: int = getattr(self, "best_of", None) or self.n or 1
             if width < 2:
                 raise RequestError("use_beam_search needs num_beams, or n, above 1", "use_beam_search")
             return width
-        return 1 if self.num_beams is None or self.use_beam_search is False else self.num_beams
+        return 1 if self.use_beam_search is False else self.num_beams
 
     def wanted_structure(self) -> StructuredOutputs | None:
         """The form that the answer must have, in whichever of the three ways it was asked for.

@@ -257,12 +257,24 @@ class CPUKernels(Kernels):
         return out
 
     def paged_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float, window: int, softcap: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int,
+        softcap: float,
+        bias: Tensor | None = None,
     ) -> Tensor:
         tables = [table.contiguous() for table in batch.block_tables]
         return self._attention(
-            query, keys, values, batch.query_starts, batch.context_lens, tables, scale, softcap, window
+            query, keys, values, batch.query_starts, batch.context_lens, tables, scale, softcap, window, True, bias
         )
+
+    def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+        tables, lengths = [table.contiguous() for table in batch.source_tables], batch.source_lens
+        return self._attention(query, keys, values, batch.query_starts, lengths, tables, scale, 0.0, 0, is_causal=False)
 
     def varlen_attention(
         self,

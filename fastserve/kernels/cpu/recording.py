@@ -44,6 +44,8 @@ class NativeStep:
             batch.query_starts,
             batch.context_lens,
             [table.data_ptr() for table in batch.block_tables],
+            batch.source_lens,
+            [table.data_ptr() for table in batch.source_tables],
             0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(),
             choose,
         )
@@ -90,6 +92,8 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
         query_starts=[0, _PROBE_TOKENS],
         context_lens=[longest],
         block_tables=[block_table],
+        source_lens=[longest],
+        source_tables=[block_table],
         logit_rows=torch.zeros(_PROBE_ROWS, dtype=torch.int64),
         adapter_slots=ids,
     )

@@ -39,7 +39,9 @@ def test_penalties_and_bias_follow_their_definitions() -> None:
     state.count(4)
     logits = torch.tensor([1.0, 1.0, 1.0, 2.0, -2.0, 0.0])
     expected = [1.0, 1.0, 1.0, 1.0, -4.0 - 0.5 - 2 * 0.25, 3.0]
-    assert process_logits(logits, state).tolist() == pytest.approx(expected)
+    given = logits.clone()
+    assert process_logits(given, state).tolist() == pytest.approx(expected)
+    sample(logits[None], [state], Kernels())
     assert logits.tolist() == [1.0, 1.0, 1.0, 2.0, -2.0, 0.0]
 
 

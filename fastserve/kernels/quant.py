@@ -17,8 +17,7 @@ INT8_KV_SCALE_BYTES = 4
 
 def quantize_rows(weight: Tensor) -> QuantizedWeight:
     """A matrix [N, K] in 8 bits, for 8-bit activations: symmetric, one scale per row, the nearest integers."""
-    wide = weight.float()
-    scheme = QuantScheme(activation_bits=8)
+    wide, scheme = weight.float(), QuantScheme(activation_bits=8)
     scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return QuantizedWeight(scheme, ((wide / scales).round() + scheme.centre).to(torch.uint8), scales)
 

@@ -85,10 +85,8 @@ def load_model(
     found = read_quantization(folder.config)
     if found is not None and any(item.is_dense for item in found.formats):
         report.append("quantised weights that no kernel has (8-bit floats, groups of 5 to 8 bits) are held as floats")
-    to_int8 = quantization == "int8"
-    model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device, to_int8)
-    if to_int8:
-        report.append("layers: int8")
+    model, linears = _load_native(folder, family, config, chosen, torch_dtype, torch_device, quantization == "int8")
+    lines += [] if quantization == "auto" else [f"layers: {quantization}"]
     return LoadedModel(model, chosen, [*report, *lines], linears)
 
 

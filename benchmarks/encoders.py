@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import peers
+from peer_process import PipedProcess
 from shared_data import shared_folder
 
 from fastserve.bench import random_model
@@ -49,29 +49,17 @@ COSINES = {"fp32": 0.999, "bf16": 0.99, "int8": 0.95}  # what others' vectors mu
 Sequences = list[list[int]]
 
 
-class Worker:
+class Worker(PipedProcess):
     """One engine in a process of its own."""
 
     def __init__(self, name: str, model: Path, precision: str, threads: int) -> None:
         python = str(peers.interpreter("openvino")) if name == "openvino" else sys.executable
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.name, self.batch_size = name, BATCH_SIZES[0]
-        self._process = subprocess.Popen(
-            [python, str(WORKER), name, str(model), precision, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._answer()
+        self.batch_size = BATCH_SIZES[0]
+        super().__init__(name, [python, str(WORKER), name, str(model), precision, str(threads)])
 
     def embed(self, sequences: Sequences) -> dict[str, Any]:
         """Seconds, computed tokens, and the first vectors."""
-        assert self._process.stdin is not None
-        question = {"sequences": sequences, "batch_size": self.batch_size}
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        return self._ask({"sequences": sequences, "batch_size": self.batch_size})
 
     def choose_batch_size(self, sequences: Sequences) -> None:
         """The quickest for a sample."""
@@ -81,24 +69,6 @@ class Worker:
             self.embed(sequences[:size])
             seconds[size] = self.embed(sequences)["seconds"]
         self.batch_size = min(seconds, key=lambda size: seconds[size])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:  # an error came while it was at work
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def read_lengths(count: int) -> tuple[list[int], str]:

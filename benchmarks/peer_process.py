@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,61 @@ from fastserve.bench import workload
 OURS = "fastserve"
 
 
-class EngineProcess:
-    """One engine, answering questions until it is closed.
+class PipedProcess:
+    """An engine in a process of its own, answering a line of JSON for a line of JSON until it is closed.
+
+    Args:
+        name: what messages call it.
+        command: what to run; its messages go to stderr.
+        environment: variables besides ours.
+
+    Attributes:
+        about: its first line, which says that it is ready.
+
+    Raises:
+        RuntimeError: it ended before it was ready.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **offline, **(environment or {})},
+        )
+        self.about: dict[str, Any] = self._answer()
+
+    def close(self) -> None:
+        """End the process, and all that it started."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            for pid in reversed(_tree(self._process.pid)):
+                os.kill(pid, 9)
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class EngineProcess(PipedProcess):
+    """One engine that generates.
 
     Args:
         name: a peer, or OURS.
@@ -33,26 +86,12 @@ class EngineProcess:
     def __init__(self, name: str, model: Path, precision: str) -> None:
         python = sys.executable if name == OURS else str(peers.interpreter(name))
         script = peers.ENGINES / f"run_{'ours' if name == OURS else name.replace('.', '_')}.py"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if name == "llama.cpp":
-            environment["LLAMA_CPP_TOOLS"] = str(peers.llama_cpp_tools())
-        self.name = name
-        self._process = subprocess.Popen(
-            [python, str(script), str(model), precision],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.about: dict[str, Any] = self._answer()
+        environment = {"LLAMA_CPP_TOOLS": str(peers.llama_cpp_tools())} if name == "llama.cpp" else None
+        super().__init__(name, [python, str(script), str(model), precision], environment)
 
     def ask(self, case: str, prompts: Sequence[workload.Prompt]) -> dict[str, Any]:
         """The answer to one question (see peer_engines/worker.py)."""
-        assert self._process.stdin is not None
-        question = {"case": case, "prompts": [(item.token_ids, item.num_outputs) for item in prompts]}
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        return self._ask({"case": case, "prompts": [(item.token_ids, item.num_outputs) for item in prompts]})
 
     def peak_bytes(self) -> int:
         """Largest resident memory of the engine since `forget_peak`, all its processes together."""
@@ -62,24 +101,6 @@ class EngineProcess:
         for pid in _tree(self._process.pid):
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            for pid in reversed(_tree(self._process.pid)):
-                os.kill(pid, 9)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}; its messages are above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def _tree(pid: int) -> list[int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import peers
+from peer_process import PipedProcess
 from shared_data import shared_folder
 
 from fastserve.bench import quantized_model, random_model
@@ -40,30 +40,20 @@ PEERS = {"transformers": ("fp32", "bf16"), "ctranslate2": ("fp32", "int8")}
 Sentences = tuple[list[list[int]], list[int]]  # sources, lengths of answers
 
 
-class Worker:
+class Worker(PipedProcess):
     """One engine in a process of its own."""
 
     def __init__(self, name: str, model: Path, precision: str, threads: int) -> None:
         python = str(peers.interpreter(name)) if name == "ctranslate2" else sys.executable
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.name, self.batch_size = name, BATCH_SIZES[0]
-        self._process = subprocess.Popen(
-            [python, str(ENGINES / "run_translator.py"), name, str(model), precision, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._answer()
+        self.batch_size = BATCH_SIZES[0]
+        super().__init__(name, [python, str(ENGINES / "run_translator.py"), name, str(model), precision, str(threads)])
 
     def translate(self, sentences: Sentences, num_beams: int) -> dict[str, Any]:
         """Seconds and tokens."""
-        assert self._process.stdin is not None
         sources, lengths = sentences
-        question = {"sources": sources, "lengths": lengths, "num_beams": num_beams, "batch_size": self.batch_size}
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        return self._ask(
+            {"sources": sources, "lengths": lengths, "num_beams": num_beams, "batch_size": self.batch_size}
+        )
 
     def choose_batch_size(self, sentences: Sentences, num_beams: int) -> None:
         """The quickest for a sample; the first question of all is not counted."""
@@ -73,24 +63,6 @@ class Worker:
             self.batch_size = size
             seconds[size] = self.translate(sentences, num_beams)["seconds"]
         self.batch_size = min(seconds, key=lambda size: seconds[size])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:  # an error came while it was at work
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}; its messages are above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def read_lengths(count: int) -> tuple[list[tuple[int, int]], str]:

@@ -53,13 +53,12 @@ ScratchSize linear_scratch(const LinearArgs& args, int threads) {
 ScratchSize attention_scratch(const AttentionArgs& args) {
     const int64_t rows = attention_tile_rows(args);
     const int64_t depth = round_up(args.head_size, 32), padded = round_up(args.head_size, kPanelColumns);
-    constexpr int64_t kKeys = 64, kSplit = 512, kSplitQueries = 4;  // as in isa/attention.h
     ScratchSize size;
-    size.per_thread = static_cast<size_t>(4 * (rows * (depth + 2 * kKeys + 2 * padded + 4) + kKeys * (depth + padded + 2)) + 1024);
+    size.per_thread = static_cast<size_t>(4 * (rows * (depth + 2 * kKeyBlock + 2 * padded + 4) + kKeyBlock * (depth + padded + 2)) + 1024);
     for (int64_t i = 0; i < args.num_sequences; ++i) {
         const int64_t queries = args.query_starts[i + 1] - args.query_starts[i];
         if (queries > kSplitQueries) continue;
-        const int64_t splits = args.context_lens[i] / kSplit + 2;
+        const int64_t splits = args.context_lens[i] / kSplitKeys + 2;
         size.shared += static_cast<size_t>(4 * splits * queries * args.num_heads * (padded + 2));
     }
     return size;

@@ -65,6 +65,9 @@ struct AttentionArgs {
     int64_t bias_stride, bias_origin;
 };
 
+constexpr int kKeyBlock = 64;         // keys that attention takes at a time
+constexpr int64_t kSplitKeys = 512;   // keys whose sums start from nothing
+constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
 // Query rows (positions x query heads per key head) that a tile of attention has at most. Each tile builds the panels of
 // its keys and values anew: more rows repay them, fewer leave more tiles to divide.
 constexpr int64_t kTileQueryRows = 192;

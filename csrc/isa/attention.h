@@ -11,11 +11,7 @@
 
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
-constexpr int kKeyBlock = 64;
-constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kFewRows = 12;     // rows that do not repay a panel of values
-constexpr int64_t kSplitQueries = 4;  // sequences with no more new tokens share their splits among threads
-constexpr int64_t kFetches = 32;     // while a head's block is worked on
 constexpr float kNever = -3.0e38f;    // a masked score; any real one is larger
 
 // Limits of scores: kNever before a position, or from it on; none on the other side. Read from where the position is 64.
@@ -177,7 +173,7 @@ public:
         const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
         const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
         for (int64_t block = begin; block < end; block += kKeyBlock) {
-            if (tile_.num_heads > 1) look_ahead(block);
+            look_ahead(block);
             for_heads([&](int64_t) { attend_block(block); });
         }
     }
@@ -315,24 +311,9 @@ private:
         places.first_key = first_key, places.kv_head = tile_.kv_head, places.sequence = tile_.sequence, places.count = keys;
     }
 
-    // The places of this block and of the next one, which is fetched while this one is worked on: a head's keys are
-    // short rows far apart, which the processor does not foresee.
+    // The places of a block's keys of one head; those of the next head lie beside them.
     void find_block(int64_t first_key, int64_t keys) {
-        num_next_ = 0;
-        if (tile_.num_heads > 1) return find_head(first_key, keys);
-        now_ ^= 1;
-        Places& now = places_[now_];
-        if (now.first_key != first_key || now.kv_head != tile_.kv_head || now.sequence != tile_.sequence || now.count < keys) {
-            find(first_key, keys, now);
-            for (int64_t i = 0; i < keys; ++i) fetch(args_.keys, now.keys[i]), fetch(args_.values, now.values[i]);
-        }
-        num_next_ = min_of(kKeyBlock, visible().end - first_key - kKeyBlock);
-        if (num_next_ > 0) find(first_key + kKeyBlock, num_next_, places_[now_ ^ 1]);
-    }
-
-    // The same for one head of several: the next one's keys lie beside these, and the processor foresees them.
-    void find_head(int64_t first_key, int64_t keys) {
-        Places& now = places_[now_];
+        Places& now = places_;
         if (now.first_key != first_key || now.sequence != tile_.sequence || now.count != keys) {
             return find(first_key, keys, now);
         }
@@ -349,11 +330,14 @@ private:
     struct Ahead {
         const char* rows[2 * kKeyBlock];
         int64_t count = 0, bytes = 0, row = 0, at = 0;
-        int64_t lines = 0;  // to fetch at a time
+        int64_t share = 0;  // lines for the keys of one head, or for its values
+        int64_t lines = 0;  // at a time
 
+        // The next `times` calls of `fetch` bring a share.
+        void divide(int64_t times) { lines = ceil_div(share, times); }
         FASTSERVE_INLINE void fetch() {
             for (int64_t i = 0; i < lines && row < count; ++i) {
-                __builtin_prefetch(rows[row] + at, 0, 3);
+                __builtin_prefetch(rows[row] + at, 0, 2);
                 at += 64;
                 if (at >= bytes) at = 0, ++row;
             }
@@ -383,17 +367,7 @@ private:
         add(args_.keys, args_.key_strides);
         add(args_.values, args_.value_strides);
         ahead_.bytes = tile->num_heads * args_.head_size * size;
-        ahead_.lines = ceil_div(ceil_div(ahead_.count * ahead_.bytes, 64), tile_.num_heads * kFetches);
-    }
-
-    void fetch(const void* cache, int64_t at) const {
-        const char* from = static_cast<const char*>(cache) + at * element_bytes(args_.cache_type);
-        const int64_t bytes = args_.head_size * element_bytes(args_.cache_type);
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
-    }
-
-    void fetch_next_keys(int64_t begin, int64_t end) const {
-        for (int64_t i = begin; i < min_of(end, num_next_); ++i) fetch(args_.keys, places_[now_ ^ 1].keys[i]);
+        ahead_.share = ceil_div(ceil_div(ahead_.count * ahead_.bytes, 64), 2 * tile_.num_heads);
     }
 
     void attend_block(int64_t first_key) {
@@ -447,7 +421,7 @@ private:
     // out += probabilities x values, read where they lie; the same products in the same order as over a panel.
     template <int R> void add_values(int64_t row, int64_t keys) {
         constexpr int kVectors = kPanelColumns / W;
-        const int64_t* places = places_[now_].values;
+        const int64_t* places = places_.values;
         const char* probs = s_.probs + row * kKeyBlock * 2;
         for (int64_t panel = 0; panel < panels(); ++panel) {
             float* out = s_.out + panel * panel_stride() + row * kPanelColumns;
@@ -459,6 +433,7 @@ private:
             }
             // A pair without keys adds zero, and once is as good as often.
             const int64_t pairs = min_of(kKeyBlock / 2, (keys + 1) / 2 + 1);
+            ahead_.divide(panels() * ceil_div(tile_.rows, 4) * ceil_div(pairs, 4));
             for (int64_t pair = 0; pair < pairs; ++pair) {
                 const int64_t first = 2 * pair < keys ? places[2 * pair] : -1;
                 const int64_t second = 2 * pair + 1 < keys ? places[2 * pair + 1] : -1;
@@ -563,18 +538,17 @@ private:
 
     // Keys [64, D] -> panel [D words, 64]; keys that do not exist are 0.
     void load_keys(int64_t keys) {
-        const int64_t* places = places_[now_].keys;
+        const int64_t* places = places_.keys;
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
         int64_t whole = 0;
+        ahead_.divide(kKeyBlock);
         if (kHasTranspose && is_s8() && args_.head_size % 64 == 0) {
-            for (; whole + 16 <= keys; whole += 16) {
-                fetch_next_keys(whole, whole + 16);
-                load_16_s8_keys(places + whole, panel + whole);
-            }
+            ahead_.divide(kKeyBlock / 16 * args_.head_size / 64);
+            for (; whole + 16 <= keys; whole += 16) load_16_s8_keys(places + whole, panel + whole);
         } else if (kHasTranspose && args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32) && args_.head_size % 32 == 0) {
+            ahead_.divide(kKeyBlock / 16 * words / 16);
             for (; whole + 16 <= keys; whole += 16) {
-                fetch_next_keys(whole, whole + 16);
                 const char* rows[16];
                 for (int i = 0; i < 16; ++i) {
                     rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
@@ -590,7 +564,7 @@ private:
                 for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = 0;
                 continue;
             }
-            fetch_next_keys(key, key + 1);
+            ahead_.fetch();
             const int64_t at = places[key];
             for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = key_word(at, word);
         }
@@ -604,6 +578,7 @@ private:
         }
         alignas(64) uint32_t bytes[16 * 16];
         for (int64_t word = 0; word < args_.head_size / 4; word += 16) {
+            ahead_.fetch();
             transpose_words(rows, word, bytes, 16);
             for (int64_t i = 0; i < 16; ++i) {
                 for (int64_t column = 0; column < 16; column += W) {
@@ -627,7 +602,7 @@ private:
 
     // Of the block's keys and values; 0 where there are none.
     void load_scales(int64_t keys) {
-        const Places& now = places_[now_];
+        const Places& now = places_;
         for (int64_t i = 0; i < kKeyBlock; ++i) {
             s_.key_scales[i] = s_.value_scales[i] = 0.0f;
             if (i >= keys) continue;
@@ -670,13 +645,14 @@ private:
 
     // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.
     void load_values(int64_t keys) {
-        const int64_t *places = places_[now_].values, *next = places_[now_ ^ 1].values;
+        const int64_t* places = places_.values;
         const int64_t step = sizes_.pairs ? 2 : 1, words = kKeyBlock / step;
+        ahead_.divide(words);
         for (int64_t word = 0; word < words; ++word) {
             const int64_t key = word * step;
             const int64_t first = key < keys ? places[key] : -1;
             const int64_t second = step == 2 && key + 1 < keys ? places[key + 1] : -1;
-            for (int64_t i = key; i < min_of(key + step, num_next_); ++i) fetch(args_.values, next[i]);
+            ahead_.fetch();
             for (int64_t column = 0; column < sizes_.columns; column += W) {
                 const int64_t panel = column / kPanelColumns, width = panel_width(panel);
                 uint8_t* to = s_.values + panel * words * kPanelColumns * 4 +
@@ -711,9 +687,7 @@ private:
     QueryTile tile_{};
     const QueryTile* next_tile_ = nullptr;
     Ahead ahead_;
-    Places places_[2];
-    int now_ = 0;
-    int64_t num_next_ = 0;
+    Places places_;
 };
 
 // Calls visit(tile, splits, is_split, index) for every tile in a fixed order; `splits` are those it sees.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.core.errors import CheckpointError, FastServeError
+from fastserve.kernels.interface import Scores
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.model import ModelShape
@@ -188,13 +189,7 @@ def attend(
         raise NotPagedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
     if others.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise NotPagedError("its attention is not causal")
-    output = fastserve_context.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        int(sliding_window or 0),
-        float(softcap or 0.0),
-    )
-    return output.unsqueeze(0), None
+    scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = Scores(scale, int(sliding_window or 0), float(softcap or 0.0))
+    heads = (item[0].transpose(0, 1) for item in (query, key, value))
+    return fastserve_context.attend(module.layer_idx, *heads, scores, None).unsqueeze(0), None

@@ -26,6 +26,7 @@ from fastserve.kernels.interface import (
     PackedLinear,
     RecordedStep,
     RowSampling,
+    Scores,
     Weight,
 )
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
@@ -230,65 +231,48 @@ class CPUKernels(Kernels):
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         if key.numel():
-            self._backend.store(*_store_arguments(_dense_heads(key), _dense_heads(value), keys, values, slot_mapping))
+            self._backend.store(*_store_arguments(_dense(key), _dense(value), keys, values, slot_mapping))
 
     def transform_and_store(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        transform: HeadTransform,
-        keys: Tensor,
-        values: Tensor,
-        slot_mapping: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, how: HeadTransform, keys: Tensor, values: Tensor, slots: Tensor
     ) -> Tensor:
-        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
+        query, key, value = _dense(query), _dense(key), _dense(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
             return out
-        cos, sin = transform.cos, transform.sin
-        assert cos is None or (cos.is_contiguous() and cos.dtype is torch.float32)
+        assert how.cos is None or (how.cos.is_contiguous() and how.cos.dtype is torch.float32)
         self._backend.heads(
             query.data_ptr(), query.shape[1], query.stride(0), query.stride(1),
-            _address(transform.query_norm), _address(transform.key_norm), transform.epsilon,
-            _address(cos), _address(sin), 0 if cos is None else cos.shape[-1], transform.positions.data_ptr(),
-            out.data_ptr(), _store_arguments(key, value, keys, values, slot_mapping),
+            _address(how.query_norm), _address(how.key_norm), how.epsilon,
+            _address(how.cos), _address(how.sin), 0 if how.cos is None else how.cos.shape[-1], how.positions.data_ptr(),
+            out.data_ptr(), _store_arguments(key, value, keys, values, slots),
         )  # fmt: skip
         return out
 
     def paged_attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-        softcap: float,
-        bias: Tensor | None = None,
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scores: Scores, of_source: bool = False
     ) -> Tensor:
-        tables = [table.contiguous() for table in batch.block_tables]
-        return self._attention(
-            query, keys, values, batch.query_starts, batch.context_lens, tables, scale, softcap, window, True, bias
-        )
-
-    def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-        tables, lengths = [table.contiguous() for table in batch.source_tables], batch.source_lens
-        return self._attention(query, keys, values, batch.query_starts, lengths, tables, scale, 0.0, 0, is_causal=False)
+        query = _dense(query)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        tables, lengths = batch.block_tables, batch.context_lens
+        if of_source:
+            tables, lengths = batch.source_tables, batch.source_lens
+        tables = [table.contiguous() for table in tables]
+        self._backend.attention(
+            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
+            query.shape[1], keys.shape[2], query.shape[2],
+            keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
+            _cache_strides(keys), _cache_strides(values), keys.shape[1],
+            batch.query_starts, lengths, [table.data_ptr() for table in tables],
+            scores.scale, scores.softcap, scores.window, not of_source, *_bias_arguments(scores.bias),
+        )  # fmt: skip
+        return out
 
     def varlen_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_starts: list[int],
-        key_starts: list[int],
-        scale: float,
-        window: int = 0,
-        bias: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, query_starts: list[int], key_starts: list[int], scores: Scores
     ) -> Tensor:
-        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
-        bias = None if bias is None else bias.float().contiguous()
+        assert not scores.softcap
+        query, key, value = _dense(query), _dense(key), _dense(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
             return out
@@ -296,35 +280,7 @@ class CPUKernels(Kernels):
             query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
             query.shape[1], key.shape[1], query.shape[2],
             key.data_ptr(), value.data_ptr(), key.stride()[:2], value.stride()[:2], query_starts, key_starts,
-            scale, window, _address(bias), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
-        )  # fmt: skip
-        return out
-
-    def _attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_starts: list[int],
-        context_lens: list[int],
-        tables: list[Tensor],
-        scale: float,
-        softcap: float,
-        window: int,
-        is_causal: bool = True,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        if query.stride(-1) != 1:
-            query = query.contiguous()
-        out = torch.empty(query.shape, dtype=query.dtype)
-        self._backend.attention(
-            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
-            query.shape[1], keys.shape[2], query.shape[2],
-            keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
-            _cache_strides(keys), _cache_strides(values), keys.shape[1],
-            query_starts, context_lens, [table.data_ptr() for table in tables],
-            scale, softcap, window, is_causal,
-            0 if bias is None else bias.data_ptr(), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
+            scores.scale, scores.window, *_bias_arguments(scores.bias),
         )  # fmt: skip
         return out
 
@@ -365,8 +321,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _dense_heads(x: Tensor) -> Tensor:
+def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bias_arguments(bias: Tensor | None) -> tuple[int, int, int]:
+    """Address, width and the column of distance 0."""
+    if bias is None:
+        return 0, 0, 0
+    assert bias.is_contiguous() and bias.dtype is torch.float32
+    return bias.data_ptr(), bias.shape[1], bias.shape[1] // 2
 
 
 def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ class BlockTables:
     """Each live sequence's block ids as a tensor, kept over steps so that a decode step copies nothing but new ids."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._tables: dict[str, Tensor] = {}
 
     def get(self, request_id: str, block_ids: list[int]) -> Tensor:
         """The table of a sequence, [num_blocks] int64."""
         table = self._tables.get(request_id)
         if table is None or len(table) != len(block_ids):
-            table = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+            table = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
             self._tables[request_id] = table
         return table
 
@@ -31,12 +32,7 @@ class BlockTables:
 
 
 def make_batch(
-    plan: StepPlan,
-    block_size: int,
-    tables: BlockTables,
-    all_rows: set[str],
-    device: torch.device,
-    adapter_slots: Mapping[str, int] | None = None,
+    plan: StepPlan, block_size: int, tables: BlockTables, all_rows: set[str], adapter_slots: Mapping[str, int]
 ) -> tuple[Batch, list[tuple[int, int]]]:
     """Lay out a plan.
 
@@ -73,21 +69,19 @@ def make_batch(
         query_starts.append(len(input_ids))
         context_lens.append(end)
         block_tables.append(tables.get(entry.request_id, blocks))
-    slots_of = adapter_slots or {}
-    adapters = (
-        [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []
-    )
+    adapters: list[int] = []
+    if adapter_slots:
+        adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
+    numbers = partial(torch.tensor, dtype=torch.int64, device=tables.device)
     batch = Batch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        input_ids=numbers(input_ids),
+        positions=numbers(positions),
+        slot_mapping=numbers(slots),
         query_starts=query_starts,
         context_lens=context_lens,
         block_tables=block_tables,
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=numbers(logit_rows),
         request_ids=[entry.request_id for entry in plan.entries],
-        adapter_slots=torch.tensor(adapters, dtype=torch.int64, device=device)
-        if max(adapters, default=-1) >= 0
-        else None,
+        adapter_slots=numbers(adapters) if max(adapters, default=-1) >= 0 else None,
     )
     return batch, row_ranges

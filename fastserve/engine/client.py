@@ -200,7 +200,8 @@ class EngineClient:
         await self._ask(messages.ChangeAdapter(name))
 
     async def _ask(self, message: messages.ChangeAdapter) -> None:
-        self._tell(message)
+        if not self._send_frame(message):
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
         await answer
@@ -305,10 +306,6 @@ class EngineClient:
         assert self._link is not None
         self._link.send(messages.Add(live.request))
         live.is_sent = True
-
-    def _tell(self, message: messages.ToEngine) -> None:
-        if not self._send_frame(message):
-            raise EngineDeadError("the engine is not running; try again when /ready says so")
 
     def _send_frame(self, message: messages.ToEngine) -> bool:
         """Send to a ready engine; False when there is none."""

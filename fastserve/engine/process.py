@@ -61,9 +61,7 @@ class Connection:
     def _frames(self) -> Iterator[messages.ToEngine]:
         start = 0
         while len(self._buffer) - start >= messages.HEADER.size:
-            (length,) = messages.HEADER.unpack_from(self._buffer, start)
-            if length > messages.MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {length} bytes exceeds the limit of {messages.MAX_FRAME_BYTES}")
+            length = messages.checked_length(*messages.HEADER.unpack_from(self._buffer, start))
             end = start + messages.HEADER.size + length
             if len(self._buffer) < end:
                 break

@@ -19,7 +19,7 @@ from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.encoder import Encoder, EncoderConfig, RaggedBatch, distance_bias, position_table
 from fastserve.models.layers import MLPS, NORMS, Attention
-from fastserve.models.model import ModelShape
+from fastserve.models.model import ModelShape, ServingModel
 from fastserve.models.parameters import ParameterLoader
 
 
@@ -91,18 +91,16 @@ class DecoderLayer:
         return self._mlp_norm(self._mlp(x, x, kernels), kernels)
 
 
-class EncoderDecoder:
-    """A ServingModel whose sequences have a source. Parameters are read while it is built.
+class EncoderDecoder(ServingModel):
+    """A network whose sequences have a source. Parameters are read while it is built.
 
     Attributes:
         max_source, max_target: tokens of the longest source, and of the longest sequence of the decoder.
     """
 
-    has_own_cache = False
-
     def __init__(self, config: EncoderDecoderConfig, encoder: ParameterLoader, decoder: ParameterLoader) -> None:
         stack, size = config.decoder, config.decoder.hidden_size
-        self.device, self._kernels, self._dtype = decoder.device, decoder.kernels, decoder.dtype
+        self.device, self.kernels, self._dtype = decoder.device, decoder.kernels, decoder.dtype
         self._config, self._stack = config, stack
         bias = None
         if config.has_logit_bias:
@@ -131,7 +129,7 @@ class EncoderDecoder:
         """Per layer of the decoder, keys and values [S, H, D] of whole sources."""
         encoded = self._encoder.forward(batch)
         for layer in self._layers:
-            yield layer.source.keys_values(encoded, self._kernels)
+            yield layer.source.keys_values(encoded, self.kernels)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
@@ -147,21 +145,12 @@ class EncoderDecoder:
             x = layer(x, positions, context)
         return x if self._final_norm is None else self._final_norm(x, kernels)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, K] -> logits [R, vocab_size] in float32."""
-        return self.finish(self.head(hidden, self._kernels))
-
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        """What the output projection makes of hidden [R, K]; `finish` makes it logits."""
         return kernels.linear(self._head, hidden, is_wide=True)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale, which does not change the largest one."""
         return logits if self._config.logit_scale == 1.0 else logits * self._config.logit_scale
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""
 
 
 def _shape(config: EncoderDecoderConfig, parameters: ParameterLoader) -> ModelShape:

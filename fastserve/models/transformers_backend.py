@@ -39,13 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load(
-    folder: ModelFolder,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: str,
-    block_size: int,
-    trust_remote_code: bool,
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, kernels: str, block_size: int, trust_code: bool
 ) -> tuple[ServingModel, Kernels, list[str]]:
     """Load through transformers; the model, its kernels, and lines for the report.
 
@@ -53,7 +47,7 @@ def load(
         CheckpointError: transformers does not know the architecture, tensors are missing, or no way to run it with a
             cache gives the model's own logits.
     """
-    model = _load_causal_model(folder, dtype, device, trust_remote_code)
+    model = _load_causal_model(folder, dtype, device, trust_code)
     probe = Probe.of(model)
     register_attention()
     can_switch = model._can_set_attn_implementation()

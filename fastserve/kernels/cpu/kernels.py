@@ -104,29 +104,18 @@ class CPUKernels(Kernels):
         residual: Tensor | None = None,
         is_wide: bool = False,
     ) -> Tensor:
-        weight = packed.native
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        weight, x = packed.native, _dense(x)
         out = torch.empty(x.shape[0], weight.out_columns, dtype=torch.float32 if is_wide else x.dtype)
         if not x.shape[0]:
             return out
         if residual is not None and (residual.stride(-1) != 1 or residual.dtype != out.dtype):
             residual = residual.to(out.dtype).contiguous()
         self._backend.linear(
-            weight,
-            x.shape[0],
-            x.data_ptr(),
-            _DTYPES[x.dtype],
-            x.stride(0),
-            out.data_ptr(),
-            _DTYPES[out.dtype],
-            out.stride(0),
-            0 if residual is None else residual.data_ptr(),
-            0 if residual is None else residual.stride(0),
-            _activation_code(activation),
-            packed.activation_bits == 8,
-            *_adapter_arguments(packed.adapters),
-        )
+            weight, x.shape[0], x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
+            out.data_ptr(), _DTYPES[out.dtype], out.stride(0),
+            _address(residual), 0 if residual is None else residual.stride(0),
+            _activation_code(activation), packed.activation_bits == 8, *_adapter_arguments(packed.adapters),
+        )  # fmt: skip
         return out
 
     def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
@@ -165,27 +154,21 @@ class CPUKernels(Kernels):
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
-        return self._norm(x, weight, None, epsilon, residual, subtract_mean=False)
+        return self._norm(x, weight, None, epsilon, residual, centred=False)
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
     ) -> Tensor:
-        return self._norm(x, weight, bias, epsilon, residual, subtract_mean=True)
+        return self._norm(x, weight, bias, epsilon, residual, centred=True)
 
     def _norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        epsilon: float,
-        residual: Tensor | None,
-        subtract_mean: bool,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None, centred: bool
     ) -> Tensor:
         assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
         if x.dim() > 3 or x.stride(-1) != 1:
             x = x.contiguous()
         if x.dim() > 3 or x.dim() < 2:
-            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, subtract_mean).view(x.shape)
+            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, centred).view(x.shape)
         out = torch.empty(x.shape, dtype=x.dtype)
         if not x.numel():
             return out
@@ -193,13 +176,12 @@ class CPUKernels(Kernels):
         inner_stride = 0 if x.dim() == 2 else x.stride(1)
         self._backend.norm(
             x.data_ptr(), _DTYPES[x.dtype], outer, inner, x.stride(0), inner_stride, x.shape[-1],
-            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, subtract_mean, _address(residual),
+            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, centred, _address(residual),
         )  # fmt: skip
         return out
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        x = _dense(x)
         cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
         if x.numel():
@@ -217,9 +199,8 @@ class CPUKernels(Kernels):
 
     def _activation(self, x: Tensor, activation: str, is_gated: bool) -> Tensor:
         if x.dim() != 2 or x.stride(-1) != 1:
-            return self._activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, is_gated).view(
-                *x.shape[:-1], -1
-            )
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            return self._activation(rows, activation, is_gated).view(*x.shape[:-1], -1)
         size = x.shape[-1] // 2 if is_gated else x.shape[-1]
         out = torch.empty(x.shape[0], size, dtype=x.dtype)
         if out.numel():
@@ -286,8 +267,7 @@ class CPUKernels(Kernels):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
+        logits = _dense(logits)
         out = torch.empty(logits.shape[0], dtype=torch.int64)
         if logits.shape[0]:
             self._backend.argmax(

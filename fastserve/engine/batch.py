@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class BlockTables:
         """The table of a sequence, [num_blocks] int64."""
         table = self._tables.get(request_id)
         if table is None or len(table) != len(block_ids):
-            table = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+            table = _as_tensor(block_ids, self.device)
             self._tables[request_id] = table
         return table
 
@@ -72,16 +72,21 @@ def make_batch(
     adapters: list[int] = []
     if adapter_slots:
         adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
-    numbers = partial(torch.tensor, dtype=torch.int64, device=tables.device)
+    device = tables.device
     batch = Batch(
-        input_ids=numbers(input_ids),
-        positions=numbers(positions),
-        slot_mapping=numbers(slots),
+        input_ids=_as_tensor(input_ids, device),
+        positions=_as_tensor(positions, device),
+        slot_mapping=_as_tensor(slots, device),
         query_starts=query_starts,
         context_lens=context_lens,
         block_tables=block_tables,
-        logit_rows=numbers(logit_rows),
+        logit_rows=_as_tensor(logit_rows, device),
         request_ids=[entry.request_id for entry in plan.entries],
-        adapter_slots=numbers(adapters) if max(adapters, default=-1) >= 0 else None,
+        adapter_slots=_as_tensor(adapters, device) if max(adapters, default=-1) >= 0 else None,
     )
     return batch, row_ranges
+
+
+def _as_tensor(values: list[int], device: torch.device) -> Tensor:
+    """[len(values)] int64; `torch.tensor` takes five times as long for a short list."""
+    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)

@@ -50,8 +50,7 @@ class Answers:
             output.logprobs = [result.logprobs[request_id]]
         if sequence.first_token_time is None:
             sequence.first_token_time = now
-            output.num_cached_tokens = sequence.num_cached_tokens
-            output.scheduled_time = sequence.scheduled_time or now
+            output.num_cached_tokens, output.scheduled_time = sequence.num_cached_tokens, sequence.scheduled_time or now
             if sequence.request.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
         if made[-1] in sequence.end_ids:

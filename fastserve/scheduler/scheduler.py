@@ -22,6 +22,7 @@ from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
+_MOVING_SHARE = 1 / 40  # of a sequence's time in steps that moving it for order's sake may cost
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
 
@@ -159,11 +160,11 @@ class Scheduler:
         if preemptive:
             self._rank_running(now)
         self._pending, self._running = self._running[::-1], []  # the best is last
-        self._has_dropped = False
         pending, running = self._pending, self._running
         tokens_left, block_size, is_plain = self._token_budget(), self.block_pool.block_size, self._drafter is None
         decodes_left = sum([len(item.sequence.token_ids) - item.sequence.num_computed == 1 for item in pending])
-        self._may_place = tokens_left > min(decodes_left + len(self._paused), self._max_sequences - 1)
+        num_kept = min(decodes_left + len(self._paused), self._max_sequences - 1)
+        self._may_place, self._has_dropped = tokens_left > num_kept, False
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
@@ -245,6 +246,7 @@ class Scheduler:
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self.block_pool.publish_computed(sequence)
+            sequence.served += share
             if self._charges:
                 self._policy.on_service(sequence, num_tokens, share, now)
             if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
@@ -269,15 +271,13 @@ class Scheduler:
 
     def _token_budget(self) -> int:
         """Tokens of this step: all that is allowed, or what `target_tpot` leaves beside those who decode."""
-        if not self._target_tpot:
+        decoding = [item.sequence for item in self._pending if item.sequence.is_decoding] if self._target_tpot else []
+        if not decoding:
             return self._max_tokens
-        contexts = [item.sequence.num_computed for item in self._pending if item.sequence.is_decoding]
-        if not contexts:
-            return self._max_tokens
-        decoding = StepWork(decodes=len(contexts), decode_context=sum(contexts))
-        spare = self._target_tpot - self.cost.coefficients.seconds(decoding)
+        work = StepWork(decodes=len(decoding), decode_context=sum(item.num_computed for item in decoding))
+        spare = self._target_tpot - self.cost.coefficients.seconds(work)
         prefill = max(self.block_pool.block_size, self.cost.prefill_tokens_within(spare))
-        decodes = min(self._max_sequences, len(contexts) + len(self._paused))
+        decodes = min(self._max_sequences, len(decoding) + len(self._paused))
         return min(self._max_tokens, decodes + prefill)
 
     # -- queue ---------------------------------------------------------------------------------------------------
@@ -300,9 +300,7 @@ class Scheduler:
         """The best of those who wait; only of those who hold memory once nothing more can be placed in this step."""
         paused = self._paused.first(now)
         fresh = self._fresh.first(now) if self._may_place else None
-        if paused is None or fresh is None:
-            return paused or fresh
-        return min(paused, fresh)
+        return min(paused, fresh) if paused is not None and fresh is not None else paused or fresh
 
     def _start(self, item: Ranked, now: float) -> bool:
         """Take a waiting sequence out of its queue, if its tokens so far fit in memory."""
@@ -319,9 +317,6 @@ class Scheduler:
     def _pause(self, sequence: Sequence, now: float) -> None:
         """Back to a queue; what it holds stays its own."""
         self.num_pauses += 1
-        self._enqueue(sequence, now)
-
-    def _enqueue(self, sequence: Sequence, now: float) -> None:
         sequence.status = Status.WAITING
         queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
         queue.push(sequence, now)
@@ -337,8 +332,8 @@ class Scheduler:
         sequence = item.sequence
         hashes = self.block_pool.prefix_hashes(sequence)
         while self._num_needed(sequence, hashes) + num_spare > self.block_pool.num_free:
-            victim = self._worst_holder() if self._may_evict and not num_spare else None
-            if victim is None or victim < item:
+            victim = self._worst_holder() if not num_spare else None
+            if victim is None or victim < item or not self._may_evict(victim.sequence):
                 return False
             self._drop(victim.sequence, now)
         sequence.block_ids = self.block_pool.match_prefix(hashes)
@@ -358,10 +353,13 @@ class Scheduler:
             needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
         return needed
 
-    @property
-    def _may_evict(self) -> bool:
-        """With tiers, order may take memory from others: little of what was computed is lost."""
-        return self._policy.evicts or (self._policy.preemptive and self.block_pool.tiers is not None)
+    def _may_evict(self, sequence: Sequence) -> bool:
+        """Whether order may take its memory. With tiers little that was computed is lost, but going out and back takes
+        time: that must be little beside its time in steps since it came, or all would move and none get anywhere."""
+        tiers = self.block_pool.tiers
+        if tiers is None or self._policy.evicts or not self._policy.preemptive:
+            return self._policy.evicts
+        return 2 * len(sequence.block_ids) * tiers.first.seconds_per_block <= _MOVING_SHARE * sequence.served
 
     def _settle(self, sequence: Sequence) -> None:
         """Its blocks hold what they will before it is computed."""
@@ -369,7 +367,7 @@ class Scheduler:
         sequence.num_published = len(sequence.block_ids)
         sequence.num_computed = sequence.num_published * self.block_pool.block_size
         self.num_recomputed_tokens += max(0, sequence.num_lost - sequence.num_computed)
-        sequence.num_lost = 0
+        sequence.num_lost, sequence.served = 0, 0.0
         if self.block_pool.prefix_caching and sequence.scheduled_time is None:
             sequence.num_cached_tokens = sequence.num_computed
         if self.block_pool.prefix_caching:
@@ -456,9 +454,7 @@ class Scheduler:
         """Free the blocks of a sequence that goes on later."""
         self.block_pool.free(sequence.block_ids)
         sequence.num_lost = sequence.num_computed
-        sequence.num_cached_expected = 0
-        sequence.block_ids = []
-        sequence.num_computed = 0
+        sequence.block_ids, sequence.num_computed, sequence.num_cached_expected = [], 0, 0
         sequence.residency = Residency.NONE
         sequence.is_known = False
         sequence.num_preemptions += 1
@@ -486,7 +482,7 @@ class Scheduler:
         for member in group.members:
             if member.status is Status.WAITING or member.residency is not Residency.DEVICE:
                 self._stop_running(member)
-                self._enqueue(member, now)
+                self._pause(member, now)
         return []
 
     def _stop_running(self, sequence: Sequence) -> None:

@@ -44,6 +44,10 @@ class CoastingScheduler(Scheduler):
             steps += 1
         return steps, now
 
+    def quiet_seconds(self, plan: StepPlan, coefficients: Coefficients) -> float:
+        """For so long at least, steps are like `plan`, the last one, should nothing arrive: they only get longer."""
+        return self._steps_alike(plan) * coefficients.seconds(StepWork.of(plan))
+
     def _steps_alike(self, plan: StepPlan) -> int:
         """How many steps like the last one follow, arrivals aside: nobody ends in them, nobody's turn changes."""
         running = self._running

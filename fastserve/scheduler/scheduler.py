@@ -184,14 +184,14 @@ class Scheduler:
             else:
                 break
             start = sequence.num_computed
-            if sequence.is_known and len(sequence.token_ids) - start == 1 and tokens_left > 0 and is_plain:
-                if start < len(sequence.block_ids) * block_size and sequence.group is None:
-                    # What most of a step is: one who decodes, whose token was kept. Nothing else changes.
-                    tokens_left -= 1
-                    running.append(item)
-                    last, block_ids = sequence.token_ids[-1:], sequence.block_ids[:]
-                    entries.append(PlanEntry(sequence.request_id, last, start, block_ids, True))
-                    continue
+            decodes = sequence.is_known and len(sequence.token_ids) - start == 1 and sequence.group is None
+            if decodes and is_plain and tokens_left > 0 and start < len(sequence.block_ids) * block_size:
+                # What most of a step is: one who decodes, whose token was kept. Nothing else changes.
+                tokens_left -= 1
+                running.append(item)
+                last, block_ids = sequence.token_ids[-1:], sequence.block_ids[:]
+                entries.append(PlanEntry(sequence.request_id, last, start, block_ids, True))
+                continue
             # Prefills take what is left when everyone who may still decode in this step keeps a token.
             keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
             take = min(sequence.num_remaining, tokens_left - keep)

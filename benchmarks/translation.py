@@ -27,7 +27,7 @@ import peers
 from peer_process import PipedProcess
 from shared_data import shared_folder
 
-from fastserve.bench import quantized_model, random_model
+from fastserve.bench import random_model
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.cache import cache_folder
@@ -80,13 +80,8 @@ def read_lengths(count: int) -> tuple[list[tuple[int, int]], str]:
 
 
 def our_model(folder: Path, shape: str, precision: str) -> Path:
-    """The folder for our engine: for int8 weights and activations, quantised once."""
-    if precision != "int8":
-        return folder
-    out = cache_folder() / "models" / f"{shape}-int8-a8"
-    if not (out / "config.json").is_file():
-        quantized_model.quantize_folder(ModelFolder.open(str(folder)), out, "int8-a8")
-    return out
+    """The folder for our engine: for int8 weights and activations, those of the head too, quantised once."""
+    return random_model.make_quantized(shape, "int8-a8", "int8-a8") if precision == "int8" else folder
 
 
 def peer_model(name: str, folder: Path, shape: str, precision: str) -> Path:

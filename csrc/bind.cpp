@@ -226,6 +226,13 @@ public:
         pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
     }
 
+    void most_probable(uintptr_t x, int64_t rows, int64_t size, int64_t stride, int64_t count, uintptr_t log_sums,
+                       uintptr_t values, uintptr_t ids) {
+        MostProbableArgs args{at<float>(x), rows, size, stride, count, at<float>(log_sums), at<float>(values), at<int64_t>(ids)};
+        nb::gil_scoped_release release;
+        pool_.run(most_probable_scratch(args), [&](const Worker& worker) { table_->most_probable(args, worker); }, rows * size);
+    }
+
     void varlen(uintptr_t query, int type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
                 int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
                 const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
@@ -367,6 +374,7 @@ NB_MODULE(_native, m) {
              nb::arg("gated") = false)
         .def("drop_zeros", &Backend::drop_zeros, nb::arg("weight"))
         .def("sample", &Backend::sample)
+        .def("most_probable", &Backend::most_probable)
         .def("varlen", &Backend::varlen)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")

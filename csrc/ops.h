@@ -210,6 +210,16 @@ struct SampleArgs {
 
 ScratchSize sample_scratch(const SampleArgs& args);
 
+// Of each row: the logarithm of the sum of e^x, and its `count` largest values in order, the first among equals first.
+struct MostProbableArgs {
+    const float* x;
+    int64_t rows, size, stride, count;  // 0 < count <= size
+    float *log_sums, *values;           // [rows], [rows, count]
+    int64_t* ids;                       // [rows, count]: where they are
+};
+
+ScratchSize most_probable_scratch(const MostProbableArgs& args);
+
 struct OpTable {
     const char* name;
     void (*linear)(const LinearArgs&, const Worker&);
@@ -223,6 +233,7 @@ struct OpTable {
     void (*activation)(const ActivationArgs&, const Worker&);
     void (*argmax)(const ArgmaxArgs&, const Worker&);
     void (*sample)(const SampleArgs&, const Worker&);
+    void (*most_probable)(const MostProbableArgs&, const Worker&);
     // Operations per second with every operand in registers, for one thread: what `linear` is measured against.
     // kind: 0 float multiply-add, 1 bfloat16 dot, 2 int8 dot. Two operations per multiply-add.
     double (*peak_rate)(int kind, double seconds);

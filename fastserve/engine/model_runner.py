@@ -183,7 +183,7 @@ class ModelRunner:
         if beams:
             rows = [first_rows[place] for place in beams]
             own, last = [states[place] for place in beams], [entries[place].token_ids[-1] for place in beams]
-            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last)
+            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last, self._kernels)
             result.logprobs.update(zip((entries[place].request_id for place in beams), found, strict=True))
             entries = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
             if entries:

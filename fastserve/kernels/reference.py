@@ -282,6 +282,11 @@ class Kernels:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
         return logits.argmax(dim=-1)
 
+    def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows of logits [R, V] float32: log of the sum of e^x [R, 1], the largest [R, count], and their ids, which
+        mean nothing for -inf."""
+        return (torch.logsumexp(logits, dim=-1, keepdim=True), *logits.topk(count))
+
     def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
         """Draw one token per row of logits [R, V]; see `RowSampling`."""
         return [_draw(row, how) for row, how in zip(logits, rows, strict=True)]

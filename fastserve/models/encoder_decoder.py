@@ -159,8 +159,8 @@ class EncoderDecoder:
         return kernels.linear(self._head, hidden, is_wide=True)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale, which does not change the largest one."""
-        return logits if self._config.logit_scale == 1.0 else logits * self._config.logit_scale
+        """Scale them in place, which does not change which is the largest."""
+        return logits if self._config.logit_scale == 1.0 else logits.mul_(self._config.logit_scale)
 
     def release(self, request_ids: list[str]) -> None:
         """Nothing is kept between steps."""

@@ -339,6 +339,15 @@ class CPUKernels(Kernels):
             )
         return out
 
+    def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert logits.dtype is torch.float32 and logits.stride(-1) == 1
+        num_rows, size = logits.shape
+        sums, values = torch.empty(num_rows, 1), torch.empty(num_rows, count)
+        ids = torch.empty(num_rows, count, dtype=torch.int64)
+        results = (tensor.data_ptr() for tensor in (sums, values, ids))
+        self._backend.most_probable(logits.data_ptr(), num_rows, size, logits.stride(0), count, *results)
+        return sums, values, ids
+
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
         from fastserve.kernels.cpu.recording import record
 

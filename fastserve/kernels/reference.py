@@ -271,13 +271,6 @@ class Kernels:
             output[start:end] = _attend_masked(query[start:end], key[first:last], value[first:last], scale, mask)
         return output
 
-    def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
-        """Copy cache blocks source -> target within one layer."""
-        source = torch.tensor([pair[0] for pair in pairs], device=keys.device)
-        target = torch.tensor([pair[1] for pair in pairs], device=keys.device)
-        keys[target] = keys[source]
-        values[target] = values[source]
-
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
         return logits.argmax(dim=-1)

@@ -18,7 +18,7 @@ from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
-from fastserve.scheduler.policy import SchedulingPolicy
+from fastserve.scheduler.policy import SchedulingPolicy, rank_of
 from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
@@ -166,14 +166,16 @@ class Scheduler:
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
-        while len(running) < self._max_sequences:
+        places_left = self._max_sequences
+        while places_left > 0:
             if pending and (not preemptive or first is None or pending[-1] < first):
                 item = pending.pop()
                 sequence = item.sequence
                 decodes_left -= sequence.is_decoding
             elif first is not None:
                 item, sequence = first, first.sequence
-                if not self._start(item, now) and sequence.residency is not Residency.LOADING:
+                has_place = sequence.num_places <= places_left or sequence.residency is Residency.DEVICE
+                if not (has_place and self._start(item, now)) and sequence.residency is not Residency.LOADING:
                     self._may_place = False  # those who hold memory may go on
                 if sequence.status is not Status.RUNNING:
                     first = self._first_waiting(now)
@@ -190,6 +192,7 @@ class Scheduler:
                 skipped.append(item)
                 continue
             running.append(item)
+            places_left -= sequence.num_places
             if take > 0 and self._grow(sequence, take, now):
                 drafts = self._draft(sequence, tokens_left - take - keep) if self._drafter is not None else []
                 tokens_left -= take + len(drafts)
@@ -272,9 +275,8 @@ class Scheduler:
     # -- queue ---------------------------------------------------------------------------------------------------
 
     def _rank_running(self, now: float) -> None:
-        rank = self._policy.rank
         for index, item in enumerate(self._running):
-            new = rank(item.sequence, now)
+            new = rank_of(self._policy, item.sequence, now)
             if new != item.rank:
                 self._running[index] = item._replace(rank=new)
         self._running.sort()

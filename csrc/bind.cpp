@@ -136,13 +136,6 @@ public:
                           at<void>(residual), at<void>(out)});
     }
 
-    void activation(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out, int activation,
-                    bool gated) {
-        ActivationArgs args{at<void>(x),   static_cast<DType>(type),           rows, size, stride,
-                            at<void>(out), static_cast<Activation>(activation), gated};
-        submit(args);
-    }
-
     void argmax(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out) {
         ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
         submit(args);
@@ -362,7 +355,6 @@ NB_MODULE(_native, m) {
         .def("heads", &Operations::heads)
         .def("gather", &Operations::gather, nb::arg("packed").none(), nb::arg("table"), nb::arg("type"), nb::arg("rows"),
              nb::arg("size"), nb::arg("ids"), nb::arg("scale"), nb::arg("residual"), nb::arg("out"))
-        .def("activation", &Operations::activation)
         .def("argmax", &Operations::argmax);
     nb::class_<Backend, Operations>(m, "Backend")
         .def(nb::init<const std::string&, int, const std::vector<int>&>(), nb::arg("isa"), nb::arg("num_threads"),

@@ -171,16 +171,6 @@ struct GatherArgs {
     void* out;                   // contiguous
 };
 
-// out = activation(x), or activation(gate) * up for x = [gate, up].
-struct ActivationArgs {
-    const void* x;
-    DType type;
-    int64_t rows, size, stride;  // size: of an output row
-    void* out;                   // contiguous
-    Activation activation;
-    bool gated;
-};
-
 // Index of the largest of each row; the first among equals.
 struct ArgmaxArgs {
     const void* x;
@@ -230,7 +220,6 @@ struct OpTable {
     void (*store)(const StoreArgs&, const Worker&);
     void (*heads)(const HeadsArgs&, const Worker&);
     void (*gather)(const GatherArgs&, const Worker&);
-    void (*activation)(const ActivationArgs&, const Worker&);
     void (*argmax)(const ArgmaxArgs&, const Worker&);
     void (*sample)(const SampleArgs&, const Worker&);
     void (*most_probable)(const MostProbableArgs&, const Worker&);

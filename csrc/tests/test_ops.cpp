@@ -90,27 +90,6 @@ void check_store(const OpTable& table, ThreadPool& pool, DType type, DType cache
     }
 }
 
-double activated(double x, Activation activation) {
-    switch (activation) {
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::gelu: return x * 0.5 * std::erfc(-x * std::sqrt(0.5));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(0.7978845608 * (x + 0.044715 * x * x * x)));
-        default: return activation == Activation::relu ? std::fmax(x, 0.0) : x;
-    }
-}
-
-void check_activation(const OpTable& table, ThreadPool& pool, DType type, int64_t size, Activation activation, bool gated) {
-    const int64_t rows = 3, stride = size * (gated ? 2 : 1) + 1;
-    Values x(type, rows * stride, 2.0f), out(type, rows * size);
-    ActivationArgs args{x.data(), type, rows, size, stride, out.data(), activation, gated};
-    pool.run({}, [&](const Worker& worker) { table.activation(args, worker); });
-    for (int64_t i = 0; i < rows * size; ++i) {
-        const int64_t at = i / size * stride + i % size;
-        const double value = activated(x.at(at), activation) * (gated ? x.at(at + size) : 1.0);
-        check_near(table.name, "activation", type, size, out.at(i), value);
-    }
-}
-
 void check_most_probable(const OpTable& table, ThreadPool& pool, int64_t size, int64_t count) {
     const int64_t rows = 5, stride = size + 3;
     Values x(DType::f32, rows * stride, 2.0f), sums(DType::f32, rows), values(DType::f32, rows * count);
@@ -226,10 +205,6 @@ int main() {
                     for (const int64_t count : {int64_t{1}, min_of(size, 9)}) check_most_probable(*table, *pool, size, count);
                 }
                 for (int64_t half : {1, 8, 19}) check_rope(*table, *pool, type, 40, half);
-                for (Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
-                    check_activation(*table, *pool, type, 37, activation, false);
-                    check_activation(*table, *pool, type, 1030, activation, true);
-                }
                 check_argmax_and_sample(*table, *pool, type, 3001);
             }
         }

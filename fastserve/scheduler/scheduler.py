@@ -174,7 +174,8 @@ class Scheduler:
                 decodes_left -= sequence.is_decoding
             elif first is not None:
                 item, sequence = first, first.sequence
-                has_place = sequence.num_places <= places_left or sequence.residency is Residency.DEVICE
+                has_place = min(sequence.num_places, self._max_sequences) <= places_left
+                has_place |= sequence.residency is Residency.DEVICE
                 if not (has_place and self._start(item, now)) and sequence.residency is not Residency.LOADING:
                     self._may_place = False  # those who hold memory may go on
                 if sequence.status is not Status.RUNNING:

@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="a new folder; the user's cache when left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", default="", help=f"quantise: {quantized_model.SCHEMES}")
-    parser.add_argument("--head", choices=("", "int8"), default="", help="the output projection of a quantised model")
+    parser.add_argument(
+        "--head", choices=("", "int8", "int8-a8"), default="", help="the output projection of a quantised model"
+    )
     arguments = parser.parse_args()
     if arguments.head and not arguments.weights:
         parser.error("--head needs --weights")

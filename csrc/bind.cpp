@@ -136,13 +136,6 @@ public:
                           at<void>(residual), at<void>(out)});
     }
 
-    void activation(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out, int activation,
-                    bool gated) {
-        ActivationArgs args{at<void>(x),   static_cast<DType>(type),           rows, size, stride,
-                            at<void>(out), static_cast<Activation>(activation), gated};
-        submit(args);
-    }
-
     void argmax(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out) {
         ArgmaxArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, at<int64_t>(out)};
         submit(args);
@@ -224,6 +217,13 @@ public:
         SampleArgs args{at<void>(x), static_cast<DType>(type), rows, size, stride, how.data(), at<int64_t>(out)};
         nb::gil_scoped_release release;
         pool_.run(sample_scratch(args), [&](const Worker& worker) { table_->sample(args, worker); }, rows * size);
+    }
+
+    void most_probable(uintptr_t x, int64_t rows, int64_t size, int64_t stride, int64_t count, uintptr_t log_sums,
+                       uintptr_t values, uintptr_t ids) {
+        MostProbableArgs args{at<float>(x), rows, size, stride, count, at<float>(log_sums), at<float>(values), at<int64_t>(ids)};
+        nb::gil_scoped_release release;
+        pool_.run(most_probable_scratch(args), [&](const Worker& worker) { table_->most_probable(args, worker); }, rows * size);
     }
 
     void varlen(uintptr_t query, int type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
@@ -357,7 +357,6 @@ NB_MODULE(_native, m) {
         .def("heads", &Operations::heads)
         .def("gather", &Operations::gather, nb::arg("packed").none(), nb::arg("table"), nb::arg("type"), nb::arg("rows"),
              nb::arg("size"), nb::arg("ids"), nb::arg("scale"), nb::arg("residual"), nb::arg("out"))
-        .def("activation", &Operations::activation)
         .def("argmax", &Operations::argmax);
     nb::class_<Backend, Operations>(m, "Backend")
         .def(nb::init<const std::string&, int, const std::vector<int>&>(), nb::arg("isa"), nb::arg("num_threads"),
@@ -369,6 +368,7 @@ NB_MODULE(_native, m) {
              nb::arg("gated") = false)
         .def("drop_zeros", &Backend::drop_zeros, nb::arg("weight"))
         .def("sample", &Backend::sample)
+        .def("most_probable", &Backend::most_probable)
         .def("varlen", &Backend::varlen)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")

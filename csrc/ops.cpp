@@ -85,4 +85,8 @@ ScratchSize sample_scratch(const SampleArgs& args) {
     return {0, static_cast<size_t>((2 * chunks * 64 + 3 * chunks) * 4 + 256)};
 }
 
+ScratchSize most_probable_scratch(const MostProbableArgs& args) {
+    return {0, static_cast<size_t>(ceil_div(args.size, 64) * 4)};  // the largest of each chunk
+}
+
 }  // namespace fastserve

@@ -171,16 +171,6 @@ struct GatherArgs {
     void* out;                   // contiguous
 };
 
-// out = activation(x), or activation(gate) * up for x = [gate, up].
-struct ActivationArgs {
-    const void* x;
-    DType type;
-    int64_t rows, size, stride;  // size: of an output row
-    void* out;                   // contiguous
-    Activation activation;
-    bool gated;
-};
-
 // Index of the largest of each row; the first among equals.
 struct ArgmaxArgs {
     const void* x;
@@ -210,6 +200,16 @@ struct SampleArgs {
 
 ScratchSize sample_scratch(const SampleArgs& args);
 
+// Of each row: the logarithm of the sum of e^x, and its `count` largest values in order, the first among equals first.
+struct MostProbableArgs {
+    const float* x;
+    int64_t rows, size, stride, count;  // 0 < count <= size
+    float *log_sums, *values;           // [rows], [rows, count]
+    int64_t* ids;                       // [rows, count]: where they are
+};
+
+ScratchSize most_probable_scratch(const MostProbableArgs& args);
+
 struct OpTable {
     const char* name;
     void (*linear)(const LinearArgs&, const Worker&);
@@ -220,9 +220,9 @@ struct OpTable {
     void (*store)(const StoreArgs&, const Worker&);
     void (*heads)(const HeadsArgs&, const Worker&);
     void (*gather)(const GatherArgs&, const Worker&);
-    void (*activation)(const ActivationArgs&, const Worker&);
     void (*argmax)(const ArgmaxArgs&, const Worker&);
     void (*sample)(const SampleArgs&, const Worker&);
+    void (*most_probable)(const MostProbableArgs&, const Worker&);
     // Operations per second with every operand in registers, for one thread: what `linear` is measured against.
     // kind: 0 float multiply-add, 1 bfloat16 dot, 2 int8 dot. Two operations per multiply-add.
     double (*peak_rate)(int kind, double seconds);

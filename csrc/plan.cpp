@@ -21,7 +21,6 @@ template <class F> void for_pointers(HeadsArgs& a, const F& f) {
     for_pointers(a.store, f);
 }
 template <class F> void for_pointers(GatherArgs& a, const F& f) { f(a.table), f(a.ids), f(a.residual), f(a.out); }
-template <class F> void for_pointers(ActivationArgs& a, const F& f) { f(a.x), f(a.out); }
 template <class F> void for_pointers(ArgmaxArgs& a, const F& f) { f(a.x), f(a.out); }
 
 // The number of rows (tokens or logit rows) of an operation.
@@ -31,7 +30,6 @@ int64_t& rows_of(RopeArgs& a) { return a.tokens; }
 int64_t& rows_of(StoreArgs& a) { return a.tokens; }
 int64_t& rows_of(HeadsArgs& a) { return a.store.tokens; }
 int64_t& rows_of(GatherArgs& a) { return a.rows; }
-int64_t& rows_of(ActivationArgs& a) { return a.rows; }
 int64_t& rows_of(ArgmaxArgs& a) { return a.rows; }
 
 struct RunOp {
@@ -46,7 +44,6 @@ struct RunOp {
     void operator()(const GatherArgs& a) const {
         a.packed ? look_up(*a.packed, a.ids, a.rows, a.scale, a.out, a.type, worker) : table.gather(a, worker);
     }
-    void operator()(const ActivationArgs& a) const { table.activation(a, worker); }
     void operator()(const ArgmaxArgs& a) const { table.argmax(a, worker); }
 };
 
@@ -58,7 +55,6 @@ struct OpWork {
     int64_t operator()(const StoreArgs& a) const { return 2 * a.tokens * a.heads * a.size; }
     int64_t operator()(const HeadsArgs& a) const { return a.store.tokens * (a.num_heads + 2 * a.store.heads) * a.store.size; }
     int64_t operator()(const GatherArgs& a) const { return a.rows * a.size; }
-    int64_t operator()(const ActivationArgs& a) const { return 8 * a.rows * a.size; }
     int64_t operator()(const ArgmaxArgs& a) const { return a.rows * a.size; }
 };
 

@@ -17,8 +17,7 @@
 
 namespace fastserve {
 
-using Op = std::variant<LinearArgs, AttentionArgs, NormArgs, RopeArgs, StoreArgs, HeadsArgs, GatherArgs, ActivationArgs,
-                        ArgmaxArgs>;
+using Op = std::variant<LinearArgs, AttentionArgs, NormArgs, RopeArgs, StoreArgs, HeadsArgs, GatherArgs, ArgmaxArgs>;
 
 ScratchSize op_scratch(const Op& op, int threads);
 // Values to go through, for ThreadPool::run.

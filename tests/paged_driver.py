@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastserve.kernels.interface import Batch
 from fastserve.models.attention import PagedContext
+from fastserve.models.encoder import RaggedBatch
+from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.loader import LoadedModel
 
 
@@ -92,3 +94,30 @@ class PagedDriver:
             if index + 1 < num_tokens:
                 logits = self.step(dict.fromkeys(self.sequences, 1))
         return output
+
+
+def answer_logits(loaded: LoadedModel, source: list[int], target: list[int]) -> Tensor:
+    """One pass of an encoder-decoder over a whole answer [T, V], its source in blocks that it shares with nobody."""
+    model, shape = loaded.model, loaded.model.shape
+    assert isinstance(model, EncoderDecoder)
+    cache = torch.zeros(2, shape.num_layers, 8, 16, shape.num_kv_heads, shape.head_size)
+    keys, values = list(cache[0]), list(cache[1])
+    sources = RaggedBatch.of([source], [[]], model.device)
+    with torch.inference_mode():
+        for layer, (key, value) in enumerate(model.source_keys_values(sources)):
+            loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
+    places = torch.arange(len(target))
+    batch = Batch(
+        torch.tensor(target),
+        places,
+        places + 4 * 16,
+        [0, len(target)],
+        [len(target)],
+        [torch.tensor([4, 5])],
+        places,
+        source_lens=[len(source)],
+        source_tables=[torch.tensor([0, 1])],
+    )
+    return model.logits(
+        model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
+    )

@@ -536,19 +536,21 @@ private:
         s_.sum[row] += f_sum(sum);
     }
 
-    // Keys [64, D] -> panel [D words, 64]; keys that do not exist are 0.
+    // Keys [64, D] -> panel [D words, 64]; what comes after the last key is some number that is masked.
     void load_keys(int64_t keys) {
-        const int64_t* places = places_.keys;
+        int64_t* places = places_.keys;
+        // Sixteen at a time: the last key stands in for those that do not exist, whose scores are masked.
+        for (int64_t key = keys; key < round_up(keys, 16); ++key) places[key] = places[keys - 1];
         const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
         int64_t whole = 0;
         ahead_.divide(kKeyBlock);
         if (kHasTranspose && is_s8() && args_.head_size % 64 == 0) {
             ahead_.divide(kKeyBlock / 16 * args_.head_size / 64);
-            for (; whole + 16 <= keys; whole += 16) load_16_s8_keys(places + whole, panel + whole);
+            for (; whole < keys; whole += 16) load_16_s8_keys(places + whole, panel + whole);
         } else if (kHasTranspose && args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32) && args_.head_size % 32 == 0) {
             ahead_.divide(kKeyBlock / 16 * words / 16);
-            for (; whole + 16 <= keys; whole += 16) {
+            for (; whole < keys; whole += 16) {
                 const char* rows[16];
                 for (int i = 0; i < 16; ++i) {
                     rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
@@ -559,14 +561,15 @@ private:
                 }
             }
         }
-        for (int64_t key = whole; key < kKeyBlock; ++key) {
-            if (key >= keys) {
-                for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = 0;
-                continue;
-            }
+        for (; whole < keys; ++whole) {
             ahead_.fetch();
-            const int64_t at = places[key];
-            for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + key] = key_word(at, word);
+            const int64_t at = places[whole];
+            for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + whole] = key_word(at, word);
+        }
+        for (int64_t word = 0; word < words; ++word) {
+            int64_t key = whole;
+            for (; key % W; ++key) panel[word * kKeyBlock + key] = 0;
+            for (; key < kKeyBlock; key += W) i_store(panel + word * kKeyBlock + key, i_zero());
         }
     }
 

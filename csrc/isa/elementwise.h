@@ -1,4 +1,4 @@
-// Norms, rotation, cache writes, activations, argmax: operations that move each value once.
+// Norms, rotation, cache writes, argmax: operations that move each value once.
 //
 // Rows are shared out among the threads; a row is computed by one thread in one order.
 #pragma once
@@ -209,29 +209,6 @@ static void gather(const GatherArgs& args, const Worker& worker) {
             store_lanes(args.out, args.type, to + i, left, value);
         }
     }
-}
-
-template <DType Type>
-static void activation_of(const ActivationArgs& args, const Worker& worker) {
-    // Pieces of a row, so that one long row is shared out too.
-    constexpr int64_t kPiece = 1024;
-    const int64_t pieces = ceil_div(args.size, kPiece);
-    const Range units = share_of(args.rows * pieces, worker.index, worker.count);
-    for (int64_t unit = units.begin; unit < units.end; ++unit) {
-        const int64_t row = unit / pieces, first = unit % pieces * kPiece, last = min_of(args.size, first + kPiece);
-        for (int64_t i = first; i < last; i += W) {
-            const int64_t left = args.size - i;
-            F value = activate(load_lanes(args.x, Type, row * args.stride + i, left), args.activation);
-            if (args.gated) {
-                value = f_mul(f_rounded(value, Type), load_lanes(args.x, Type, row * args.stride + args.size + i, left));
-            }
-            store_lanes(args.out, Type, row * args.size + i, left, value);
-        }
-    }
-}
-
-static void activation(const ActivationArgs& args, const Worker& worker) {
-    args.type == DType::f32 ? activation_of<DType::f32>(args, worker) : activation_of<DType::bf16>(args, worker);
 }
 
 static void argmax(const ArgmaxArgs& args, const Worker& worker) {

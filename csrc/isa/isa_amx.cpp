@@ -24,6 +24,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_amx;
-const OpTable kTable_amx = {"amx", isa_amx::linear, isa_amx::attention, isa_amx::varlen, isa_amx::norm, isa_amx::rope, isa_amx::store, isa_amx::heads, isa_amx::gather, isa_amx::activation,
-                             isa_amx::argmax, isa_amx::sample, isa_amx::peak_rate, isa_amx::read_memory};
+const OpTable kTable_amx = {"amx", isa_amx::linear, isa_amx::attention, isa_amx::varlen, isa_amx::norm, isa_amx::rope, isa_amx::store, isa_amx::heads, isa_amx::gather,
+                             isa_amx::argmax, isa_amx::sample, isa_amx::most_probable, isa_amx::peak_rate, isa_amx::read_memory};
 }

@@ -25,6 +25,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_amx_emulated;
-const OpTable kTable_amx_emulated = {"amx_emulated", isa_amx_emulated::linear, isa_amx_emulated::attention, isa_amx_emulated::varlen, isa_amx_emulated::norm, isa_amx_emulated::rope, isa_amx_emulated::store, isa_amx_emulated::heads, isa_amx_emulated::gather, isa_amx_emulated::activation,
-                             isa_amx_emulated::argmax, isa_amx_emulated::sample, isa_amx_emulated::peak_rate, isa_amx_emulated::read_memory};
+const OpTable kTable_amx_emulated = {"amx_emulated", isa_amx_emulated::linear, isa_amx_emulated::attention, isa_amx_emulated::varlen, isa_amx_emulated::norm, isa_amx_emulated::rope, isa_amx_emulated::store, isa_amx_emulated::heads, isa_amx_emulated::gather,
+                             isa_amx_emulated::argmax, isa_amx_emulated::sample, isa_amx_emulated::most_probable, isa_amx_emulated::peak_rate, isa_amx_emulated::read_memory};
 }

@@ -23,6 +23,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_avx2;
-const OpTable kTable_avx2 = {"avx2", isa_avx2::linear, isa_avx2::attention, isa_avx2::varlen, isa_avx2::norm, isa_avx2::rope, isa_avx2::store, isa_avx2::heads, isa_avx2::gather, isa_avx2::activation,
-                             isa_avx2::argmax, isa_avx2::sample, isa_avx2::peak_rate, isa_avx2::read_memory};
+const OpTable kTable_avx2 = {"avx2", isa_avx2::linear, isa_avx2::attention, isa_avx2::varlen, isa_avx2::norm, isa_avx2::rope, isa_avx2::store, isa_avx2::heads, isa_avx2::gather,
+                             isa_avx2::argmax, isa_avx2::sample, isa_avx2::most_probable, isa_avx2::peak_rate, isa_avx2::read_memory};
 }

@@ -23,6 +23,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_avx512;
-const OpTable kTable_avx512 = {"avx512", isa_avx512::linear, isa_avx512::attention, isa_avx512::varlen, isa_avx512::norm, isa_avx512::rope, isa_avx512::store, isa_avx512::heads, isa_avx512::gather, isa_avx512::activation,
-                             isa_avx512::argmax, isa_avx512::sample, isa_avx512::peak_rate, isa_avx512::read_memory};
+const OpTable kTable_avx512 = {"avx512", isa_avx512::linear, isa_avx512::attention, isa_avx512::varlen, isa_avx512::norm, isa_avx512::rope, isa_avx512::store, isa_avx512::heads, isa_avx512::gather,
+                             isa_avx512::argmax, isa_avx512::sample, isa_avx512::most_probable, isa_avx512::peak_rate, isa_avx512::read_memory};
 }

@@ -23,6 +23,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_avx512_vnni_bf16;
-const OpTable kTable_avx512_vnni_bf16 = {"avx512_vnni_bf16", isa_avx512_vnni_bf16::linear, isa_avx512_vnni_bf16::attention, isa_avx512_vnni_bf16::varlen, isa_avx512_vnni_bf16::norm, isa_avx512_vnni_bf16::rope, isa_avx512_vnni_bf16::store, isa_avx512_vnni_bf16::heads, isa_avx512_vnni_bf16::gather, isa_avx512_vnni_bf16::activation,
-                             isa_avx512_vnni_bf16::argmax, isa_avx512_vnni_bf16::sample, isa_avx512_vnni_bf16::peak_rate, isa_avx512_vnni_bf16::read_memory};
+const OpTable kTable_avx512_vnni_bf16 = {"avx512_vnni_bf16", isa_avx512_vnni_bf16::linear, isa_avx512_vnni_bf16::attention, isa_avx512_vnni_bf16::varlen, isa_avx512_vnni_bf16::norm, isa_avx512_vnni_bf16::rope, isa_avx512_vnni_bf16::store, isa_avx512_vnni_bf16::heads, isa_avx512_vnni_bf16::gather,
+                             isa_avx512_vnni_bf16::argmax, isa_avx512_vnni_bf16::sample, isa_avx512_vnni_bf16::most_probable, isa_avx512_vnni_bf16::peak_rate, isa_avx512_vnni_bf16::read_memory};
 }

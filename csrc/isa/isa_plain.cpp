@@ -29,6 +29,6 @@
 
 namespace fastserve {
 extern const OpTable kTable_plain;
-const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::attention, isa_plain::varlen, isa_plain::norm, isa_plain::rope, isa_plain::store, isa_plain::heads, isa_plain::gather, isa_plain::activation,
-                             isa_plain::argmax, isa_plain::sample, isa_plain::peak_rate, isa_plain::read_memory};
+const OpTable kTable_plain = {"plain", isa_plain::linear, isa_plain::attention, isa_plain::varlen, isa_plain::norm, isa_plain::rope, isa_plain::store, isa_plain::heads, isa_plain::gather,
+                             isa_plain::argmax, isa_plain::sample, isa_plain::most_probable, isa_plain::peak_rate, isa_plain::read_memory};
 }

@@ -1,4 +1,5 @@
-// Drawing one token from a row of logits: temperature, top-k, top-p, min-p, without sorting the vocabulary.
+// Drawing one token from a row of logits: temperature, top-k, top-p, min-p, without sorting the vocabulary. And what a
+// beam search asks of a row: its largest values and the logarithm of the sum of all.
 //
 // A weight is e^((logit - largest) / temperature) as an integer of 30 fractional bits. Sums of integers do not depend
 // on their order and the exponential fuses nothing, so every instruction set, and the reference, draws the same token.
@@ -222,6 +223,69 @@ static void sample(const SampleArgs& args, const Worker& worker) {
     const Range rows = share_of(args.rows, worker.index, worker.count);
     RowSampler sampler(args, worker.scratch);
     for (int64_t row = rows.begin; row < rows.end; ++row) args.out[row] = sampler.draw(row);
+}
+
+// Keeps the `count` largest of the values that are shown to it, in order; what it never sees is -inf.
+class LargestKeeper {
+public:
+    LargestKeeper(float* values, int64_t* ids, int64_t count) : values_(values), ids_(ids), count_(count) {
+        for (int64_t i = 0; i < count; ++i) values[i] = -__builtin_inff(), ids[i] = i;
+    }
+
+    float least() const { return values_[count_ - 1]; }
+
+    void show(float value, int64_t id) {
+        if (!(value > least())) return;
+        int64_t place = count_ - 1;
+        for (; place > 0 && value > values_[place - 1]; --place) values_[place] = values_[place - 1], ids_[place] = ids_[place - 1];
+        values_[place] = value, ids_[place] = id;
+    }
+
+private:
+    float* values_;
+    int64_t* ids_;
+    const int64_t count_;
+};
+
+// Logits are read twice, the second time from the cache. A chunk is searched only if its largest value is wanted.
+static void most_probable(const MostProbableArgs& args, const Worker& worker) {
+    const Range rows = share_of(args.rows, worker.index, worker.count);
+    const int64_t chunks = ceil_div(args.size, kSampleChunk);
+    float* tops = reinterpret_cast<float*>(worker.scratch);
+    const F nothing = f_set(-__builtin_inff());
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const float* x = args.x + row * args.stride;
+        float largest = -__builtin_inff();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            F top = nothing;
+            const int64_t last = min_of(args.size, (chunk + 1) * kSampleChunk);
+            int64_t i = chunk * kSampleChunk;
+            for (; i + W <= last; i += W) top = f_max(f_load(x + i), top);  // max returns the second of a NaN pair
+            tops[chunk] = f_largest(top);
+            for (; i < last; ++i) tops[chunk] = x[i] > tops[chunk] ? x[i] : tops[chunk];
+            largest = tops[chunk] > largest ? tops[chunk] : largest;
+        }
+        LargestKeeper keeper(args.values + row * args.count, args.ids + row * args.count, args.count);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            if (!(tops[chunk] > keeper.least())) continue;
+            const int64_t last = min_of(args.size, (chunk + 1) * kSampleChunk);
+            for (int64_t i = chunk * kSampleChunk; i < last; ++i) keeper.show(x[i], i);
+        }
+        F sums[4] = {f_zero(), f_zero(), f_zero(), f_zero()};
+        const F top = f_set(largest);
+        int64_t i = 0;
+        for (; i + 4 * W <= args.size; i += 4 * W) {
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; ++part) sums[part] = f_add(sums[part], f_exp(f_sub(f_load(x + i + part * W), top)));
+        }
+        for (; i < args.size; i += W) {
+            alignas(64) float lanes[W];
+            for (int64_t lane = 0; lane < W; ++lane) lanes[lane] = i + lane < args.size ? x[i + lane] - largest : -__builtin_inff();
+            sums[0] = f_add(sums[0], f_exp(f_load(lanes)));
+        }
+        const float sum = f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
+        args.log_sums[row] = largest + static_cast<float>(__builtin_log(static_cast<double>(sum)));
+    }
 }
 
 }  // namespace fastserve::FASTSERVE_ISA_NAMESPACE

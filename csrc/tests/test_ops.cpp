@@ -1,5 +1,6 @@
 // The operations that move each value once, sampling, and what packing keeps, on every instruction set of this machine:
 // against plain double arithmetic, over odd sizes and strided rows, with one thread and three.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -89,24 +90,25 @@ void check_store(const OpTable& table, ThreadPool& pool, DType type, DType cache
     }
 }
 
-double activated(double x, Activation activation) {
-    switch (activation) {
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::gelu: return x * 0.5 * std::erfc(-x * std::sqrt(0.5));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(0.7978845608 * (x + 0.044715 * x * x * x)));
-        default: return activation == Activation::relu ? std::fmax(x, 0.0) : x;
-    }
-}
-
-void check_activation(const OpTable& table, ThreadPool& pool, DType type, int64_t size, Activation activation, bool gated) {
-    const int64_t rows = 3, stride = size * (gated ? 2 : 1) + 1;
-    Values x(type, rows * stride, 2.0f), out(type, rows * size);
-    ActivationArgs args{x.data(), type, rows, size, stride, out.data(), activation, gated};
-    pool.run({}, [&](const Worker& worker) { table.activation(args, worker); });
-    for (int64_t i = 0; i < rows * size; ++i) {
-        const int64_t at = i / size * stride + i % size;
-        const double value = activated(x.at(at), activation) * (gated ? x.at(at + size) : 1.0);
-        check_near(table.name, "activation", type, size, out.at(i), value);
+void check_most_probable(const OpTable& table, ThreadPool& pool, int64_t size, int64_t count) {
+    const int64_t rows = 5, stride = size + 3;
+    Values x(DType::f32, rows * stride, 2.0f), sums(DType::f32, rows), values(DType::f32, rows * count);
+    std::vector<int64_t> ids(rows * count, -1);
+    auto* in = static_cast<float*>(x.data());
+    for (int64_t i = size / 3; i < size; i += 7) in[i] = 1.5f;  // row 0 has equals
+    MostProbableArgs args{in, rows, size, stride, count, static_cast<float*>(sums.data()), static_cast<float*>(values.data()), ids.data()};
+    pool.run(most_probable_scratch(args), [&](const Worker& worker) { table.most_probable(args, worker); });
+    for (int64_t row = 0; row < rows; ++row) {
+        std::vector<int64_t> order(size);
+        for (int64_t i = 0; i < size; ++i) order[i] = i;
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.at(row * stride + a) > x.at(row * stride + b); });
+        double sum = 0;
+        for (int64_t i = 0; i < size; ++i) sum += std::exp(x.at(row * stride + i));
+        CHECK(std::fabs(sums.at(row) - std::log(sum)) < 1e-5, "%s log sum of %d", table.name, int(size));
+        for (int64_t i = 0; i < count; ++i) {
+            CHECK(ids[row * count + i] == order[i] && values.at(row * count + i) == x.at(row * stride + order[i]),
+                  "%s place %d of the largest of %d", table.name, int(i), int(size));
+        }
     }
 }
 
@@ -200,12 +202,9 @@ int main() {
                     check_store(*table, *pool, type, DType::f32, size);
                     check_store(*table, *pool, type, DType::bf16, size);
                     check_argmax_and_sample(*table, *pool, type, size);
+                    for (const int64_t count : {int64_t{1}, min_of(size, 9)}) check_most_probable(*table, *pool, size, count);
                 }
                 for (int64_t half : {1, 8, 19}) check_rope(*table, *pool, type, 40, half);
-                for (Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
-                    check_activation(*table, *pool, type, 37, activation, false);
-                    check_activation(*table, *pool, type, 1030, activation, true);
-                }
                 check_argmax_and_sample(*table, *pool, type, 3001);
             }
         }

@@ -48,7 +48,8 @@ def parse_scheme(name: str) -> QuantScheme:
 
 
 def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str = "") -> Path:
-    """Write `source` to the new folder `target` with `weights` (see `parse_scheme`) and the head as it is or "int8".
+    """Write `source` to the new folder `target` with `weights` (see `parse_scheme`) and the head as it is, "int8", or
+    "int8-a8" (its inputs in 8 bits, too).
 
     Raises:
         ConfigError: no such scheme, or a head that cannot be had with it.
@@ -57,15 +58,14 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
     from safetensors.torch import save_file
 
     scheme = parse_scheme(weights)
-    if head not in ("", "int8") or (head and scheme.has_codebook):
-        raise ConfigError("the head stays as it is, or becomes int8 beside int4 or int8 weights")
+    if head not in ("", "int8", "int8-a8") or (head and scheme.has_codebook):
+        raise ConfigError("the head stays as it is, or becomes int8 or int8-a8 beside int4 or int8 weights")
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; name a new folder or remove it")
     target.mkdir(parents=True, exist_ok=True)
-    is_tied = bool(source.config.get("tie_word_embeddings"))
-    head_module = ("model.embed_tokens" if is_tied else "lm_head") if head else ""
+    head_module = _head_of(source) if head else ""
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(_shards(_converted(source, scheme, head_module)), 1):
+    for number, tensors in enumerate(_shards(_converted(source, scheme, head_module, head)), 1):
         file = f"model-{number:05d}.safetensors"
         save_file(tensors, target / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
@@ -74,14 +74,23 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
     for other in source.path.iterdir():
         if other.is_file() and other.suffix != ".safetensors" and not (target / other.name).exists():
             shutil.copyfile(other, target / other.name)
-    config = {**source.config, "quantization_config": _describe(scheme, head_module)}
+    config = {**source.config, "quantization_config": _describe(scheme, head_module, head)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
 
 
-def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _head_of(source: ModelFolder) -> str:
+    """The module of the output projection: the embedding, where they are tied."""
+    if not source.config.get("tie_word_embeddings"):
+        return "lm_head"
+    names = ("model.embed_tokens", "model.shared", "shared")  # of decoders, BART and its kin, T5
+    return next(name for name in names if f"{name}.weight" in source.weights)
+
+
+def _converted(
+    source: ModelFolder, scheme: QuantScheme, head_module: str, head: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     from fastserve.bench.rounding import quantize
-    from fastserve.checkpoint.quantized import QuantScheme
 
     reader = source.weights
     levels: dict[str, torch.Tensor] = {}  # modules of one parent share a codebook, so that they can be merged
@@ -89,7 +98,7 @@ def _converted(source: ModelFolder, scheme: QuantScheme, head_module: str) -> It
         module = name.removesuffix(".weight")
         tensor = reader.view(name, reader.shape(name))
         if module == head_module:
-            yield from _tensors(module, quantize(tensor, QuantScheme(8), tensor.dtype)).items()
+            yield from _tensors(module, quantize(tensor, parse_scheme(head), tensor.dtype)).items()
         elif name.endswith(".weight") and _LINEAR.fullmatch(module):
             parent = module.rpartition(".")[0]
             quantized = quantize(tensor, scheme, tensor.dtype, levels.get(parent))
@@ -109,13 +118,12 @@ def _tensors(module: str, weight: QuantizedWeight) -> _Tensors:
     return tensors(module, Quantized(own.weights, weight.values, weight.scales, weight.zeros, weight.codebook), own)
 
 
-def _describe(scheme: QuantScheme, head_module: str) -> dict[str, Any]:
-    from fastserve.checkpoint.quantized import QuantScheme
+def _describe(scheme: QuantScheme, head_module: str, head: str) -> dict[str, Any]:
     from fastserve.compress.storage import config_of, group
 
     groups = {"group_0": group(_stored(scheme), ["Linear"])}
     if head_module:
-        groups["group_1"] = group(_stored(QuantScheme(8)), [head_module])
+        groups["group_1"] = group(_stored(parse_scheme(head)), [head_module])
     return config_of(groups, [] if head_module == "lm_head" else ["lm_head"])
 
 

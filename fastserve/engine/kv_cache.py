@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastserve.core.pages import Pages
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
-from fastserve.kernels.reference import Kernels
 from fastserve.models.model import ModelShape
 
 _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
@@ -57,10 +56,11 @@ class KVCache:
         """Every tensor that holds a piece of each block, [max_blocks, ...]."""
         return [*self.keys, *self.values]
 
-    def copy_blocks(self, pairs: list[tuple[int, int]], kernels: Kernels) -> None:
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks source -> target in every layer."""
-        for keys, values in zip(self.keys, self.values, strict=True):
-            kernels.copy_blocks(keys, values, pairs)
+        sources, targets = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
+        for part in self.parts:
+            part.index_copy_(0, targets, part.index_select(0, sources))
 
     def resize(self, num_blocks: int) -> None:
         """Take or give back memory so that the first `num_blocks` blocks have some; nothing is said of what new ones

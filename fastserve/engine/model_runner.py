@@ -79,7 +79,7 @@ class ModelRunner:
             if entry.request is not None:
                 self._admit(entry)
         if plan.copies:
-            self._kv_cache.copy_blocks(plan.copies, self._kernels)
+            self._kv_cache.copy_blocks(plan.copies)
         if self._sources is not None:
             plan = self._sources.compute(plan)
         if not plan.entries:
@@ -181,7 +181,7 @@ class ModelRunner:
         if beams:
             rows = [first_rows[place] for place in beams]
             own, last = [states[place] for place in beams], [entries[place].token_ids[-1] for place in beams]
-            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last)
+            found = find_candidates(logits if len(rows) == len(logits) else logits[rows], own, last, self._kernels)
             result.logprobs.update(zip((entries[place].request_id for place in beams), found, strict=True))
             entries = [entry for entry, state in zip(entries, states, strict=True) if state.sampling.num_beams == 1]
             if entries:

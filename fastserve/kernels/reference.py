@@ -236,16 +236,14 @@ class Kernels:
             output[start:end] = _attend_masked(query[start:end], key[first:last], value[first:last], scores.scale, mask)
         return output
 
-    def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
-        """Copy cache blocks source -> target within one layer."""
-        source = torch.tensor([pair[0] for pair in pairs], device=keys.device)
-        target = torch.tensor([pair[1] for pair in pairs], device=keys.device)
-        keys[target] = keys[source]
-        values[target] = values[source]
-
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
         return logits.argmax(dim=-1)
+
+    def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows of logits [R, V] float32: log of the sum of e^x [R, 1], the largest [R, count], and their ids, which
+        mean nothing for -inf."""
+        return (torch.logsumexp(logits, dim=-1, keepdim=True), *logits.topk(count))
 
     def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
         """Draw one token per row of logits [R, V]; see `RowSampling`."""

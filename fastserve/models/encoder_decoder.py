@@ -8,7 +8,7 @@ data (`families/encoder_decoders.py`). Legend: T tokens, S tokens of sources, K 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.encoder import Encoder, EncoderConfig, RaggedBatch, distance_bias, position_table
 from fastserve.models.layers import MLPS, NORMS, Attention
-from fastserve.models.model import ModelShape, ServingModel
+from fastserve.models.model import ServingModel
 from fastserve.models.parameters import ParameterLoader
 
 
@@ -122,7 +122,9 @@ class EncoderDecoder(ServingModel):
         bias = distance_bias(stack, decoder, is_causal=True)
         self._layers = [DecoderLayer(decoder, stack, layer, bias) for layer in range(stack.num_layers)]
         self.max_source, self.max_target = config.encoder.max_positions, stack.max_positions
-        self.shape = _shape(config, decoder)
+        # Sequences of the decoder begin with their sources.
+        positions = self.max_source + self.max_target
+        self.shape = replace(decoder.shape(stack, stack.num_heads), max_positions=positions)
 
     @torch.inference_mode()
     def source_keys_values(self, batch: RaggedBatch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,23 +151,5 @@ class EncoderDecoder(ServingModel):
         return kernels.linear(self._head, hidden, is_wide=True)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale, which does not change the largest one."""
-        return logits if self._config.logit_scale == 1.0 else logits * self._config.logit_scale
-
-
-def _shape(config: EncoderDecoderConfig, parameters: ParameterLoader) -> ModelShape:
-    """Of the decoder, whose sequences begin with their sources."""
-    stack = config.decoder
-    return ModelShape(
-        num_layers=stack.num_layers,
-        num_heads=stack.num_heads,
-        num_kv_heads=stack.num_heads,
-        head_size=stack.head_size,
-        hidden_size=stack.hidden_size,
-        vocab_size=stack.vocab_size,
-        max_positions=config.encoder.max_positions + stack.max_positions,
-        dtype=parameters.dtype,
-        windows=(0,) * stack.num_layers,
-        num_parameters=parameters.num_parameters,
-        weight_bytes=parameters.num_bytes,
-    )
+        """Scale them in place, which does not change which is the largest."""
+        return logits if self._config.logit_scale == 1.0 else logits.mul_(self._config.logit_scale)

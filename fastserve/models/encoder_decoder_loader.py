@@ -20,7 +20,13 @@ from fastserve.models.parameters import ParameterLoader
 
 
 def load_encoder_decoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, kernels: str, backend: str, block_size: int
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str,
+    backend: str,
+    block_size: int,
+    to_int8: bool = False,
 ) -> tuple[EncoderDecoder, Kernels, list[str]]:
     """The network, the operations it was built for, and one line per decision.
 
@@ -46,7 +52,7 @@ def load_encoder_decoder(
         f"backend: native ({folder.architecture})",
     ]
     try:
-        return _load(folder, reader, family, config, chosen, dtype, device), chosen, [*report, *lines]
+        return _load(folder, reader, family, config, chosen, dtype, device, to_int8), chosen, [*report, *lines]
     finally:
         reader.close()
 
@@ -59,6 +65,7 @@ def _load(
     kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device,
+    to_int8: bool,
 ) -> EncoderDecoder:
     """Which embedding is whose is told by what the folder has: tied ones are stored once, under any of their names."""
     sides = {
@@ -68,16 +75,16 @@ def _load(
     for side, names in sides.items():
         candidates = [f"{family.prefix}{side}.embed_tokens", f"{family.prefix}shared"]
         candidates += ["lm_head"] if side == "decoder" else [f"{family.prefix}decoder.embed_tokens", "lm_head"]
-        names["embedding"] = next((name for name in candidates if f"{name}.weight" in reader), candidates[1])
+        names["embedding"] = next((name for name in candidates if reader.names_of(name)), candidates[1])
     sides["decoder"] |= {"head": "lm_head", "logit_bias": "final_logits_bias"}
     config = replace(
         config,
         is_shared=sides["encoder"]["embedding"] == sides["decoder"]["embedding"],
-        is_tied="lm_head.weight" not in reader or sides["decoder"]["embedding"] == "lm_head",
+        is_tied=not reader.names_of("lm_head") or sides["decoder"]["embedding"] == "lm_head",
         has_logit_bias="final_logits_bias" in reader,
     )
     quantization = read_quantization(folder.config)
-    encoder = ParameterLoader(reader, sides["encoder"], frozenset(), kernels, dtype, device, quantization)
+    encoder = ParameterLoader(reader, sides["encoder"], frozenset(), kernels, dtype, device, quantization, to_int8)
     decoder = encoder.with_names(sides["decoder"])
     model = EncoderDecoder(config, encoder, decoder)
     encoder.finish(family.ignored)

@@ -85,6 +85,11 @@ class SchedulingPolicy(Protocol):
         """It finished or was aborted."""
 
 
+def rank_of(policy: SchedulingPolicy, sequence: Sequence, now: float) -> Rank:
+    """The policy's, but beams go first: a search that was begun is not parted."""
+    return () if sequence.is_beam else policy.rank(sequence, now)
+
+
 class FCFS(SchedulingPolicy):
     """First come, first served. Memory pressure evicts the latest arrival."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
-from fastserve.scheduler.policy import Rank, SchedulingPolicy
+from fastserve.scheduler.policy import Rank, SchedulingPolicy, rank_of
 from fastserve.scheduler.sequence import Sequence
 
 
@@ -102,7 +102,7 @@ class WaitingQueue:
 
     def _insert(self, sequence: Sequence, now: float) -> None:
         self._version += 1
-        item = Ranked(self._policy.rank(sequence, now), sequence.arrival_order, self._version, sequence)
+        item = Ranked(rank_of(self._policy, sequence, now), sequence.arrival_order, self._version, sequence)
         self._add(item)
         review_time = self._policy.review_time(sequence, now)
         if review_time < math.inf:

@@ -18,7 +18,7 @@ from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.drafts import Drafter
 from fastserve.scheduler.loads import Loads
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
-from fastserve.scheduler.policy import SchedulingPolicy
+from fastserve.scheduler.policy import SchedulingPolicy, rank_of
 from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
@@ -168,14 +168,17 @@ class Scheduler:
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
-        while len(running) < self._max_sequences:
+        places_left = self._max_sequences
+        while places_left > 0:
             if pending and (not preemptive or first is None or pending[-1] < first):
                 item = pending.pop()
                 sequence = item.sequence
                 decodes_left -= len(sequence.token_ids) - sequence.num_computed == 1
             elif first is not None:
                 item, sequence = first, first.sequence
-                if not self._start(item, now) and sequence.residency is not Residency.LOADING:
+                has_place = min(sequence.num_places, self._max_sequences) <= places_left
+                has_place |= sequence.residency is Residency.DEVICE
+                if not (has_place and self._start(item, now)) and sequence.residency is not Residency.LOADING:
                     self._may_place = False  # those who hold memory may go on
                 if sequence.status is not Status.RUNNING:
                     first = self._first_waiting(now)
@@ -188,6 +191,7 @@ class Scheduler:
             if decodes and is_plain and tokens_left > 0 and start < len(sequence.block_ids) * block_size:
                 # What most of a step is: one who decodes, whose token was kept. Nothing else changes.
                 tokens_left -= 1
+                places_left -= 1
                 running.append(item)
                 last, block_ids = sequence.token_ids[-1:], sequence.block_ids[:]
                 entries.append(PlanEntry(sequence.request_id, last, start, block_ids, True))
@@ -201,6 +205,7 @@ class Scheduler:
                 skipped.append(item)
                 continue
             running.append(item)
+            places_left -= sequence.num_places
             if take > 0 and self._grow(sequence, take, now):
                 drafts = self._draft(sequence, tokens_left - take - keep)
                 tokens_left -= take + len(drafts)
@@ -288,11 +293,12 @@ class Scheduler:
             num_tokens = len(sequence.token_ids)
             if num_tokens < sequence.rank_until and num_tokens - sequence.num_computed == 1:
                 continue
-            new = policy.rank(sequence, now)
+            new = rank_of(policy, sequence, now)
             if new != old:
                 self._running[index], is_sorted = Ranked(new, order, version, sequence), False
             else:
-                sequence.rank_until = num_tokens + policy.stable_tokens(sequence)
+                stable = 0 if sequence.group is not None else policy.stable_tokens(sequence)
+                sequence.rank_until = num_tokens + stable
         if not is_sorted:
             self._running.sort()
 

@@ -102,6 +102,16 @@ class Sequence:
         self.num_lost, self.num_cached_expected, self.is_known = other.num_lost, other.num_cached_expected, False
 
     @property
+    def is_beam(self) -> bool:
+        """One of several of a search, which wait for each other."""
+        return self.group is not None and len(self.group.members) > 1
+
+    @property
+    def num_places(self) -> int:
+        """Places in the batch that it takes: those of the whole search for the one that begins it."""
+        return 1 if self.group is None or self.is_beam else self.request.sampling.num_beams
+
+    @property
     def is_decoding(self) -> bool:
         """One token is left to compute before the next can be sampled."""
         return len(self.token_ids) - self.num_computed == 1

@@ -102,3 +102,17 @@ def test_draws_follow_the_softmax_at_the_temperature(isa: str) -> None:
     drawn = torch.tensor(native_kernels(isa).sample(logits.expand(steps, -1), rows))
     shares = torch.bincount(drawn, minlength=4) / steps
     assert torch.allclose(shares, torch.softmax(logits / 0.7, -1), atol=2e-4)
+
+
+def test_the_most_probable_are_the_reference_s(isa: str) -> None:
+    """Equals, what is masked, and rows of which hardly anything is left."""
+    kernels = native_kernels(isa)
+    for size, count in ((8, 8), (100, 4), (1000, 1), (30001, 12)):
+        x = torch.stack(kinds_of_logits(size, seed=size))
+        x[-1, 2:] = -INF
+        sums, values, ids = kernels.most_probable(x, count)
+        expected_sums, expected_values, _ = REFERENCE.most_probable(x, count)
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-5)
+        assert torch.equal(values, expected_values)
+        for row, found, places, last in zip(x, values, ids, values.isfinite().sum(1).tolist(), strict=True):
+            assert torch.equal(row[places[:last]], found[:last]) and len(places[:last].unique()) == last

@@ -86,14 +86,14 @@ def test_options(folder: Path, num_beams: int, length_penalty: float, early_stop
 
 
 def test_beside_others_and_under_preemption(folder: Path) -> None:
-    """Small steps, few places and few blocks, with plain requests in between: the answers of a search alone."""
+    """Small steps and few blocks, with plain requests in between: the answers of a search alone."""
     alone = ours(open_llm(folder), 4, max_tokens=24, ignore_eos=True)
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)
     plain = open_llm(folder).generate(PROMPTS, sampling, use_tqdm=False)
     policies = {"fcfs": True, "aged-srpt": False, "priority": False, "skip-join-mlfq": True}
     for scheduler, prefix_caching in policies.items():
         small = open_llm(
-            folder, scheduler=scheduler, max_batch_sequences=5, max_batch_tokens=7, prefix_caching=prefix_caching
+            folder, scheduler=scheduler, max_batch_sequences=16, max_batch_tokens=19, prefix_caching=prefix_caching
         )
         small.engine.resize_kv_cache(26 * small.engine.memory.block_bytes)
         beams = SamplingParams(temperature=0.0, num_beams=4, n=4, max_tokens=24, ignore_eos=True)
@@ -103,6 +103,22 @@ def test_beside_others_and_under_preemption(folder: Path) -> None:
             assert output.outputs[0].token_ids == expected.outputs[0].token_ids
         stats = small.engine.stats()
         assert stats.num_preemptions > 0 and stats.kv_blocks_used == 0, scheduler
+
+
+@pytest.mark.parametrize("scheduler", ["fcfs", "aged-srpt", "skip-join-mlfq"])
+def test_a_search_has_its_places_from_the_start(folder: Path, scheduler: str) -> None:
+    """As many searches at a time as have room with all their beams: with memory enough nobody is sent back."""
+    alone = ours(open_llm(folder), 4, max_tokens=24, ignore_eos=True)
+    llm = open_llm(folder, scheduler=scheduler, max_batch_sequences=9)
+    sampling = SamplingParams(temperature=0.0, num_beams=4, n=4, max_tokens=24, ignore_eos=True, seed=0)
+    for index, prompt in enumerate(PROMPTS * 2):
+        llm.engine.add(Request(str(index), prompt, sampling, 0.0))
+    found = {}
+    while llm.engine.has_work():
+        found |= {output.request_id: output.beams for output in llm.engine.step() if output.finish_reason}
+    for index, answers in found.items():
+        check([[(list(beam.token_ids), beam.score) for beam in answers]], [alone[int(index) % len(PROMPTS)]])
+    assert len(found) == 2 * len(PROMPTS) and llm.engine.stats().num_preemptions == 0
 
 
 def test_beams_share_blocks(folder: Path) -> None:

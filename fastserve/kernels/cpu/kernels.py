@@ -191,25 +191,6 @@ class CPUKernels(Kernels):
             )  # fmt: skip
         return out
 
-    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
-        return self._activation(x, activation, is_gated=True)
-
-    def activation(self, x: Tensor, activation: str) -> Tensor:
-        return self._activation(x, activation, is_gated=False)
-
-    def _activation(self, x: Tensor, activation: str, is_gated: bool) -> Tensor:
-        if x.dim() != 2 or x.stride(-1) != 1:
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            return self._activation(rows, activation, is_gated).view(*x.shape[:-1], -1)
-        size = x.shape[-1] // 2 if is_gated else x.shape[-1]
-        out = torch.empty(x.shape[0], size, dtype=x.dtype)
-        if out.numel():
-            code = _activation_code(activation)
-            self._backend.activation(
-                x.data_ptr(), _DTYPES[x.dtype], x.shape[0], size, x.stride(0), out.data_ptr(), code, is_gated
-            )
-        return out
-
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         if key.numel():
             self._backend.store(*_store_arguments(_dense(key), _dense(value), keys, values, slot_mapping))
@@ -274,6 +255,14 @@ class CPUKernels(Kernels):
                 logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, logits.stride(0), out.data_ptr()
             )
         return out
+
+    def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert logits.dtype is torch.float32 and logits.stride(-1) == 1
+        sums, values = torch.empty(len(logits), 1), torch.empty(len(logits), count)
+        found = sums, values, torch.empty(len(logits), count, dtype=torch.int64)
+        addresses = [tensor.data_ptr() for tensor in found]
+        self._backend.most_probable(logits.data_ptr(), *logits.shape, logits.stride(0), count, *addresses)
+        return found
 
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
         from fastserve.kernels.cpu.recording import record

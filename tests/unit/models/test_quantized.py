@@ -22,8 +22,9 @@ from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.models.loader import LoadedModel, load_model
 from tests import folders
+from tests.encoder_decoder_folders import encoder_decoder
 from tests.kernels.conftest import load_native
-from tests.paged_driver import PagedDriver
+from tests.paged_driver import PagedDriver, answer_logits
 
 SCHEMES = [
     "int8", "int8-asym", "int8-a8", "int4-g32", "int4-g32-asym", "int4-g64-a8", "int4", "int4-asym", "codebook",
@@ -159,6 +160,27 @@ def test_logits_are_those_of_the_dequantised_model(tmp_path: Path, scheme: str, 
     else:
         assert (found - expected).abs().max() < 1e-4
     assert not torch.equal(found, logits(load_model(ModelFolder.open(str(source)), dtype="float32")))
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("family", ["t5", "t5-v1.1", "marian"])
+def test_an_encoder_decoder_s_head_in_int8(tmp_path: Path, family: str, kernels: str) -> None:
+    """The head, where it is tied both stacks' embedding too: as near as the rounding of what is multiplied by it."""
+    if kernels == "cpu" and load_native() is None:
+        pytest.skip("the native library was not built")
+    source = ModelFolder.open(str(encoder_decoder(tmp_path / "source", family)))
+    options: dict[str, Any] = dict(dtype="float32", kernels=kernels)
+
+    def found(folder: ModelFolder, quantization: str = "auto") -> Tensor:
+        return answer_logits(load_model(folder, quantization=quantization, **options), [5, 17, 99], [2, 8, 8, 41])
+
+    quantised = quantize_folder(source, tmp_path / "quantised", "int8-a8", "int8-a8")
+    dense = dense_copy(quantised, tmp_path / "dense", source.path)
+    ours, expected = found(ModelFolder.open(str(quantised))), found(ModelFolder.open(str(dense)))
+    assert torch.nn.functional.cosine_similarity(ours, expected).min() > 0.995
+    at_load = found(source, "int8")  # the layers alone
+    assert torch.nn.functional.cosine_similarity(ours, at_load).min() > 0.995
+    assert not torch.equal(ours, at_load) and not torch.equal(found(source), at_load)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastserve.core.errors import ConfigError
@@ -127,6 +128,25 @@ def test_a_stopped_run_goes_on_to_the_same_weights(bert: Path, tmp_path: Path, m
     finetune("classification", str(bert), data, tmp_path / "stopped", settings)
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_an_epoch_has_every_item_once_and_little_padding(bert: Path, tmp_path: Path) -> None:
+    from fastserve.train.finetune.run import Tuning
+
+    chooser = random.Random(3)
+    texts = [
+        " ".join([f"{chooser.choice(ANIMALS)} {chooser.choice(PLACES)}."] * chooser.randint(1, 40)) for _ in range(256)
+    ]
+    settings = FinetuneSettings(**{**FAST, "batch_size": 16, "max_length": 512})
+    kind = KINDS["seq2seq"](open_tokenizer(bert), settings)
+    items = kind.encode([{"source": text, "target": "yes"} for text in texts])
+    tuning = Tuning(kind, items, [], settings, bert, tmp_path, "seq2seq")
+    epochs = [[tuning.micro_batches(16 * epoch + step, 0, 1)[0] for step in range(16)] for epoch in range(2)]
+    seen = [sorted(row[row > 0].tobytes() for batch in epoch for row in batch["input_ids"]) for epoch in epochs]
+    assert seen[0] == seen[1] == sorted(np.array(item["input_ids"]).tobytes() for item in items)
+    assert any((one["input_ids"].shape != other["input_ids"].shape) for one, other in zip(*epochs, strict=True))
+    size = sum(batch["input_ids"].size for batch in epochs[0])
+    assert size < 1.2 * sum(len(item["input_ids"]) for item in items)
 
 
 def test_words_are_labelled(bert: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from fastserve.train.finetune.sequences import references_of
 from fastserve.train.finetune.settings import FinetuneSettings
 from fastserve.train.finetune.spans import answers_of
 from fastserve.train.metrics import answer_scores, label_scores, text_scores
+from fastserve.train.network import open_tokenizer
 from fastserve.train.pretrain import pretrain
 from fastserve.train.recipe import build_section
 from fastserve.train.settings import Recipe
@@ -111,7 +112,8 @@ class Bench:
         if not (folder / "tokenizer" / "tokenizer.json").exists():
             texts = (row["text"] for source in sources.values() for row in read_examples(source)[::3])
             make_tokenizer_folder(texts, folder / "tokenizer", tokenizer)
-        rules = PrepareSettings(quality=False, near_duplicates=False, validation_share=0.01, workers=1)
+        share = 0.2 if self._is_smoke else 0.02
+        rules = PrepareSettings(quality=False, near_duplicates=False, validation_share=share, workers=1)
         for language, source in sources.items():
             prepare([str(source)], folder / language, rules, folder / "tokenizer")
         steps = 4 if self._is_smoke else round(steps * self._times)
@@ -175,6 +177,7 @@ class Bench:
             batch_size=16 if self._is_smoke else 32,
             learning_rate=_RATES.get(network, _RATE),
             epochs=epochs,
+            group_by_length=True,
             **task.settings,
         )
         data = write(run.with_suffix(".train.jsonl"), learnt)
@@ -194,6 +197,7 @@ class Bench:
         folders = [*([decoder] if decoder else []), *tuned.values()]
         names = [*(["decoder"] if decoder else []), *tuned]
         metrics: dict[str, float] = {}
+        begin = open_tokenizer(decoder).bos_token or "" if decoder else ""
         first, *others = [str(folder.resolve()) for folder in folders]
         options = ["--dtype", "float32", "--num-threads", "1", "--kv-cache-memory", "64MiB", "--name", ",".join(names)]
         with running_server(first, [*others, *options]) as (port, _, _):
@@ -203,7 +207,7 @@ class Bench:
                 metrics |= {f"{set_name}_{network}_{key}": value for key, value in scores.items()}
             for language in LANGUAGES if decoder else ():
                 rows = read_examples(self._perplexity_texts(language))
-                metrics[f"decoder_texts_perplexity_{language}"] = _served_perplexity(rows, port)
+                metrics[f"decoder_texts_perplexity_{language}"] = _served_perplexity(rows, begin, port)
         offline = {key: value for name in names for key, value in (self.result(name) or {})["metrics"].items()}
         difference = max(abs(value - offline[key]) for key, value in metrics.items())
         served = {f"{key}_served": value for key, value in metrics.items()}
@@ -241,10 +245,11 @@ def _served_scores(task: TaskSet, model: str, rows: list[Row], port: int) -> dic
     return answer_scores([answer["answers"][0]["answer"] for answer in answers], [answers_of(row) for row in rows])
 
 
-def _served_perplexity(rows: list[Row], port: int) -> float:
+def _served_perplexity(rows: list[Row], begin: str, port: int) -> float:
+    """Of texts behind the token `begin`, with which training and `fastserve eval` begin each."""
     total, count = 0.0, 0
     for row in rows:
-        asked = {"model": "decoder", "prompt": row["text"], "echo": True, "logprobs": 0, "max_tokens": 0}
+        asked = {"model": "decoder", "prompt": begin + row["text"], "echo": True, "logprobs": 0, "max_tokens": 0}
         found = _post(port, "/v1/completions", **asked)["choices"][0]["logprobs"]["token_logprobs"]
         known = [value for value in found if value is not None]
         total, count = total - sum(known), count + len(known)

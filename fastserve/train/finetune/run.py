@@ -176,10 +176,13 @@ class Tuning:
         return [self._kind.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The items of an epoch: shuffled, and then by length within some batches, which leaves little padding."""
+        """The items of an epoch, shuffled; grouped by length, batches of like items come in an order of their own."""
         chooser = np.random.default_rng([self._settings.seed, epoch])
+        order = chooser.permutation(len(self._items))
+        if not self._settings.group_by_length:
+            return order
         size = self._batch_size
-        order = chooser.permutation(len(self._items))[: self._steps_per_epoch * size]
+        order = order[: self._steps_per_epoch * size]
         pools = [order[start : start + _POOL * size] for start in range(0, len(order), _POOL * size)]
         by_length = np.concatenate([pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools])
         return by_length.reshape(-1, size)[chooser.permutation(self._steps_per_epoch)].ravel()

@@ -117,6 +117,7 @@ class Bench:
         for language, source in sources.items():
             prepare([str(source)], folder / language, rules, folder / "tokenizer")
         steps = 4 if self._is_smoke else round(steps * self._times)
+        batch_tokens = 1024 if self._is_smoke else _BATCH_TOKENS
         recipe = {
             "name": name,
             "model": model,
@@ -135,7 +136,7 @@ class Bench:
                 "decay_steps": max(1, steps // 3),
             },
             "train": {
-                "batch_tokens": 1024 if self._is_smoke else _BATCH_TOKENS,
+                "batch_tokens": batch_tokens,
                 "steps": steps,
                 "evaluate_every": steps,
                 "checkpoint_every": max(1, min(100, steps // 2)),
@@ -146,7 +147,7 @@ class Bench:
         metrics = {f"{name}_{key}": value for key, value in measured.items() if isinstance(value, float)}
         if objective == "causal":
             metrics |= self._perplexities(folder / "run" / "model")
-        return {"config": {"steps": steps, "tokens": steps * recipe["train"]["batch_tokens"]}, "metrics": metrics}
+        return {"config": {"steps": steps, "tokens": steps * batch_tokens}, "metrics": metrics}
 
     def _perplexities(self, model: Path) -> dict[str, float]:
         """Of the beginnings of validation texts that a server is asked for, too; and untrained."""

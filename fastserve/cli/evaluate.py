@@ -19,6 +19,7 @@ _TRAINING_ONLY = [
     "steps",
     "batch_size",
     "micro_batch_size",
+    "group_by_length",
     "learning_rate",
     "weight_decay",
     "warmup_share",

@@ -126,6 +126,9 @@ def tokenizer_config(settings: TokenizerSettings) -> dict[str, Any]:
     }[settings.kind]
     if settings.kind != "bpe":
         roles.update(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    inputs = ["input_ids", "attention_mask"]
+    if settings.kind == "wordpiece":  # BERT tells two texts apart by types, which tools leave out unless they are named
+        inputs.insert(1, "token_type_ids")
     if settings.chat:
         roles["eos_token"] = "<|im_end|>"
     others = [token for token in settings.all_special_tokens if token not in roles.values()]
@@ -133,6 +136,7 @@ def tokenizer_config(settings: TokenizerSettings) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **roles,
         **({"additional_special_tokens": others} if others else {}),
+        "model_input_names": inputs,
         "model_max_length": settings.max_length,
         "clean_up_tokenization_spaces": False,
     }

@@ -57,12 +57,18 @@ def answer_question(text: EncoderText, question: str, context: str, rules: Answe
     if not question.strip() or not context.strip():
         raise RequestError("give a question and a context, neither of them empty", "question")
     window = min(rules.window or text.max_length, text.max_length)
-    windows = text.tokenizer.encode_parts(question, context, window, min(rules.stride, window // 2))
+    stride = window_stride(rules.stride, window, len(text.tokenizer.encode(question, add_special_tokens=False)))
+    windows = text.tokenizer.encode_parts(question, context, window, stride)
 
     def finish(scores: list[Floats]) -> list[dict[str, Any]]:
         return choose_answers(context, windows, scores, rules)
 
     return Job([piece(window) for window in windows], finish)
+
+
+def window_stride(wanted: int, window: int, question_tokens: int) -> int:
+    """Tokens that neighbouring windows share: as wanted, and at most half of what the question leaves of a window."""
+    return max(0, min(wanted, (window - question_tokens) // 2))
 
 
 def choose_answers(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastserve.core.errors import ConfigError
 from fastserve.train.finetune.examples import Example, value_of
 from fastserve.train.finetune.settings import FinetuneSettings
-from fastserve.train.finetune.task import Encoded, batches_of, on_device, padded
+from fastserve.train.finetune.task import Encoded, batches_of, give_types, on_device, padded
 from fastserve.train.metrics import entity_scores, label_scores
 from fastserve.train.objectives import IGNORED, Batch, label_loss
 
@@ -28,6 +28,7 @@ class _Labelling:
 
     def use_labels(self, config: Any) -> None:
         """Take the labels that a configuration names."""
+        give_types(self._tokenizer, config)
         self._names = [config.id2label[index] for index in range(config.num_labels)]
         self._ids = {name: index for index, name in enumerate(self._names)}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.train import launch
@@ -27,7 +28,7 @@ from fastserve.train.finetune.labels import Classification, TokenClassification
 from fastserve.train.finetune.sequences import Sequences
 from fastserve.train.finetune.settings import TASKS, FinetuneSettings
 from fastserve.train.finetune.spans import QuestionAnswering
-from fastserve.train.finetune.task import Kind
+from fastserve.train.finetune.task import Encoded, Kind
 from fastserve.train.finetune.vectors import Embedding
 from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh
@@ -47,6 +48,7 @@ KINDS: dict[str, Any] = dict(
     )
 )
 _CHECKPOINTS_PER_RUN = 10
+_POOL = 16  # batches whose items are brought into the order of their lengths
 CLAIM = "finetune.json"  # in the run's folder: what was asked
 
 
@@ -127,7 +129,7 @@ class Tuning:
     def __init__(
         self,
         kind: Kind,
-        items: list[Any],
+        items: list[Encoded],
         held_out: list[Example],
         settings: FinetuneSettings,
         model: Path,
@@ -138,6 +140,7 @@ class Tuning:
         self._model, self._run, self._task = model, run, task
         self._batch_size = min(settings.batch_size, len(items))
         self._steps_per_epoch = len(items) // self._batch_size
+        self._lengths = np.array([_length(item) for item in items])
         self.num_steps = settings.steps or max(1, math.ceil(settings.epochs * self._steps_per_epoch))
         self.before: dict[str, float] = {}
         self.measured: dict[str, Any] = {}
@@ -165,12 +168,24 @@ class Tuning:
 
     def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Batch]:
         epoch, place = divmod(step, self._steps_per_epoch)
-        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._items))
+        order = self._order(epoch)
         chosen = [self._items[index] for index in order[place * self._batch_size :][: self._batch_size]]
         own = len(chosen) // num_ranks
         chosen = chosen[rank * own :][:own]
         size = self._settings.micro_batch_size or own
         return [self._kind.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The items of an epoch, shuffled; grouped by length, batches of like items come in an order of their own."""
+        chooser = np.random.default_rng([self._settings.seed, epoch])
+        order = chooser.permutation(len(self._items))
+        if not self._settings.group_by_length:
+            return order
+        size = self._batch_size
+        order = order[: self._steps_per_epoch * size]
+        pools = [order[start : start + _POOL * size] for start in range(0, len(order), _POOL * size)]
+        by_length = np.concatenate([pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools])
+        return by_length.reshape(-1, size)[chooser.permutation(self._steps_per_epoch)].ravel()
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self._kind.loss(model, batch)
@@ -217,6 +232,11 @@ class Tuning:
             template = Path(settings.chat_template).read_text(encoding="utf-8")
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         write_card_page(folder, self._run / "log.jsonl", card, "finetune")
+
+
+def _length(item: Encoded) -> int:
+    """Of all its lists: tokens, and labels that are as many."""
+    return sum(len(value) for value in item.values() if isinstance(value, list))
 
 
 def open_network(kind: Kind, model: str, rows: list[Example] | None, dtype: str = "float32") -> Any:

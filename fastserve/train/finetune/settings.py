@@ -29,6 +29,8 @@ class FinetuneSettings:
         steps: steps instead of epochs; 0: by epochs.
         batch_size: examples (rows, where they are packed) in a step.
         micro_batch_size: examples in one pass; 0: all of the step.
+        group_by_length: put examples of like length into a batch, which leaves little padding; where the length tells
+            the label, batches become one-sided.
         max_length: longest input in tokens.
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
         weight_decay: of the matrices.
@@ -62,6 +64,7 @@ class FinetuneSettings:
     steps: int = 0
     batch_size: int = 16
     micro_batch_size: int = 0
+    group_by_length: bool = False
     max_length: int = 512
     learning_rate: float = 5e-5
     weight_decay: float = 0.01

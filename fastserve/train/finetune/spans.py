@@ -9,7 +9,7 @@ import numpy as np
 from fastserve.core.errors import ConfigError
 from fastserve.train.finetune.examples import Example, value_of
 from fastserve.train.finetune.settings import FinetuneSettings
-from fastserve.train.finetune.task import Encoded, batches_of, on_device, padded
+from fastserve.train.finetune.task import Encoded, batches_of, give_types, on_device, padded
 from fastserve.train.metrics import answer_scores
 from fastserve.train.objectives import Batch, label_loss
 
@@ -29,9 +29,10 @@ class QuestionAnswering:
 
     def configure(self, config: Any, rows: list[Example]) -> None:
         config.num_labels = 2
+        self.use_labels(config)
 
     def use_labels(self, config: Any) -> None:
-        pass
+        give_types(self._tokenizer, config)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """A window per item; in windows without the answer, both ends are the first token."""
@@ -81,6 +82,8 @@ class QuestionAnswering:
 
     def _encoded(self, row: Example) -> Any:
         """transformers' encoding of question and context, an entry for each window."""
+        from fastserve.offline.tasks.question_answering import window_stride
+
         room = self._settings.max_length
         question = self._tokenizer(str(value_of(row, "question")), add_special_tokens=False)["input_ids"]
         if len(question) > room // 2:
@@ -90,7 +93,7 @@ class QuestionAnswering:
             str(value_of(row, "context")),
             truncation="only_second",
             max_length=room,
-            stride=min(self._settings.stride, (room - len(question)) // 2),
+            stride=window_stride(self._settings.stride, room, len(question)),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Encoded = dict[str, Any]  # names of the network's inputs -> list of ints or an int
+_TYPES = "token_type_ids"
 _MULTIPLE = 8  # lengths are padded to it
 
 
@@ -42,6 +43,13 @@ class Kind(Protocol):
 
     def score(self, network: Any, rows: list[Example]) -> dict[str, float]:
         """What is measured of a network in evaluation mode; no gradients."""
+
+
+def give_types(tokenizer: Any, config: Any) -> None:
+    """Have the tokenizer give types of tokens to a network that tells two texts apart by them, as serving does."""
+    names = tokenizer.model_input_names
+    if getattr(config, "type_vocab_size", 0) > 1 and _TYPES not in names:
+        tokenizer.model_input_names = [*names, _TYPES]
 
 
 def padded(items: list[Encoded], fill: dict[str, int], keys: tuple[str, ...] | None = None) -> Batch:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastserve.core.errors import ConfigError
@@ -129,6 +131,25 @@ def test_a_stopped_run_goes_on_to_the_same_weights(bert: Path, tmp_path: Path, m
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_grouped_by_length_an_epoch_has_every_item_once_and_little_padding(bert: Path, tmp_path: Path) -> None:
+    from fastserve.train.finetune.run import Tuning
+
+    chooser = random.Random(3)
+    texts = [
+        " ".join([f"{chooser.choice(ANIMALS)} {chooser.choice(PLACES)}."] * chooser.randint(1, 40)) for _ in range(256)
+    ]
+    settings = FinetuneSettings(**{**FAST, "batch_size": 16, "max_length": 512}, group_by_length=True)
+    kind = KINDS["seq2seq"](open_tokenizer(bert), settings)
+    items = kind.encode([{"source": text, "target": "yes"} for text in texts])
+    tuning = Tuning(kind, items, [], settings, bert, tmp_path, "seq2seq")
+    epochs = [[tuning.micro_batches(16 * epoch + step, 0, 1)[0] for step in range(16)] for epoch in range(2)]
+    seen = [sorted(row[row > 0].tobytes() for batch in epoch for row in batch["input_ids"]) for epoch in epochs]
+    assert seen[0] == seen[1] == sorted(np.array(item["input_ids"]).tobytes() for item in items)
+    assert any((one["input_ids"].shape != other["input_ids"].shape) for one, other in zip(*epochs, strict=True))
+    size = sum(batch["input_ids"].size for batch in epochs[0])
+    assert size < 1.2 * sum(len(item["input_ids"]) for item in items)
+
+
 def test_words_are_labelled(bert: Path, tmp_path: Path) -> None:
     rows = [
         {"tokens": fact["text"].rstrip(".").split(), "labels": ["O", "B-ANIMAL", "O", "O", "O", "B-PLACE"]}
@@ -155,6 +176,37 @@ def test_answers_are_found_in_texts_and_in_windows(bert: Path, tmp_path: Path, m
     assert found["exact_match"] > 90 > found["before"]["exact_match"]
     kept = score_of_folder("question-answering", tmp_path / "run" / "model", rows[:20], settings)
     assert kept["exact_match"] > 85
+
+
+@pytest.mark.parametrize("names_types", [True, False])
+def test_a_served_network_answers_as_it_was_measured(bert: Path, tmp_path: Path, names_types: bool) -> None:
+    """Question and context have types, which an untrained network reads as any other: also from a tokenizer whose
+    configuration does not name them."""
+    import torch
+    from transformers import BertForQuestionAnswering
+
+    import fastserve
+
+    folder = tmp_path / "bert"
+    torch.manual_seed(3)
+    network = BertForQuestionAnswering.from_pretrained(bert)
+    torch.nn.init.normal_(network.bert.embeddings.token_type_embeddings.weight)
+    network.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert / name, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "token_type_ids" in config["model_input_names"]
+    if not names_types:
+        del config["model_input_names"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = FinetuneSettings(max_length=24, stride=8)
+    kind = KINDS["question-answering"](open_tokenizer(folder), settings)
+    network = open_network(kind, str(folder), None)
+    ask = fastserve.pipeline("question-answering", str(folder), dtype="float32", max_seq_len=24, doc_stride=8)
+    question = "Where does the animal live?"
+    rows = [{"question": question, "context": f"{fact['text']} {TEXTS[0]} {fact['text']}"} for fact in facts(8)]
+    with torch.no_grad():
+        assert kind.predict(network, rows) == [ask(**row, max_answer_len=30)["answer"] for row in rows]
 
 
 def test_text_becomes_text(t5: Path, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def load_model(
     if folder.task == TEXT_TO_TEXT:
         from fastserve.models.encoder_decoder_loader import load_encoder_decoder
 
-        options = (torch_dtype, torch_device, kernels, backend, block_size, quantization == "int8")
-        return LoadedModel(*load_encoder_decoder(folder, *options))
+        settings = (torch_dtype, torch_device, kernels, backend, block_size, quantization == "int8")
+        return LoadedModel(*load_encoder_decoder(folder, *settings))
     family, config, reason = choose_native(folder, backend)
     report = [f"dtype: {str(torch_dtype).removeprefix('torch.')}, device: {torch_device}"]
     if family is None or config is None:

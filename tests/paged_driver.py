@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastserve.kernels.interface import Batch
 from fastserve.models.attention import PagedContext
+from fastserve.models.encoder import RaggedBatch
+from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.loader import LoadedModel
 
 
@@ -92,3 +94,30 @@ class PagedDriver:
             if index + 1 < num_tokens:
                 logits = self.step(dict.fromkeys(self.sequences, 1))
         return output
+
+
+@torch.inference_mode()
+def decode_from_source(loaded: LoadedModel, source: list[int], target: list[int], block_size: int = 16) -> Tensor:
+    """Logits [T, V] of one pass of an encoder-decoder over a whole answer, its source in blocks of its own."""
+    model = loaded.model
+    assert isinstance(model, EncoderDecoder)
+    shape = model.shape
+    num_source, num_target = (-(-len(ids) // block_size) for ids in (source, target))
+    size = (num_source + num_target + 2, block_size, shape.num_kv_heads, shape.head_size)
+    keys, values = ([torch.zeros(size, dtype=shape.dtype) for _ in range(shape.num_layers)] for _ in range(2))
+    for layer, (key, value) in enumerate(model.source_keys_values(RaggedBatch.of([source], [[]], model.device))):
+        loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
+    places, first = torch.arange(len(target)), num_source + 2
+    batch = Batch(
+        torch.tensor(target),
+        places,
+        places + first * block_size,
+        [0, len(target)],
+        [len(target)],
+        [torch.arange(first, first + num_target)],
+        places,
+        source_lens=[len(source)],
+        source_tables=[torch.arange(num_source)],
+    )
+    hidden = model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
+    return model.logits(hidden)

@@ -67,7 +67,8 @@ class Plan:
             item for name in network.blocks for item in network.block(name).named_modules(prefix=name)
         ):
             raise ConfigError(f"{found} holds a matrix but is no Linear; this architecture cannot be quantised")
-        scheme = ModuleScheme(scheme_of(step), step.activations)
+        packs_bytes = not network.folder.config.get("is_encoder_decoder")
+        scheme = ModuleScheme(scheme_of(step), step.activations, packs_bytes)
         schemes = {}
         for block in network.blocks:
             for name, linear in network.linears(block).items():

@@ -20,10 +20,18 @@ from fastserve.compress.grid import Quantized, WeightScheme
 
 @dataclass(frozen=True, slots=True)
 class ModuleScheme:
-    """How a module is stored and run: its weights' grid, and "none", "dynamic" or "static" 8-bit activations."""
+    """How a module is stored and run.
+
+    Attributes:
+        weights: their grid.
+        activations: "none", "dynamic" or "static" 8-bit ones.
+        packs_bytes: 8-bit integers without rounded activations are stored four to a word, which is the form in which
+            vLLM takes them; otherwise one by one, which is the form that transformers takes in T5, too.
+    """
 
     weights: WeightScheme
     activations: str = "none"
+    packs_bytes: bool = True
 
     @property
     def format(self) -> str:
@@ -31,7 +39,8 @@ class ModuleScheme:
             return CODEBOOK_FORMAT
         if self.weights.kind == "float":
             return "float-quantized"
-        return "int-quantized" if self.activations != "none" and self.weights.bits == 8 else "pack-quantized"
+        is_plain = self.weights.bits == 8 and (self.activations != "none" or not self.packs_bytes)
+        return "int-quantized" if is_plain else "pack-quantized"
 
 
 def tensors(

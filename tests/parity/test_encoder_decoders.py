@@ -17,12 +17,11 @@ import torch
 from fastserve import LLM, SamplingParams
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import RequestError
-from fastserve.kernels.interface import Batch
-from fastserve.models.attention import PagedContext
 from fastserve.models.encoder import RaggedBatch
 from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.loader import load_model
 from tests.encoder_decoder_folders import EOS, FAMILIES, encoder_decoder
+from tests.paged_driver import decode_from_source
 
 SOURCES = [
     [5 + (7 * index + 11 * place) % 300 for place in range(length)] for index, length in enumerate((3, 17, 16, 40))
@@ -75,31 +74,11 @@ def tokens(llm: LLM, params: SamplingParams, sources: list[list[int]] = SOURCES)
 def test_logits(folder: Path, kernels: str) -> None:
     """One pass of the decoder over a whole answer, its source in blocks that it shares with nobody."""
     loaded = load_model(ModelFolder.open(str(folder)), dtype="float32", kernels=kernels)
-    model, source, target = loaded.model, SOURCES[1], [2, *range(50, 70)]
-    assert isinstance(model, EncoderDecoder)
-    shape = model.shape
-    cache = torch.zeros(2, shape.num_layers, 8, 16, shape.num_kv_heads, shape.head_size)
-    keys, values = list(cache[0]), list(cache[1])
-    sources = RaggedBatch.of([source], [[]], model.device)
-    with torch.inference_mode():
-        for layer, (key, value) in enumerate(model.source_keys_values(sources)):
-            loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
-    places = torch.arange(len(target))
-    batch = Batch(
-        torch.tensor(target),
-        places,
-        places + 4 * 16,
-        [0, len(target)],
-        [len(target)],
-        [torch.tensor([4, 5])],
-        places,
-        source_lens=[len(source)],
-        source_tables=[torch.tensor([0, 1])],
-    )
-    hidden = model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
+    source, target = SOURCES[1], [2, *range(50, 70)]
+    found = decode_from_source(loaded, source, target)
     with torch.no_grad():
         expected = theirs(folder)(torch.tensor([source]), decoder_input_ids=torch.tensor([target])).logits[0]
-    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.1
 
 

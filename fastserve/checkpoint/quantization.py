@@ -7,6 +7,7 @@ tensors into weights is `checkpoint/quantized.py`.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from fastserve.core.errors import CheckpointError
 
 CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
+KV_CACHE_SCALES = r".*\.[qkv]_(scale|zero_point)"  # tensors of a kv_cache_scheme
 SUPPORTED = (
     "compressed-tensors with integer weights (pack-quantized or int-quantized; 2 to 8 bits per tensor, channel or "
     "group; activations as they are, or 8 bits, symmetric, dynamic per token or static), 8-bit floats "
@@ -33,6 +35,8 @@ _MARKERS = {
     "sparse-bitmask": "bitmask",
 }
 _CLASSES = ("Linear", "Embedding")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 
 def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     if entry.get("kv_cache_scheme"):
-        raise _unsupported("kv_cache_scheme")
+        _log.info("the folder's scales of keys and values are not used: int8 caches have one per token and head")
     formats = []
     sparsity = (entry.get("sparsity_config") or {}).get("format", "dense")
     groups = entry.get("config_groups") or {}

@@ -6,12 +6,14 @@ transformers does not read back come to other programs this way. One block is in
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder, read_json
+from fastserve.checkpoint.quantization import KV_CACHE_SCALES
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
@@ -55,5 +57,9 @@ def _tensors(network: Network, block: str) -> dict[str, Tensor]:
     if not block:
         names = [item for item, _ in network.model.named_parameters() if item not in network.tied]
         modules = {network.tensor_name(item).rpartition(".")[0] for item in names if network.is_compressed(item)}
-        found |= {name: network.read_other(name) for name in network.others if name.rpartition(".")[0] not in modules}
+        found |= {name: network.read_other(name) for name in network.others if _is_plain(name, modules)}
     return found
+
+
+def _is_plain(name: str, compressed: set[str]) -> bool:
+    return name.rpartition(".")[0] not in compressed and not re.fullmatch(KV_CACHE_SCALES, name)

@@ -78,6 +78,8 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
         search: try narrower ranges than the widest, and take the best.
         head: "" leaves the output projection, int8 rounds it (the embedding, where they are tied).
         budget: bits per weight to reach on average by giving each layer 8 or `bits`; 0: all have `bits`.
+        kv_cache: "float8" also stores a scale for the keys and one for the values of every layer, by which programs
+            that keep them in 8 bits may round them; "": none.
         smoothing: how much of the inputs' spread smoothquant moves into the weights.
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
@@ -92,12 +94,14 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
     search: bool = True
     head: Literal["", "int8"] = ""
     budget: Annotated[float, Meta(ge=0, le=8)] = 0.0
+    kv_cache: Literal["", "float8"] = ""
     smoothing: Annotated[float, Meta(ge=0, le=1)] = 0.5
     ignore: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
-        return self.method in _CALIBRATED or self.activations == "static" or self.budget > 0
+        is_calibrated = self.method in _CALIBRATED or self.activations == "static"
+        return is_calibrated or self.budget > 0 or bool(self.kv_cache)
 
     @property
     def uses_text(self) -> bool:

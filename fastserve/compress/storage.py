@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
 from fastserve.checkpoint.quantized import pack_words
-from fastserve.compress.grid import Quantized, WeightScheme
+from fastserve.compress.grid import FLOAT8_MAX, Quantized, WeightScheme
+
+KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ def tensors(
     if input_scale is not None:
         found["input_scale"] = torch.tensor([input_scale], dtype=weight.scales.dtype)
     return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+
+
+def cache_scales(attention: str, keys: float, values: float) -> dict[str, Tensor]:
+    """Scales of an attention's cache in 8-bit floats, from the largest magnitudes of its keys and values."""
+    tops = {"k_scale": keys, "v_scale": values}
+    return {f"{attention}.{name}": torch.tensor([top / FLOAT8_MAX]) for name, top in tops.items()}
 
 
 def _signed(values: Tensor, grid: WeightScheme) -> Tensor:

@@ -203,7 +203,6 @@ REFUSED = [
     ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "gemv"),
     ({**W8, "format": "nvfp4-pack-quantized"}, "nvfp4"),
     ({**W8, "format": "float-quantized"}, "type 'int'"),
-    ({**W8, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ({**W8, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     (compressed(8, True, "int-quantized", weights={"type": "float"}), "type 'float'"),
     (compressed(8, True, "int-quantized", weights={"actorder": "group"}), "reordered"),

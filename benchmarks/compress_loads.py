@@ -35,6 +35,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "int8": [{"do": "quantize", "bits": 8}],
     "int8-a8-dynamic": [{"do": "quantize", "bits": 8, "activations": "dynamic"}],
     "int8-a8-static": [{"do": "quantize", "method": "smoothquant", "bits": 8, "activations": "static"}],
+    "int8-cache-float8": [{"do": "quantize", "bits": 8, "kv_cache": "float8"}],
     "int4-g128": [{"do": "quantize", "method": "gptq"}],
     "int4-g32": [{"do": "quantize", "group_size": 32}],
     "int4-rows": [{"do": "quantize", "group_size": 0}],

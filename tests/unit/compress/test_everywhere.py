@@ -40,6 +40,8 @@ METHODS: dict[str, Steps] = {
     "2:4": [{"do": "prune", "method": "sparsegpt", "pattern": "2:4"}],
     "bitmask": [{"do": "prune", "method": "magnitude", "store": "bitmask"}],
     **{name: [{"do": "prune", "method": name}] for name in ("channels", "heads", "kv-heads", "layers", "vocabulary")},
+    "rank": [{"do": "prune", "method": "rank", "ratio": 0.4}],
+    "rank-factors": [{"do": "prune", "method": "rank", "ratio": 0.4, "store": "factors"}],
     "rotate": [{"do": "rotate"}, {"do": "quantize", "group_size": 32}],
     "window": [{"do": "window", "size": 4}],
     "distill": [_DISTIL],
@@ -67,9 +69,11 @@ REFUSED = {
     "distill-layers": (("t5",), "not of networks that are both"),
 }
 # What transformers 5.23 does not load as it is, but with its weights written out: zero points of packed weights,
-# packed weights in T5 and in embeddings, codebooks and left-out zeros.
+# packed weights in T5 and in embeddings, codebooks, factors and left-out zeros.
 ONLY_WRITTEN_OUT = {
-    **dict.fromkeys(("rtn4-asymmetric", "rtn2-asymmetric", "kmeans4", "kmeans3", "gptq-codebook", "bitmask"), ALL),
+    **dict.fromkeys(
+        ("rtn4-asymmetric", "rtn2-asymmetric", "kmeans4", "kmeans3", "gptq-codebook", "bitmask", "rank-factors"), ALL
+    ),
     **dict.fromkeys(("rtn4", "rtn6", "rtn3", "gptq", "awq", "mixed", "distill-rounded", "chain"), ("t5",)),
     "rtn4-head": OTHERS,
 }

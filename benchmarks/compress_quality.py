@@ -75,6 +75,7 @@ PEER_METHODS = ("rtn", "gptq", "awq")
 LLAMA_CPP_TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M")
 SMOKE = ("rtn-int4-g128", "gptq-int4-g128")
 PEERS = ("llm-compressor", "gptqmodel", "llama.cpp")
+ENVIRONMENTS = ("llm-compressor", "llama.cpp")  # those that benchmarks/peers.py installs
 COMPRESSOR = ENGINES / "compress_llm_compressor.py"
 
 
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="which of the other tools to run, where installed")
     parser.add_argument("--folder", action="append", default=[], metavar="NAME=PATH", help="another tool's result")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -161,10 +163,11 @@ def main() -> None:
             add(name, compress(arguments.model, Path(scratch) / "out", recipe))
             report.metrics[f"seconds.{name}"] = rounded(time.perf_counter() - start, 3)
     settings = Calibration(str(arguments.calibration), arguments.samples, arguments.length)
-    for method in PEER_METHODS if interpreter("llm-compressor") else ():
+    wanted = [peer for peer in arguments.peers.split(",") if peer in ENVIRONMENTS and interpreter(peer)]
+    for method in PEER_METHODS if "llm-compressor" in wanted else ():
         with tempfile.TemporaryDirectory() as scratch:
             add(f"llm-compressor-{method}-int4-g128", by_llm_compressor(source, method, settings, Path(scratch)))
-    for kind in LLAMA_CPP_TYPES if interpreter("llama.cpp") else ():
+    for kind in LLAMA_CPP_TYPES if "llama.cpp" in wanted else ():
         with tempfile.TemporaryDirectory() as scratch:
             add(f"llama.cpp-{kind}", *by_llama_cpp(source, kind, Path(scratch)))
     for item in arguments.folder:
@@ -172,7 +175,7 @@ def main() -> None:
         add(name, ModelFolder.open(path))
     for peer in PEERS:
         if not any(name.startswith(f"perplexity.{peer}") for name in report.metrics):
-            report.skipped[peer] = f"not installed, and no folder of it was given (--folder {peer}-...=PATH)"
+            report.skipped[peer] = f"not installed or not asked for, and no folder was given (--folder {peer}-...=PATH)"
     emit(report.as_dict())
 
 

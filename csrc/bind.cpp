@@ -286,10 +286,11 @@ public:
     }
     void finish(uintptr_t logits, uintptr_t chosen) { plan_.finish(at<void>(logits), at<void>(chosen)); }
 
-    void run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs, const std::vector<int64_t>& query_starts,
-             const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables,
-             const std::vector<int64_t>& source_lens, const std::vector<uintptr_t>& source_tables,
-             uintptr_t adapter_slots, bool choose) {
+    // The index of the largest logit of each row, if `choose`.
+    std::vector<int64_t> run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs,
+                             const std::vector<int64_t>& query_starts, const std::vector<int64_t>& context_lens,
+                             const std::vector<uintptr_t>& block_tables, const std::vector<int64_t>& source_lens,
+                             const std::vector<uintptr_t>& source_tables, uintptr_t adapter_slots, bool choose) {
         std::vector<const int64_t*> tables, sources;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
         for (uintptr_t address : source_tables) sources.push_back(at<const int64_t>(address));
@@ -308,10 +309,11 @@ public:
                         sources.data()};
         nb::gil_scoped_release release;
         plan_.run(step, choose);
+        const int64_t* chosen = static_cast<const int64_t*>(plan_.chosen());
+        return {chosen, chosen + (choose ? rows : 0)};
     }
 
     uintptr_t logits() const { return reinterpret_cast<uintptr_t>(plan_.logits()); }
-    uintptr_t chosen() const { return reinterpret_cast<uintptr_t>(plan_.chosen()); }
     int64_t num_ops() const { return plan_.num_ops(); }
     int64_t bytes() const { return plan_.bytes(); }
 
@@ -377,7 +379,6 @@ NB_MODULE(_native, m) {
         .def("finish", &Recording::finish, nb::arg("logits"), nb::arg("chosen"))
         .def("run", &Recording::run)
         .def_prop_ro("logits", &Recording::logits)
-        .def_prop_ro("chosen", &Recording::chosen)
         .def_prop_ro("num_ops", &Recording::num_ops)
         .def_prop_ro("bytes", &Recording::bytes);
     nb::class_<ReadMeter>(m, "ReadMeter")

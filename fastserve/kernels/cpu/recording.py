@@ -32,12 +32,13 @@ class NativeStep:
         self._plan = plan
         self._network = network
         self._vocab_size = vocab_size
+        self._logits = (0, torch.empty(0, vocab_size))  # address and view of the last run
         self.num_operations: int = plan.num_ops
 
     def run(self, batch: Batch, choose: bool) -> tuple[Tensor, list[int]]:
         num_rows = batch.logit_rows.shape[0]
         inputs = [batch.input_ids, batch.positions, batch.slot_mapping, batch.logit_rows]
-        self._plan.run(
+        chosen = self._plan.run(
             batch.input_ids.shape[0],
             num_rows,
             [tensor.data_ptr() for tensor in inputs],
@@ -49,10 +50,15 @@ class NativeStep:
             0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(),
             choose,
         )
+        address, logits = self._logits
         if not num_rows:
-            return torch.empty(0, self._vocab_size), []
-        logits = _view(self._plan.logits, num_rows * self._vocab_size, torch.float32).view(num_rows, -1)
-        return logits, _view(self._plan.chosen, num_rows, torch.int64).tolist() if choose else []
+            return logits[:0], chosen
+        if len(logits) != num_rows or address != self._plan.logits:
+            address = self._plan.logits
+            memory = (ctypes.c_float * (num_rows * self._vocab_size)).from_address(address)
+            logits = torch.frombuffer(memory, dtype=torch.float32).view(num_rows, -1)
+            self._logits = address, logits
+        return logits, chosen
 
 
 class _OnlyViews(TorchDispatchMode):
@@ -108,9 +114,3 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
     except native.NotRecordable as reason:
         return str(reason)
     return NativeStep(plan, network, logits.shape[1])
-
-
-def _view(address: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Memory of the library as a tensor."""
-    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype)

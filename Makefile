@@ -18,8 +18,10 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
 SERVING_PATH := fastserve/scheduler fastserve/engine fastserve/models fastserve/kernels
-# 7,500 is what we want; with adapters, beams and several models in one process it is 9,100: to be made smaller.
-SERVING_PATH_LIMIT := 9150
+# Lines that hold something: code, comments and docstrings; an empty line is no line of Python. The second limit is for
+# the files as they are, empty lines included, where they stand today: it only goes down.
+SERVING_PATH_LIMIT := 7500
+SERVING_PATH_LIMIT_WITH_EMPTY := 8900
 # Part of those rooms, with a limit of its own: what a decoder's token does not pass through. Networks that do not
 # generate, and what encoder-decoders have besides.
 ONE_ANSWER := $(addprefix fastserve/models/,encoder.py encoder_loader.py pooling.py servable.py families/encoders.py \
@@ -92,15 +94,19 @@ bench-peers: $(STAMP) ## other engines that `benchmarks/peers.py install NAME` i
 builtin-model: $(STAMP) ## train the built-in model anew from raw books into build/builtin-model (about 90 minutes on a core)
 	@examples/builtin_model.sh
 
-size: ## lines of Python per room; fails when the serving path exceeds its limit
+size: ## lines of Python per room; fails when the serving path exceeds one of its limits
 	@for room in $(filter-out %__pycache__/,$(wildcard fastserve/*/)); do \
 		printf '%7d  %s\n' "$$(find $$room -name '*.py' -exec cat {} + | wc -l)" "$$room"; \
 	done
 	@others=$$(cat $(ONE_ANSWER) | wc -l); \
-	total=$$(($$(find $(SERVING_PATH) -name '*.py' -exec cat {} + | wc -l) - $$others)); \
-	echo "serving path (scheduler, engine, models, kernels): $$total of $(SERVING_PATH_LIMIT) lines"; \
+	all=$$(($$(find $(SERVING_PATH) -name '*.py' -exec cat {} + | wc -l) - $$others)); \
+	empty=$$(($$(find $(SERVING_PATH) -name '*.py' -exec cat {} + | grep -c '^[[:space:]]*$$') - \
+		$$(cat $(ONE_ANSWER) | grep -c '^[[:space:]]*$$'))); \
+	filled=$$((all - empty)); \
+	echo "serving path (scheduler, engine, models, kernels): $$filled of $(SERVING_PATH_LIMIT) lines that are not empty"; \
+	echo "the same with empty lines: $$all of $(SERVING_PATH_LIMIT_WITH_EMPTY) lines"; \
 	echo "encoders and networks of the user's own, in the same rooms: $$others of $(ONE_ANSWER_LIMIT) lines"; \
-	test $$total -lt $(SERVING_PATH_LIMIT) -a $$others -lt $(ONE_ANSWER_LIMIT)
+	test $$filled -lt $(SERVING_PATH_LIMIT) -a $$all -lt $(SERVING_PATH_LIMIT_WITH_EMPTY) -a $$others -lt $(ONE_ANSWER_LIMIT)
 
 clean: ## remove .venv and everything that is built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

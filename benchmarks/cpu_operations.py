@@ -23,7 +23,7 @@ from cpu_linear import Format, make_layer
 from fastserve.bench.report import rounded
 from fastserve.checkpoint.quantized import QuantScheme
 from fastserve.kernels.cpu import CPUKernels, create
-from fastserve.kernels.interface import Batch
+from fastserve.kernels.interface import Batch, Scores
 
 BF16_RATE, INT8_RATE = 1, 2
 FORMATS = {
@@ -96,7 +96,7 @@ def attentions(kernels: CPUKernels, config: dict[str, Any]) -> Iterator[Operatio
         batch = Batch(empty, empty, empty, [0, rows], [context], [table], empty)
         pairs = context if rows == 1 else context * (context + 1) // 2
         calls = [
-            functools.partial(kernels.paged_attention, query, keys, values, batch, size**-0.5, 0, 0.0)
+            functools.partial(kernels.paged_attention, query, keys, values, batch, Scores(size**-0.5))
             for keys, values in (caches if rows == 1 else caches[:4])
         ]
         yield Operation(name, kv_bytes + 4 * rows * heads * size, 4 * heads * size * pairs, BF16_RATE, calls)

@@ -1,12 +1,15 @@
 """KV blocks below the device against recomputing, with memory for a quarter of the running set, on the real engine.
 
-    python benchmarks/kv_tiers.py                # two policies, four ways, interleaved, three repeats
-    python benchmarks/kv_tiers.py --repeats 1 --requests 24     # a first look
+    python benchmarks/kv_tiers.py                # two cases, two policies, four ways, interleaved, two repeats
+    python benchmarks/kv_tiers.py --smoke        # tiny: whether it works; its figures say nothing
 
-Random weights of the llama-0.1b shape, float32. The same requests, all there at the start, greedy, served with room for
-all (`whole`), and with a quarter of that: `recompute` (no tier), `reactive` (a file; nothing is moved before it must
-be), `proactive` (a file; moved ahead by estimated next turn, as the engine does). Tokens must be those of `whole`. A
-second part lets a chat come back after other prompts have taken its memory, with and without the file.
+Random weights of the llama-0.1b shape, float32. Case `short`: prompts of 100 to 400 tokens and like-sized answers, all
+there at the start. Case `long`: prompts of 600 to 1,500 tokens, three answers in four short and one long, one request
+after the other. The same requests, greedy, are served with room for all (`whole`), and with a quarter of that:
+`recompute` (no tier), `reactive` (a file; nothing is moved before it must be), `proactive` (a file; moved ahead by
+estimated next turn, as the engine does). Tokens must be those of `whole`. `moving_share` is the part of all steps' time
+in which they were held up by movement. A last part lets a chat come back after other prompts have taken its memory,
+with and without the file.
 """
 
 from __future__ import annotations
@@ -30,14 +33,24 @@ BLOCK_SIZE = 16
 WAYS = ("whole", "recompute", "reactive", "proactive")
 
 
-def make_requests(count: int) -> list[Request]:
-    """Prompts of 100 to 400 tokens, answers of 32 to 160, in an order that mixes them."""
+CASES = ("short", "long")
+CONTEXTS = {"short": 640, "long": 2048}
+ARRIVAL_SECONDS = 0.3  # between the requests of `long`
+
+
+def make_requests(case: str, count: int) -> list[Request]:
+    """The requests of a case, in an order that mixes lengths."""
     requests: list[Request] = []
     for index in range(count):
-        num_prompt, num_output = 100 + 300 * (index * 7 % count) // count, 32 + 128 * (index * 5 % count) // count
+        spread_prompt, spread_output = index * 7 % count / count, index * 5 % count / count
+        if case == "short":
+            num_prompt, num_output, arrival = 100 + int(300 * spread_prompt), 32 + int(128 * spread_output), 0.0
+        else:
+            num_prompt, arrival = 600 + int(900 * spread_prompt), index * ARRIVAL_SECONDS
+            num_output = 150 + int(150 * spread_output) if index % 4 == 1 else 8 + int(32 * spread_output)
         prompt = [(index * 7919 + place * 104729) % VOCAB_SIZE for place in range(num_prompt)]
         sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
-        requests.append(Request(str(index), prompt, sampling, 0.0))
+        requests.append(Request(f"{case}{index}", prompt, sampling, arrival))
     return requests
 
 
@@ -82,6 +95,7 @@ def serve(options: dict[str, Any], requests: list[Request], way: str) -> tuple[d
         recomputed_tokens=stats.recomputed_tokens,
         blocks_out=stats.kv_blocks_kept,
         blocks_in=stats.kv_blocks_restored,
+        bytes_moved=(stats.kv_blocks_kept + stats.kv_blocks_restored) * engine.memory.block_bytes,
         errors=stats.kv_errors,
         moving_share=stats.kv_move_seconds / max(stats.step_seconds, 1e-9),
     )
@@ -109,65 +123,85 @@ def returning_chat(options: dict[str, Any], requests: list[Request]) -> dict[str
         engine.close()
 
 
-def measure(arguments: argparse.Namespace) -> Report:
-    model = arguments.model or str(random_model.make("llama-0.1b"))
-    requests = make_requests(arguments.requests)
-    options: dict[str, Any] = {
-        "model": model,
-        "dtype": "float32",
-        "max_batch_sequences": arguments.running,
-        "max_batch_tokens": 256,
-        "max_model_len": 640,
-        "block_size": BLOCK_SIZE,
-        "prefix_caching": False,
-        "speculation": "off",  # a random network repeats itself
-    }
+def measure_case(case: str, options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Every way and policy, then the chat; figures of each run by name."""
+    requests = make_requests(case, arguments.requests)
+    options = {**options, "max_model_len": CONTEXTS[case]}
     probe = Engine(EngineConfig(**options, kv_cache_memory=64 << 20))
     block_bytes = probe.memory.block_bytes
     probe.close()
-    whole = num_blocks(requests, arguments.running)
-    report = Report("kv_tiers", {**options, "num_requests": len(requests), "whole_blocks": whole})
-    report.repeats = arguments.repeats
-    report.limits["before"] = measure_limits()
-    runs: dict[str, list[float]] = {}
+    whole, least = num_blocks(requests, arguments.running), CONTEXTS[case] // BLOCK_SIZE + 1
+    runs: dict[str, list[float]] = {f"{case}.whole_blocks": [whole]}
     for _ in range(arguments.repeats):
         for policy in arguments.policies:
             expected: dict[str, list[int]] = {}
             for way in WAYS:
-                memory = (whole if way == "whole" else max(whole // 4, 41)) * block_bytes
+                memory = (whole if way == "whole" else max(whole // 4, least)) * block_bytes
                 disk = 0 if way in ("whole", "recompute") else 8 * whole * block_bytes
                 settings = {**options, "scheduler": policy, "kv_cache_memory": memory, "kv_disk_cache": disk}
                 figures, tokens = serve(settings, requests, way)
                 expected = expected or tokens
                 figures["same_tokens"] = float(tokens == expected)
                 for name, value in figures.items():
-                    runs.setdefault(f"{policy}.{way}.{name}", []).append(value)
+                    runs.setdefault(f"{case}.{policy}.{way}.{name}", []).append(value)
         for disk in (0, 8 * whole * block_bytes):
-            settings = {**options, "prefix_caching": True, "kv_cache_memory": 41 * block_bytes, "kv_disk_cache": disk}
-            for name, value in returning_chat(settings, requests[-8:]).items():
-                runs.setdefault(f"chat.{'file' if disk else 'recompute'}.{name}", []).append(value)
-    report.limits["after"] = measure_limits()
-    for name, values in runs.items():
-        report.add_runs(name, values)
-    medians = {name: statistics.median(values) for name, values in runs.items()}
-    for policy in arguments.policies:
+            settings = {**options, "prefix_caching": True, "kv_cache_memory": least * block_bytes}
+            for name, value in returning_chat({**settings, "kv_disk_cache": disk}, requests[-8:]).items():
+                runs.setdefault(f"{case}.chat.{'file' if disk else 'recompute'}.{name}", []).append(value)
+    return runs
+
+
+def compared(case: str, policies: list[str], medians: dict[str, float]) -> dict[str, float]:
+    """How many times better it is to move ahead than not to, and to read a chat than to compute it."""
+    found: dict[str, float] = {}
+    for policy in policies:
         for other in ("recompute", "reactive"):
-            for figure in ("mean_e2e", "seconds"):
-                ratio = medians[f"{policy}.{other}.{figure}"] / medians[f"{policy}.proactive.{figure}"]
-                medians[f"{policy}.proactive_vs_{other}.{figure}"] = ratio
-    medians["chat.file_vs_recompute"] = medians["chat.recompute.again_s"] / medians["chat.file.again_s"]
+            for figure in ("mean_e2e", "mean_ttft", "p99_e2e", "seconds"):
+                proactive, beside = (medians[f"{case}.{policy}.{way}.{figure}"] for way in ("proactive", other))
+                found[f"{case}.{policy}.proactive_vs_{other}.{figure}"] = beside / proactive
+    chat = f"{case}.chat"
+    found[f"{chat}.file_vs_recompute"] = medians[f"{chat}.recompute.again_s"] / medians[f"{chat}.file.again_s"]
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    options: dict[str, Any] = {
+        "model": arguments.model or str(random_model.make("llama-0.1b")),
+        "dtype": "float32",
+        "max_batch_sequences": arguments.running,
+        "max_batch_tokens": 256,
+        "block_size": BLOCK_SIZE,
+        "prefix_caching": False,
+        "speculation": "off",  # a random network repeats itself
+    }
+    report = Report("kv_tiers", {**options, "num_requests": arguments.requests, "contexts": CONTEXTS})
+    report.repeats = arguments.repeats
+    report.limits["before"] = measure_limits()
+    medians: dict[str, float] = {}
+    for case in arguments.cases:
+        runs = measure_case(case, options, arguments)
+        for name, values in runs.items():
+            report.add_runs(name, values)
+            medians[name] = statistics.median(values)
+        medians |= compared(case, arguments.policies, medians)
+    report.limits["after"] = measure_limits()
     report.metrics = {name: rounded(value) for name, value in medians.items()}
     return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=20, help="of each case")
     parser.add_argument("--running", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--policies", nargs="+", default=["fcfs", "skip-join-mlfq"])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--policies", nargs="+", default=["aged-srpt", "skip-join-mlfq"])
     parser.add_argument("--model", default="")
-    emit(measure(parser.parse_args()).as_dict())
+    parser.add_argument("--smoke", action="store_true", help="a few requests, once")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.requests, arguments.running, arguments.repeats = 6, 6, 1
+    emit(measure(arguments).as_dict())
 
 
 if __name__ == "__main__":

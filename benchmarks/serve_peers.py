@@ -1,7 +1,8 @@
 """The same request trace against our server and a peer's, the random Qwen3-0.6B in bfloat16, over HTTP.
 
-    python benchmarks/serve_peers.py --trace ../shared/data/traces/azure_llm_2023_conv.csv --requests 100
-    python benchmarks/serve_peers.py --peer vllm --repeats 3
+    python benchmarks/serve_peers.py                                      # vLLM and llama.cpp, one repeat each
+    python benchmarks/serve_peers.py --peer vllm --requests 300 --context 2048 --repeats 3        # hours
+    python benchmarks/serve_peers.py --peer llama.cpp --smoke             # tiny: whether it works
 
 Each server's capacity is measured first (requests per second while its queue is never empty, everything there at the
 start); arrivals are then scaled to --load of the lower one, and the servers take turns, each repeat swapping who goes
@@ -143,10 +144,19 @@ def capacity(server: Server, trace: Trace) -> float:
     return (len(times) - filled) / (first_tokens[-1] - first_tokens[filled - 1])
 
 
-def compare(report: Report, servers: Sequence[Server], trace: Trace, arguments: argparse.Namespace) -> None:
-    """Capacities, then both servers on the same arrivals; adds the peer's figures and ratios to the report."""
+def compare(
+    report: Report,
+    servers: Sequence[Server],
+    trace: Trace,
+    arguments: argparse.Namespace,
+    capacities: dict[str, float],
+) -> None:
+    """Capacities where not known yet, then both servers on the same arrivals; adds figures and ratios to the report."""
     ours, theirs = servers
-    capacities = {server.name: rounded(capacity(server, trace)) for server in servers}
+    for server in servers:
+        if server.name not in capacities:
+            capacities[server.name] = rounded(capacity(server, trace))
+    capacities = {server.name: capacities[server.name] for server in servers}
     rate = arguments.load * min(capacities.values())
     say(f"capacity {capacities}, load {rate:.3f} requests/s")
     timed = trace.at_rate(rate)
@@ -179,6 +189,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     precision = {"weights": "bfloat16", "kv_cache": "bfloat16 (llama.cpp: float16)", "lm_head": "bfloat16"}
     report = Report("serve_peers", {**settings, "precision": precision}, repeats=arguments.repeats)
     report.limits["before"] = measure_limits()
+    capacities: dict[str, float] = {}
     for name in arguments.peer or ("vllm", "llama.cpp"):
         if peers.interpreter(name) is None:
             report.skipped[name] = f"not installed: python benchmarks/peers.py install {name}"
@@ -187,7 +198,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         try:
             for one in (OURS, name):
                 servers.append(Server(one, model, arguments.context))
-            compare(report, servers, trace, arguments)
+            compare(report, servers, trace, arguments, capacities)
         except RuntimeError as error:
             report.skipped[name] = str(error)
         finally:
@@ -199,11 +210,15 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_trace_options(parser, context=2048)
+    add_trace_options(parser, context=512)
     parser.add_argument("--peer", choices=("vllm", "llama.cpp"), action="append", help="may be repeated; both")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.set_defaults(requests=64)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--shape", default="qwen3-0.6b", help="a decoder shape of make_model.py")
+    parser.add_argument("--smoke", action="store_true", help="six short requests to a smaller model")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.requests, arguments.context, arguments.shape = 6, 128, "llama-0.1b"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are closed then too
     if not arguments.trace.exists():
         report = Report("serve_peers", skipped={"trace": f"{arguments.trace} is not there; give one with --trace"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -139,23 +140,27 @@ def run(
 def serve(arrivals: Iterator[TraceRequest], replicas: Sequence[Replica], route: Router) -> list[RequestTimes]:
     """Send every request where `route` says, at its arrival; returns their times in order of arrival.
 
-    A replica is brought up to date only when its clock is behind an arrival: the earliest clocks are on a heap.
+    Routers see how much is unfinished where. So a replica is brought up to date only when somebody may have finished
+    there before an arrival, or when it gets one: on a heap are the earliest such times, and outdated ones.
     """
     times: list[RequestTimes] = []
-    behind: list[tuple[float, int]] = []  # (clock, index) of replicas with work
+    due = [math.inf] * len(replicas)
+    behind: list[tuple[float, int]] = []
+
+    def watch(which: int) -> None:
+        due[which] = replicas[which].quiet_until if replicas[which].num_live else math.inf
+        heapq.heappush(behind, (due[which], which))
+
     for index, item in enumerate(arrivals):
         while behind and behind[0][0] < item.arrival:
-            _, which = heapq.heappop(behind)
-            replica = replicas[which]
-            replica.advance(item.arrival)
-            if replica.num_live:
-                heapq.heappush(behind, (replica.now, which))
+            at, which = heapq.heappop(behind)
+            if at == due[which]:
+                replicas[which].advance(item.arrival)
+                watch(which)
         which = route(item, replicas)
-        replica = replicas[which]
-        was_idle = replica.num_live == 0
-        times.append(replica.add(_request(item, index)))
-        if was_idle:
-            heapq.heappush(behind, (replica.now, which))
+        replicas[which].advance(item.arrival)
+        times.append(replicas[which].add(_request(item, index)))
+        watch(which)
     for replica in replicas:
         replica.finish()
     return times

@@ -11,7 +11,6 @@ import math
 
 from fastserve.scheduler.cost import Coefficients, StepWork
 from fastserve.scheduler.plan import StepPlan
-from fastserve.scheduler.policy import FCFS
 from fastserve.scheduler.scheduler import Scheduler
 from fastserve.scheduler.sequence import Sequence
 
@@ -32,19 +31,22 @@ class CoastingScheduler(Scheduler):
             return 0, now
         until = min(until, self._fresh.next_review, self._paused.next_review)
         sequences = [item.sequence for item in self._running]
-        charges = getattr(type(self._policy), "on_service", None) is not FCFS.on_service
         work = StepWork(decodes=len(sequences), decode_context=sum(item.num_computed + 1 for item in sequences))
         steps = 0
         while steps < limit and now < until:
             self._grow_all(sequences)
             seconds = coefficients.seconds(work)
             now += seconds
-            shares = self._shares(sequences, seconds) if charges else None
+            shares = self._shares(sequences, seconds) if self._charges else None
             self.cost.observe(work, seconds)
             self._compute_all(sequences, shares, now)
             work.decode_context += len(sequences)
             steps += 1
         return steps, now
+
+    def quiet_seconds(self, plan: StepPlan, coefficients: Coefficients) -> float:
+        """For so long at least, steps are like `plan`, the last one, should nothing arrive: they only get longer."""
+        return self._steps_alike(plan) * coefficients.seconds(StepWork.of(plan))
 
     def _steps_alike(self, plan: StepPlan) -> int:
         """How many steps like the last one follow, arrivals aside: nobody ends in them, nobody's turn changes."""
@@ -58,8 +60,7 @@ class CoastingScheduler(Scheduler):
             sequence = item.sequence
             if not sequence.is_decoding:
                 return 0
-            most = min(sequence.request.sampling.max_tokens or math.inf, self._max_model_len - sequence.num_prompt)
-            steps = min(steps, most - sequence.num_output - 1)
+            steps = min(steps, sequence.max_length - len(sequence.token_ids) - 1)
             if self._policy.preemptive:
                 steps = min(steps, self._policy.stable_tokens(sequence))
         while steps >= _SHORTEST and self._blocks_for(int(steps)) > self.block_pool.num_free:

@@ -143,6 +143,12 @@ class Replica:
         self._coasting = coasting and not record
         self._record = record
         self._live: dict[str, RequestTimes] = {}
+        self._last: StepPlan | None = None  # the last plan, if the next ones may be like it
+
+    @property
+    def quiet_until(self) -> float:
+        """Nobody finishes before this time, should nothing arrive: until then there is no need to `advance`."""
+        return self.now + (self.scheduler.quiet_seconds(self._last, self._coefficients) if self._last else 0.0)
 
     @property
     def num_live(self) -> int:
@@ -154,6 +160,7 @@ class Replica:
         self.now = max(self.now, request.arrival_time)
         seen = RequestTimes(request.arrival_time, 0.0, 0.0, 0, request.tenant)
         self._live[request.request_id] = seen
+        self._last = None
         self.scheduler.add(request, self.now)
         return seen
 
@@ -161,6 +168,11 @@ class Replica:
         """Run steps that start before `until`, while there is work."""
         scheduler, run = self.scheduler, self.run
         while self.now < until and scheduler.has_work():
+            if self._last is not None:
+                last, self._last = self._last, None
+                if self._coast(last, until):
+                    self._last = last if self.now >= until else None
+                    continue
             plan = scheduler.plan(self.now)
             assert plan.entries, "the scheduler has work but plans none"
             work = StepWork.of(plan)
@@ -172,8 +184,8 @@ class Replica:
             if self._record:
                 run.queue_lengths.append((self.now, scheduler.num_running, scheduler.num_waiting))
                 run.steps.append((self.now, work.prefill_tokens, work.decodes))
-            elif self._coasting and self.now < until and work.prefill_tokens == 0:
-                self._coast(plan, until)
+            elif self._coasting and work.prefill_tokens == 0:
+                self._last = plan
 
     def finish(self) -> Run:
         """Run to the end; returns the counts."""
@@ -195,7 +207,8 @@ class Replica:
             if output.finish_reason is not None:
                 del self._live[output.request_id]
 
-    def _coast(self, plan: StepPlan, until: float) -> None:
+    def _coast(self, plan: StepPlan, until: float) -> int:
+        """Take steps like `plan` that start before `until`; how many there were."""
         started = self.now
         steps, self.now = self.scheduler.coast(plan, self._coefficients, self.now, until)
         if steps:
@@ -205,6 +218,7 @@ class Replica:
                 seen = self._live[entry.request_id]
                 seen.num_tokens += steps
                 seen.last_token = self.now
+        return steps
 
 
 def simulate(

@@ -16,14 +16,14 @@ class BlockTables:
     """Each live sequence's block ids as a tensor, kept over steps so that a decode step copies nothing but new ids."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._tables: dict[str, Tensor] = {}
 
     def get(self, request_id: str, block_ids: list[int]) -> Tensor:
         """The table of a sequence, [num_blocks] int64."""
         table = self._tables.get(request_id)
         if table is None or len(table) != len(block_ids):
-            table = _as_tensor(block_ids, self._device)
+            table = _as_tensor(block_ids, self.device)
             self._tables[request_id] = table
         return table
 
@@ -32,12 +32,7 @@ class BlockTables:
 
 
 def make_batch(
-    plan: StepPlan,
-    block_size: int,
-    tables: BlockTables,
-    all_rows: set[str],
-    device: torch.device,
-    adapter_slots: Mapping[str, int] | None = None,
+    plan: StepPlan, block_size: int, tables: BlockTables, all_rows: set[str], adapter_slots: Mapping[str, int]
 ) -> tuple[Batch, list[tuple[int, int]]]:
     """Lay out a plan.
 
@@ -74,10 +69,10 @@ def make_batch(
         query_starts.append(len(input_ids))
         context_lens.append(end)
         block_tables.append(tables.get(entry.request_id, blocks))
-    slots_of = adapter_slots or {}
-    adapters = (
-        [slots_of.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids] if slots_of else []
-    )
+    adapters: list[int] = []
+    if adapter_slots:
+        adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
+    device = tables.device
     batch = Batch(
         input_ids=_as_tensor(input_ids, device),
         positions=_as_tensor(positions, device),

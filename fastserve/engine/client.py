@@ -24,23 +24,9 @@ from fastserve.core.arrays import ArrayOutput, ArrayRequest, ModelSpec
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import EngineDeadError, FastServeError, QueueFullError, RequestError
 from fastserve.core.request import Request
+from fastserve.engine import messages
 from fastserve.engine.array_client import ArrayClient
 from fastserve.engine.link import EngineLink, default_command, describe_status
-from fastserve.engine.messages import (
-    Abort,
-    Add,
-    Answers,
-    ChangeAdapter,
-    Configure,
-    Done,
-    EngineStats,
-    FromEngine,
-    Loaded,
-    Outputs,
-    Ready,
-    Shutdown,
-    ToEngine,
-)
 from fastserve.engine.token_stream import TokenStream
 
 _log = logging.getLogger(__name__)
@@ -115,9 +101,9 @@ class EngineClient:
         generates: bool = True,
     ) -> None:
         self.state = EngineState.STARTING
-        self.stats = EngineStats()
+        self.stats = messages.EngineStats()
         self.num_restarts = 0
-        self.ready: Ready | None = None
+        self.ready: messages.Ready | None = None
         self.config = config
         self._command = list(command or default_command())
         self._stall_timeout = stall_timeout
@@ -125,8 +111,8 @@ class EngineClient:
         self.arrays = ArrayClient(models, self._send_frame, self._restarts.max_deaths_per_request)
         self.generates = generates
         self._live: dict[str, _Live] = {}
-        self._asked: deque[tuple[ChangeAdapter, asyncio.Future[None]]] = deque()
-        self._past = EngineStats()
+        self._asked: deque[tuple[messages.ChangeAdapter, asyncio.Future[None]]] = deque()
+        self._past = messages.EngineStats()
         self._link: EngineLink | None = None
         self._failure: FastServeError | None = None
         self._ready_since: float | None = None
@@ -183,7 +169,7 @@ class EngineClient:
         known = [self._live.pop(request_id) for request_id in request_ids if request_id in self._live]
         sent = [live.request.request_id for live in known if live.is_sent]
         if sent and self._link is not None:
-            self._link.send(Abort(sent))
+            self._link.send(messages.Abort(sent))
 
     def unload(self, name: str) -> None:
         """Forget one of the other models; requests that it has fail. Raises ConfigError when there is none."""
@@ -202,7 +188,7 @@ class EngineClient:
 
         Raises RequestError when the engine refuses it, EngineDeadError when none is running now.
         """
-        await self._ask(ChangeAdapter(name, path))
+        await self._ask(messages.ChangeAdapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for this adapter, wait for those that use it, and forget it. Raises as `load_adapter`."""
@@ -211,10 +197,11 @@ class EngineClient:
         self._keep_adapters({other: path for other, path in self.adapters.items() if other != name})
         while any(live.request.adapter == name for live in self._live.values()):
             await asyncio.sleep(_LOOK_SECONDS)
-        await self._ask(ChangeAdapter(name))
+        await self._ask(messages.ChangeAdapter(name))
 
-    async def _ask(self, message: ChangeAdapter) -> None:
-        self._tell(message)
+    async def _ask(self, message: messages.ChangeAdapter) -> None:
+        if not self._send_frame(message):
+            raise EngineDeadError("the engine is not running; try again when /ready says so")
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append((message, answer))
         await answer
@@ -222,7 +209,7 @@ class EngineClient:
     def _keep_adapters(self, adapters: dict[str, str]) -> None:
         self.config = dataclasses.replace(self.config, lora=tuple(f"{name}={path}" for name, path in adapters.items()))
 
-    def _on_done(self, done: Done) -> None:
+    def _on_done(self, done: messages.Done) -> None:
         message, answer = self._asked.popleft()
         if not done.error and message.path:
             self._keep_adapters({**self.adapters, message.name: message.path})
@@ -247,7 +234,7 @@ class EngineClient:
         self.end_all(EngineDeadError("the server is shutting down"))
         if self._supervisor is not None:
             if self.state is EngineState.READY and self._link is not None:
-                self._link.send(Shutdown())
+                self._link.send(messages.Shutdown())
                 await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
             # Loading a model, or waiting to be started again: nothing worth waiting for.
             self.kill()
@@ -271,7 +258,7 @@ class EngineClient:
         return self._link.process.pid if self._link is not None else None
 
     @property
-    def totals(self) -> EngineStats:
+    def totals(self) -> messages.EngineStats:
         """The counters summed over all engine processes so far, with the gauges of the present one."""
         return _add_counters(self._past, self.stats)
 
@@ -317,14 +304,10 @@ class EngineClient:
 
     def _send(self, live: _Live) -> None:
         assert self._link is not None
-        self._link.send(Add(live.request))
+        self._link.send(messages.Add(live.request))
         live.is_sent = True
 
-    def _tell(self, message: ToEngine) -> None:
-        if not self._send_frame(message):
-            raise EngineDeadError("the engine is not running; try again when /ready says so")
-
-    def _send_frame(self, message: ToEngine) -> bool:
+    def _send_frame(self, message: messages.ToEngine) -> bool:
         """Send to a ready engine; False when there is none."""
         if self.state is not EngineState.READY or self._link is None:
             return False
@@ -384,7 +367,7 @@ class EngineClient:
         reason = ""
         try:
             models = list(self.arrays.specs.values())
-            link.send(Configure(dataclasses.asdict(self.config), models, self.generates))
+            link.send(messages.Configure(dataclasses.asdict(self.config), models, self.generates))
             while True:
                 self._receive(await link.receive())
         except (EOFError, OSError):
@@ -398,8 +381,8 @@ class EngineClient:
             status = await link.end(grace=_CLOSE_SECONDS if self._is_closing else 0.0)
         return self._failure or EngineDeadError(f"the engine process ended {describe_status(status)}{reason}")
 
-    def _receive(self, message: FromEngine) -> None:
-        if isinstance(message, Outputs):
+    def _receive(self, message: messages.FromEngine) -> None:
+        if isinstance(message, messages.Outputs):
             self.stats = message.stats
             for output in message.outputs:
                 live = self._live.get(output.request_id)
@@ -409,16 +392,16 @@ class EngineClient:
                 if output.finish_reason is not None:
                     del self._live[output.request_id]
                 live.stream.push(output)
-        elif isinstance(message, Answers | Loaded):
+        elif isinstance(message, messages.Answers | messages.Loaded):
             self.arrays.take(message)
-        elif isinstance(message, Ready):
+        elif isinstance(message, messages.Ready):
             self._on_ready(message)
-        elif isinstance(message, Done):
+        elif isinstance(message, messages.Done):
             self._on_done(message)
         else:
             self._failure = errors.rebuild(message.kind, message.message)
 
-    def _on_ready(self, message: Ready) -> None:
+    def _on_ready(self, message: messages.Ready) -> None:
         assert self._started is not None
         if self.ready is not None:
             _log.info("the engine is ready again; %d requests go on", len(self._live))
@@ -436,7 +419,7 @@ class EngineClient:
         if self._started is not None and self._started.done():
             self.state = EngineState.RESTARTING
         self._past = _add_counters(self._past, self.stats)
-        self.stats = EngineStats()
+        self.stats = messages.EngineStats()
         while self._asked:
             _, answer = self._asked.popleft()
             if not answer.done():
@@ -476,6 +459,6 @@ class EngineClient:
             return
 
 
-def _add_counters(past: EngineStats, present: EngineStats) -> EngineStats:
-    counters = set(EngineStats.__struct_fields__) - _GAUGES
+def _add_counters(past: messages.EngineStats, present: messages.EngineStats) -> messages.EngineStats:
+    counters = set(messages.EngineStats.__struct_fields__) - _GAUGES
     return msgspec.structs.replace(present, **{name: getattr(past, name) + getattr(present, name) for name in counters})

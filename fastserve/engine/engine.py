@@ -74,10 +74,10 @@ class Engine:
         policy = make_policy(config.scheduler, PolicyContext(cost, config.max_batch_sequences))
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         folder, loaded, self.memory = open_model(config)
-        shape = loaded.model.shape
+        shape, end_ids = loaded.model.shape, folder.eos_token_ids
         self.max_model_len = self.memory.max_model_len
         self.vocab_size = shape.vocab_size
-        self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, folder.eos_token_ids)
+        self._grammars = GrammarCompiler(lambda: Tokenizer.load(folder), self.vocab_size, end_ids)
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
         self._adapters = Adapters(loaded.linears, loaded.kernels, shape.dtype, config.max_loras, config.max_lora_rank)
         for name, path in config.adapters.items():
@@ -92,30 +92,20 @@ class Engine:
             tiers = [Tier(store.num_slots, seconds) for store, seconds in measured]
             tier_pool = TierPool(tiers, config.kv_replacement)
         self._drafts = _make_drafter(config, cost, loaded, self.memory, self._grammars)
+        shares_prefixes = config.prefix_caching and not loaded.model.has_own_cache
         self._scheduler = Scheduler(
-            BlockPool(
-                self.memory.num_blocks,
-                config.block_size,
-                config.prefix_caching and not loaded.model.has_own_cache,
-                tier_pool,
-            ),
+            BlockPool(self.memory.num_blocks, config.block_size, shares_prefixes, tier_pool),
             policy,
             max_batch_sequences=config.max_batch_sequences,
             max_batch_tokens=config.max_batch_tokens,
             max_model_len=self.max_model_len,
-            eos_token_ids=folder.eos_token_ids,
+            eos_token_ids=end_ids,
             cost=cost,
             target_tpot=config.target_tpot_ms / 1e3,
             drafter=self._drafts,
         )
         runner = ModelRunner(
-            loaded.model,
-            loaded.kernels,
-            kv_cache,
-            folder.eos_token_ids,
-            self.max_model_len,
-            self._grammars,
-            self._adapters,
+            loaded.model, loaded.kernels, kv_cache, end_ids, self.max_model_len, self._grammars, self._adapters
         )
         self.report = "\n".join([*loaded.report, runner.report, self.memory.table()])
         self._executor = Executor(runner, kv_cache, self._tiers)
@@ -312,13 +302,8 @@ def open_model(config: EngineConfig) -> tuple[ModelFolder, LoadedModel, MemoryPl
         loaded.model.shape,
         loaded.model.device,
         max(0, free_memory(loaded.model.device) - (config.kv_host_cache if loaded.model.device.type == "cpu" else 0)),
-        block_size=config.block_size,
-        kv_cache_memory=config.kv_cache_memory,
-        max_model_len=config.max_model_len,
-        max_batch_sequences=config.max_batch_sequences,
-        max_batch_tokens=config.max_batch_tokens,
-        kv_cache_dtype=config.kv_cache_dtype,
-        draft=None if loaded.draft is None else loaded.draft.model.shape,
+        config,
+        None if loaded.draft is None else loaded.draft.model.shape,
     )
     return folder, loaded, memory
 
@@ -340,17 +325,9 @@ def _make_drafter(
 
 
 def _make_kv_cache(loaded: LoadedModel, memory: MemoryPlan, max_blocks: int) -> KVCache:
-    shape = loaded.model.shape
-    return KVCache(
-        shape.num_layers,
-        1 if loaded.model.has_own_cache else memory.num_blocks,
-        memory.block_size,
-        shape.num_kv_heads,
-        shape.head_size,
-        torch.int8 if memory.kv_dtype is torch.int8 else shape.dtype,
-        loaded.model.device,
-        1 if loaded.model.has_own_cache else max_blocks,
-    )
+    model, is_int8 = loaded.model, memory.kv_dtype is torch.int8
+    num_blocks, max_blocks = (1, 1) if model.has_own_cache else (memory.num_blocks, max_blocks)
+    return KVCache(model.shape, memory.block_size, num_blocks, max_blocks, model.device, is_int8)
 
 
 def _make_stores(config: EngineConfig, loaded: LoadedModel, block_bytes: int) -> list[BlockStore]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastserve.core.pages import Pages
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 from fastserve.kernels.reference import Kernels
+from fastserve.models.model import ModelShape
 
 _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 
@@ -24,34 +25,28 @@ _HUGE_PAGE = 2 << 20  # smaller caches are plain tensors
 class KVCache:
     """Keys and values of all layers.
 
-    max_blocks: most blocks `resize` can give; 0 for `num_blocks`, as ever but on a CPU under Linux.
+    max_blocks: most blocks `resize` can give; elsewhere than on a CPU under Linux it gives `num_blocks` at most.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_blocks: int = 0,
+        self, shape: ModelShape, block_size: int, num_blocks: int, max_blocks: int, device: torch.device, is_int8: bool
     ) -> None:
+        num_layers, dtype = shape.num_layers, torch.int8 if is_int8 else shape.dtype
         self.num_blocks = num_blocks
         can_resize = device.type == "cpu" and sys.platform == "linux"
         self.max_blocks = max(max_blocks, num_blocks) if can_resize else num_blocks
-        shape = (self.max_blocks, block_size, num_kv_heads, _row_bytes(head_size, dtype) // dtype.itemsize)
+        numbers = _row_bytes(shape, is_int8) // dtype.itemsize
+        part_shape = (self.max_blocks, block_size, shape.num_kv_heads, numbers)
         self.block_size = block_size
         self.dtype = dtype
-        self._part_bytes = math.prod(shape) * dtype.itemsize
+        self._part_bytes = math.prod(part_shape) * dtype.itemsize
         self._pages: Pages | None = None
         num_bytes = 2 * num_layers * self._part_bytes
         if can_resize and num_bytes >= _HUGE_PAGE:
             self._pages = Pages(num_bytes)
-            memory = torch.frombuffer(self._pages.memory, dtype=dtype).view(2 * num_layers, *shape)
+            memory = torch.frombuffer(self._pages.memory, dtype=dtype).view(2 * num_layers, *part_shape)
         else:
-            memory = torch.empty((2 * num_layers, *shape), dtype=dtype, device=device).zero_()
+            memory = torch.empty((2 * num_layers, *part_shape), dtype=dtype, device=device).zero_()
         self.keys: list[Tensor] = list(memory[:num_layers])
         self.values: list[Tensor] = list(memory[num_layers:])
         if self._pages is not None:
@@ -86,11 +81,11 @@ class KVCache:
         return [(start + first * size, start + last * size) for start in range(0, total, self._part_bytes)]
 
     @staticmethod
-    def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
+    def block_bytes(shape: ModelShape, block_size: int, is_int8: bool) -> int:
         """Bytes of one block over all layers, keys and values."""
-        return 2 * num_layers * block_size * num_kv_heads * _row_bytes(head_size, dtype)
+        return 2 * shape.num_layers * block_size * shape.num_kv_heads * _row_bytes(shape, is_int8)
 
 
-def _row_bytes(head_size: int, dtype: torch.dtype) -> int:
+def _row_bytes(shape: ModelShape, is_int8: bool) -> int:
     """Bytes of one head of one token, keys or values."""
-    return head_size * dtype.itemsize + (INT8_KV_SCALE_BYTES if dtype is torch.int8 else 0)
+    return shape.head_size + INT8_KV_SCALE_BYTES if is_int8 else shape.head_size * shape.dtype.itemsize

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from fastserve.engine.messages import HEADER, MAX_FRAME_BYTES, FromEngine, ToEngine, encode_frame, from_engine_decoder
+from fastserve.engine.messages import HEADER, FromEngine, ToEngine, checked_length, encode_frame, from_engine_decoder
 
 
 class EngineLink:
@@ -45,9 +45,7 @@ class EngineLink:
 
     async def receive(self) -> FromEngine:
         """Raises EOFError or OSError when the process is gone, ValueError for a frame that is none of ours."""
-        (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+        length = checked_length(*HEADER.unpack(await self._reader.readexactly(HEADER.size)))
         message: FromEngine = from_engine_decoder.decode(await self._reader.readexactly(length))
         self.last_frame = time.monotonic()
         return message

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastserve.core.config import format_bytes
+from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import MemoryPlanError
 from fastserve.core.machine import free_host_memory
 from fastserve.engine.kv_cache import KVCache
@@ -96,37 +96,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def plan_memory(
-    shape: ModelShape,
-    device: torch.device,
-    free_bytes: int,
-    *,
-    block_size: int,
-    kv_cache_memory: int,
-    max_model_len: int,
-    max_batch_sequences: int,
-    max_batch_tokens: int,
-    kv_cache_dtype: str = "auto",
-    draft: ModelShape | None = None,
+    shape: ModelShape, device: torch.device, free_bytes: int, config: EngineConfig, draft: ModelShape | None = None
 ) -> MemoryPlan:
     """Decide the number of KV blocks and the longest sequence.
 
     Args:
         free_bytes: memory left after the weights were loaded.
-        kv_cache_memory: bytes asked for, or 0 to decide here.
-        max_model_len: tokens asked for, or 0 to decide here.
-        kv_cache_dtype: auto (the compute type) or int8.
+        config: says block_size, what a step may have, and kv_cache_memory and max_model_len, 0 to decide here.
         draft: of a model that guesses, with keys and values of its own in each block.
 
     Raises:
         MemoryPlanError: not even one sequence fits; the message names what to change.
     """
+    block_size, max_model_len, kv_cache_memory = config.block_size, config.max_model_len, config.kv_cache_memory
     longest = _longest(shape, max_model_len)
-    activation = activation_bytes(shape, max_batch_sequences, max_batch_tokens)
-    kv_dtype = torch.int8 if kv_cache_dtype == "int8" else shape.dtype
-    block = 0
-    for one in (shape, draft) if draft is not None else (shape,):
-        dtype = kv_dtype if kv_dtype is torch.int8 else one.dtype
-        block += KVCache.block_bytes(one.num_layers, block_size, one.num_kv_heads, one.head_size, dtype)
+    activation = activation_bytes(shape, config.max_batch_sequences, config.max_batch_tokens)
+    is_int8 = config.kv_cache_dtype == "int8"
+    block = sum(KVCache.block_bytes(one, block_size, is_int8) for one in (shape, draft) if one is not None)
     available = max(0, free_bytes - activation)
     if kv_cache_memory:
         if kv_cache_memory > available:
@@ -141,7 +127,7 @@ def plan_memory(
     else:
         wanted = -(-max_model_len // block_size) * block
         budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted))
-    num_blocks = min(budget // block, max_batch_sequences * -(-longest // block_size))
+    num_blocks = min(budget // block, config.max_batch_sequences * -(-longest // block_size))
     capacity = num_blocks * block_size
     if capacity < longest:
         smallest = block_size * 2
@@ -153,6 +139,7 @@ def plan_memory(
                 f"max_model_len or max_batch_tokens, or free memory ({format_bytes(free_bytes)} are free)"
             )
         longest = capacity
+    kv_dtype = torch.int8 if is_int8 else shape.dtype
     return MemoryPlan(shape.weight_bytes, activation, free_bytes, block_size, block, num_blocks, longest, kv_dtype)
 
 

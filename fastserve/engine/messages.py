@@ -158,12 +158,13 @@ from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytes:
-    """One message as a length-prefixed frame.
-
-    Raises:
-        ValueError: the frame would exceed MAX_FRAME_BYTES.
-    """
+    """One message as a length-prefixed frame. Raises as `checked_length`."""
     payload = _encoder.encode(message)
-    if len(payload) > MAX_FRAME_BYTES:
-        raise ValueError(f"frame of {len(payload)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-    return HEADER.pack(len(payload)) + payload
+    return HEADER.pack(checked_length(len(payload))) + payload
+
+
+def checked_length(length: int) -> int:
+    """The length of a frame's payload in bytes. Raises ValueError when it exceeds MAX_FRAME_BYTES."""
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+    return length

@@ -85,9 +85,8 @@ class ModelRunner:
         if not plan.entries:
             return StepResult({})
         self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in plan.entries if entry.samples])
-        batch, row_ranges = make_batch(
-            plan, self._kv_cache.block_size, self._tables, set(self._prompts), self._device, self._adapter_slots
-        )
+        size, scored = self._kv_cache.block_size, set(self._prompts)
+        batch, row_ranges = make_batch(plan, size, self._tables, scored, self._adapter_slots)
         if self._sources is not None:
             self._sources.describe(batch)
         result = StepResult({})
@@ -105,7 +104,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """Logits of the entries that sample, a row each, for who chooses the tokens himself; else as `run`."""
-        batch, rows = make_batch(plan, self._kv_cache.block_size, self._tables, set(), self._device)
+        batch, rows = make_batch(plan, self._kv_cache.block_size, self._tables, set(), {})
         if self._recorded is None:
             return self._run_scoring(plan, batch, rows, StepResult({}))
         return self._model.finish(self._recorded.run(batch, False)[0])
@@ -162,9 +161,8 @@ class ModelRunner:
 
     def _drop(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._states.pop(request_id, None)
-            self._prompts.pop(request_id, None)
-            self._adapter_slots.pop(request_id, None)
+            for kept in (self._states, self._prompts, self._adapter_slots):
+                kept.pop(request_id, None)
             self._tables.drop(request_id)
             if self._sources is not None:
                 self._sources.drop(request_id)

@@ -24,28 +24,7 @@ from fastserve.core.config import EngineConfig
 from fastserve.core.errors import FastServeError
 from fastserve.core.logs import configure_logging
 from fastserve.core.request import FINISH_ERROR, TokenOutput
-from fastserve.engine.messages import (
-    HEADER,
-    MAX_FRAME_BYTES,
-    Abort,
-    Add,
-    Answers,
-    ChangeAdapter,
-    Configure,
-    Done,
-    Failed,
-    FromEngine,
-    Load,
-    Loaded,
-    Outputs,
-    Ready,
-    Run,
-    Shutdown,
-    ToEngine,
-    Unload,
-    encode_frame,
-    to_engine_decoder,
-)
+from fastserve.engine import messages
 from fastserve.engine.runtimes import RunnableEngine, Runtimes
 
 HEARTBEAT_SECONDS = 0.5
@@ -63,7 +42,7 @@ class Connection:
         self._poll = select.poll()
         self._poll.register(stream, select.POLLIN)
 
-    def receive(self, timeout: float) -> list[ToEngine]:
+    def receive(self, timeout: float) -> list[messages.ToEngine]:
         """Every frame that has arrived; waits up to `timeout` seconds when there is none.
 
         Raises:
@@ -79,26 +58,24 @@ class Connection:
             wait_ms = 0
         return list(self._frames())
 
-    def _frames(self) -> Iterator[ToEngine]:
+    def _frames(self) -> Iterator[messages.ToEngine]:
         start = 0
-        while len(self._buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(self._buffer, start)
-            if length > MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-            end = start + HEADER.size + length
+        while len(self._buffer) - start >= messages.HEADER.size:
+            length = messages.checked_length(*messages.HEADER.unpack_from(self._buffer, start))
+            end = start + messages.HEADER.size + length
             if len(self._buffer) < end:
                 break
-            yield to_engine_decoder.decode(bytes(self._buffer[start + HEADER.size : end]))
+            yield messages.to_engine_decoder.decode(bytes(self._buffer[start + messages.HEADER.size : end]))
             start = end
         del self._buffer[:start]
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, message: messages.FromEngine) -> None:
         """Write one frame; waits while the other end is slow.
 
         Raises:
             OSError: the other end is gone.
         """
-        self._socket.sendall(encode_frame(message))
+        self._socket.sendall(messages.encode_frame(message))
 
 
 def build_engine(config: EngineConfig) -> RunnableEngine:
@@ -114,7 +91,7 @@ def run(connection: Connection, engine: Runtimes) -> None:
     while True:
         outputs: list[TokenOutput | ArrayOutput] = []
         for message in connection.receive(0.0 if engine.has_work() else HEARTBEAT_SECONDS):
-            if isinstance(message, Shutdown):
+            if isinstance(message, messages.Shutdown):
                 return
             outputs += _apply(connection, engine, message)
         stepped = engine.has_work()
@@ -124,42 +101,42 @@ def run(connection: Connection, engine: Runtimes) -> None:
             connection.send(news)
         answers = [output for output in outputs if isinstance(output, ArrayOutput)]
         if (batch := engine.take_batch()) is not None or answers:
-            connection.send(Answers(answers, batch))
+            connection.send(messages.Answers(answers, batch))
         now = time.monotonic()
         if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
             tokens = [output for output in outputs if isinstance(output, TokenOutput)]
-            connection.send(Outputs(tokens, engine.stats()))
+            connection.send(messages.Outputs(tokens, engine.stats()))
             last_sent = now
 
 
-def _apply(connection: Connection, engine: Runtimes, message: ToEngine) -> list[TokenOutput | ArrayOutput]:
+def _apply(connection: Connection, engine: Runtimes, message: messages.ToEngine) -> list[TokenOutput | ArrayOutput]:
     """One request that cannot be served must not end the others."""
-    if isinstance(message, Abort):
+    if isinstance(message, messages.Abort):
         engine.abort(message.request_ids)
-    elif isinstance(message, Add):
+    elif isinstance(message, messages.Add):
         try:
             engine.add(message.request)
         except Exception as error:
             text = _refusal(message.request.request_id, error)
             return [TokenOutput(message.request.request_id, [], finish_reason=FINISH_ERROR, error=text)]
-    elif isinstance(message, Run):
+    elif isinstance(message, messages.Run):
         try:
             engine.run(message.request)
         except Exception as error:
             text, is_refused = _refusal(message.request.request_id, error), isinstance(error, FastServeError)
             return [ArrayOutput(message.request.request_id, error=text, is_refused=is_refused)]
-    elif isinstance(message, Load | Unload):
-        name = message.name if isinstance(message, Unload) else message.model.name
+    elif isinstance(message, messages.Load | messages.Unload):
+        name = message.name if isinstance(message, messages.Unload) else message.model.name
         try:
-            engine.unload(name) if isinstance(message, Unload) else engine.load(message.model)
+            engine.unload(name) if isinstance(message, messages.Unload) else engine.load(message.model)
         except FastServeError as error:
-            connection.send(Loaded(name, error=str(error), kind=type(error).__name__))
-    elif isinstance(message, ChangeAdapter):
+            connection.send(messages.Loaded(name, error=str(error), kind=type(error).__name__))
+    elif isinstance(message, messages.ChangeAdapter):
         try:
             engine.change_adapter(message.name, message.path)
-            connection.send(Done())
+            connection.send(messages.Done())
         except FastServeError as error:
-            connection.send(Done(str(error), getattr(error, "param", None)))
+            connection.send(messages.Done(str(error), getattr(error, "param", None)))
     else:
         raise ValueError(f"unexpected {type(message).__name__} after the start")
     return []
@@ -192,29 +169,29 @@ def main(descriptor: int, build: Callable[[EngineConfig], RunnableEngine] = buil
             config = EngineConfig.from_options(start.options)
             engine = Runtimes((lambda: build(config)) if start.generates else None, start.models)
             settle_garbage()
-            connection.send(Ready(engine.max_model_len, engine.vocab_size, engine.report, engine.models))
+            connection.send(messages.Ready(engine.max_model_len, engine.vocab_size, engine.report, engine.models))
             run(connection, engine)
         except (EOFError, ConnectionError):
             raise
         except FastServeError as error:
             _log.debug("failed", exc_info=True)
-            connection.send(Failed(str(error), type(error).__name__))
+            connection.send(messages.Failed(str(error), type(error).__name__))
             return error.exit_code
         except Exception as error:
             _log.exception("the engine failed")
-            connection.send(Failed(_describe(error), type(error).__name__))
+            connection.send(messages.Failed(_describe(error), type(error).__name__))
             return 1
     except (EOFError, ConnectionError):
         return 0  # the parent is gone: nobody is left to tell
     return 0
 
 
-def _receive_start(connection: Connection) -> Configure:
-    messages: list[ToEngine] = []
-    while not messages:
-        messages = connection.receive(HEARTBEAT_SECONDS)
-    first = messages[0]
-    if not isinstance(first, Configure) or len(messages) > 1:
+def _receive_start(connection: Connection) -> messages.Configure:
+    received: list[messages.ToEngine] = []
+    while not received:
+        received = connection.receive(HEARTBEAT_SECONDS)
+    first = received[0]
+    if not isinstance(first, messages.Configure) or len(received) > 1:
         raise ValueError(f"the first frame must be Configure alone, not {type(first).__name__}")
     return first
 

@@ -16,11 +16,7 @@ from fastserve.kernels.reference import Kernels
 
 
 def sample_verified(
-    logits: Tensor,
-    drafts: Sequence[list[int]],
-    states: list[SamplingState],
-    kernels: Kernels,
-    greedy: list[int] | None = None,
+    logits: Tensor, drafts: Sequence[list[int]], states: list[SamplingState], kernels: Kernels, greedy: list[int] | None
 ) -> list[list[int]]:
     """The new tokens of each sequence, at least one; they are counted in its state.
 

@@ -43,11 +43,8 @@ class TokenStream:
 
     def fail(self, error: FastServeError) -> None:
         """End the stream with `error`, after what has arrived so far was read; the whole group is stopped."""
-        running = list(self._open)
-        self._open.clear()
         self._error = error
-        self._abort(running)
-        self._wake.set()
+        self._stop()
 
     def drop(self, request_id: str) -> None:
         """Stop one request of the group; nothing more of it will be read."""
@@ -59,9 +56,12 @@ class TokenStream:
 
     def close(self) -> None:
         """Stop whatever still runs. May be called more than once."""
+        self._pending.clear()
+        self._stop()
+
+    def _stop(self) -> None:
         running = list(self._open)
         self._open.clear()
-        self._pending.clear()
         if running:
             self._abort(running)
         self._wake.set()

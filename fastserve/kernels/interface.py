@@ -77,6 +77,24 @@ class HeadTransform:
     positions: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What becomes of the products of a query and the keys, before the softmax.
+
+    Attributes:
+        scale: factor on the products.
+        window: w > 0: only keys less than w positions away count; 0: all that the query may see.
+        softcap: c > 0 replaces scores s by c * tanh(s / c).
+        bias: [H, 2 R + 1] float32, contiguous: bias[h, R + key position - query position] is added; R at least the
+            longest sequence - 1. Without softcap, and where attention is causal without window, too.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    bias: Tensor | None = None
+
+
 class RecordedStep(Protocol):
     """A network that was recorded once and runs as a whole (see `Kernels.record`)."""
 

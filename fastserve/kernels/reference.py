@@ -25,6 +25,7 @@ from fastserve.kernels.interface import (
     PackedLinear,
     RecordedStep,
     RowSampling,
+    Scores,
     Weight,
 )
 from fastserve.kernels.quant import concatenate, int8_kv_views, quantize_activations, quantize_kv
@@ -177,98 +178,62 @@ class Kernels:
             else:
                 cache.view(-1, *cache.shape[2:])[slot_mapping] = new.to(cache.dtype)
 
-    def transform_heads(self, x: Tensor, norm: Tensor | None, transform: HeadTransform) -> Tensor:
-        """Heads [T, H, D] of one kind, `norm` being that kind's weight -> [T, H, D]."""
-        if norm is not None:
-            x = self.rms_norm(x, norm, transform.epsilon)
-        if transform.cos is None or transform.sin is None:
-            return x
-        cos, sin = (table.index_select(0, transform.positions) for table in (transform.cos, transform.sin))
-        return self.apply_rope(x, cos, sin)
+    def transform_heads(self, query: Tensor, key: Tensor, how: HeadTransform) -> tuple[Tensor, Tensor]:
+        """Heads of queries [T, H, D] and of keys [T, G, D], normed and rotated."""
+        if how.query_norm is not None and how.key_norm is not None:
+            query = self.rms_norm(query, how.query_norm, how.epsilon)
+            key = self.rms_norm(key, how.key_norm, how.epsilon)
+        if how.cos is not None and how.sin is not None:
+            cos, sin = (table.index_select(0, how.positions) for table in (how.cos, how.sin))
+            query, key = self.apply_rope(query, cos, sin), self.apply_rope(key, cos, sin)
+        return query, key
 
     def transform_and_store(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        transform: HeadTransform,
-        keys: Tensor,
-        values: Tensor,
-        slot_mapping: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, how: HeadTransform, keys: Tensor, values: Tensor, slots: Tensor
     ) -> Tensor:
         """`transform_heads` on query [T, H, D] and key [T, G, D], then `store_kv`; returns the query."""
-        key = self.transform_heads(key, transform.key_norm, transform)
-        self.store_kv(key, value, keys, values, slot_mapping)
-        return self.transform_heads(query, transform.query_norm, transform)
+        query, key = self.transform_heads(query, key, how)
+        self.store_kv(key, value, keys, values, slots)
+        return query
 
     def paged_attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-        softcap: float,
-        bias: Tensor | None = None,
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scores: Scores, of_source: bool = False
     ) -> Tensor:
         """Causal attention of query [T, H, D] over each sequence's cached keys and values -> [T, H, D].
 
-        A query at position p sees positions max(0, p - window + 1) .. p; window 0 means no limit. softcap c > 0
-        replaces scores s by c * tanh(s / c). bias: as in `varlen_attention`; without window and softcap.
+        A query at position p sees positions max(0, p - window + 1) .. p. of_source: all of its sequence's source, in
+        `batch.source_tables`, instead; by `scale` alone.
         """
         output = torch.empty_like(query)
-        block_size = keys.shape[1]
-        for index, block_table in enumerate(batch.block_tables):
+        block_size, window = keys.shape[1], scores.window
+        tables, lengths = batch.block_tables, batch.context_lens
+        if of_source:
+            tables, lengths = batch.source_tables, batch.source_lens
+        for index, (table, length) in enumerate(zip(tables, lengths, strict=True)):
             start, end = batch.query_starts[index], batch.query_starts[index + 1]
-            context_len = batch.context_lens[index]
-            first = max(0, context_len - (end - start) - window + 1) if window else 0  # earliest position seen
-            blocks = block_table[first // block_size : -(-context_len // block_size)]
-            inside = slice(first % block_size, first % block_size + context_len - first)
-            key = _gather(keys, blocks)[inside]  # [S, G, D]
-            value = _gather(values, blocks)[inside]
+            first = max(0, length - (end - start) - window + 1) if window else 0  # earliest position seen
+            blocks = table[first // block_size : -(-length // block_size)]
+            inside = slice(first % block_size, first % block_size + length - first)
+            key, value = (_gather(cache, blocks)[inside].to(query.dtype) for cache in (keys, values))  # [S, G, D]
             part = query[start:end]
-            key, value = key.to(part.dtype), value.to(part.dtype)
-            if bias is None:
-                output[start:end] = _attend(part, key, value, scale, window, softcap)
-            else:
-                mask = _distance_mask(len(part), len(key), 0, bias, query.device)
-                mask = mask.masked_fill(~causal_mask(len(part), len(key), 0, query.device), float("-inf"))
-                output[start:end] = _attend_masked(part, key, value, scale, mask)
-        return output
-
-    def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-        """Attention of query [T, H, D] over all of each sequence's source, whose keys and values are cached in
-        `batch.source_tables` -> [T, H, D]."""
-        output = torch.empty_like(query)
-        for index, (table, length) in enumerate(zip(batch.source_tables, batch.source_lens, strict=True)):
-            rows = slice(batch.query_starts[index], batch.query_starts[index + 1])
-            blocks = table[: -(-length // keys.shape[1])]
-            key, value = (_gather(cache, blocks)[:length].to(query.dtype) for cache in (keys, values))
-            output[rows] = _attend_masked(query[rows], key, value, scale)
+            output[start:end] = (
+                _attend_masked(part, key, value, scores.scale) if of_source else _attend(part, key, value, scores)
+            )
         return output
 
     def varlen_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_starts: list[int],
-        key_starts: list[int],
-        scale: float,
-        window: int = 0,
-        bias: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, query_starts: list[int], key_starts: list[int], scores: Scores
     ) -> Tensor:
         """Bidirectional attention without a cache: query [T, H, D], key and value [S, G, D] -> [T, H, D].
 
-        Queries query_starts[b] : query_starts[b + 1] see keys key_starts[b] : key_starts[b + 1]. window w > 0: only
-        those less than w positions away (queries then are the last of the keys' positions). bias [H, 2 R + 1] float32
-        is added by distance: bias[h, R + key position - query position]; R at least the longest sequence - 1.
+        Queries query_starts[b] : query_starts[b + 1] see keys key_starts[b] : key_starts[b + 1]; with a window or a
+        bias they are the last of the keys' positions. No softcap.
         """
+        assert not scores.softcap
         output = torch.empty_like(query)
         for start, end, first, last in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
-            mask = _distance_mask(end - start, last - first, window, bias, query.device)
-            output[start:end] = _attend_masked(query[start:end], key[first:last], value[first:last], scale, mask)
+            mask = _mask(end - start, last - first, scores, False, query.device)
+            output[start:end] = _attend_masked(query[start:end], key[first:last], value[first:last], scores.scale, mask)
         return output
 
     def copy_blocks(self, keys: Tensor, values: Tensor, pairs: list[tuple[int, int]]) -> None:
@@ -327,72 +292,52 @@ def padded_rows(num_rows: int, dtype: torch.dtype) -> int:
     return -(-num_rows // multiple) * multiple
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """One sequence: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """One sequence, causally: query [Q, H, D] are its last Q positions, key and value [S, G, D] its last S; S >= Q."""
     num_queries, num_heads, size = query.shape
     num_keys, num_kv_heads = key.shape[:2]
-    is_whole_prompt = num_queries == num_keys and not window
-    mask = None
-    if num_queries > 1 and not (is_whole_prompt and not softcap):
-        mask = causal_mask(num_queries, num_keys, window, query.device)
-    if num_queries > 1 and not softcap:
-        return _attend_masked(query, key, value, scale, mask, is_causal=mask is None)
-    key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)  # [1, G, S, D]
-    if softcap:
-        return _attend_softcap(query, key, value, mask, scale, softcap)
-    # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
-    grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, size)
-    return functional.scaled_dot_product_attention(grouped, key, value, scale=scale).reshape(1, num_heads, size)
+    if num_queries == 1 and not scores.softcap and scores.bias is None:
+        # The query heads that share a key head go in as its queries: keys are then read once, not once a query head.
+        query = query.view(num_kv_heads, num_heads // num_kv_heads, size).transpose(0, 1)
+        return _attend_masked(query, key, value, scores.scale).transpose(0, 1).reshape(1, num_heads, size)
+    if num_queries == num_keys and not scores.window and not scores.softcap and scores.bias is None:
+        return _attend_masked(query, key, value, scores.scale, is_causal=True)
+    mask = _mask(num_queries, num_keys, scores, True, query.device)
+    if not scores.softcap:
+        return _attend_masked(query, key, value, scores.scale, mask)
+    key, value = (item.transpose(0, 1).repeat_interleave(num_heads // num_kv_heads, dim=0) for item in (key, value))
+    products = torch.einsum("qhd,hkd->hqk", query.float(), key.float()) * scores.scale
+    capped = scores.softcap * torch.tanh(products / scores.softcap) + mask
+    return torch.einsum("hqk,hkd->qhd", capped.softmax(-1).to(value.dtype), value)
 
 
-def _distance_mask(num_queries: int, num_keys: int, window: int, bias: Tensor | None, device: torch.device) -> Tensor:
-    """What a window and a bias by distance add to the scores [Q, S] or [H, Q, S]; the last query is at the last key."""
+def _mask(num_queries: int, num_keys: int, scores: Scores, is_causal: bool, device: torch.device) -> Tensor:
+    """What is added to scores [Q, S] or [H, Q, S]: -inf where a query may not see a key, and the bias. The last query
+    is at the last key."""
     positions = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
     distances = torch.arange(num_keys, device=device) - positions  # [Q, S]
-    mask = torch.zeros(distances.shape, device=device)
-    if window:
-        mask = mask.masked_fill(distances.abs() >= window, float("-inf"))
-    return mask if bias is None else mask + bias[:, distances + bias.shape[1] // 2]
+    hidden = distances > (0 if is_causal else num_keys + num_queries)
+    if scores.window:
+        hidden |= distances.abs() >= scores.window
+    mask = torch.zeros(distances.shape, device=device).masked_fill(hidden, float("-inf"))
+    return mask if scores.bias is None else mask + scores.bias[:, distances + scores.bias.shape[1] // 2]
 
 
 def _attend_masked(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """query [Q, H, D] over key, value [S, G, D]: `mask` is added to the scores, or says which count -> [Q, H, D]."""
+    """query [Q, H, D] over key, value [S, G, D] -> [Q, H, D]; `mask` is added to the scores."""
     query, key, value = (item.transpose(0, 1).unsqueeze(0) for item in (query, key, value))
     result = functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask if mask is None or mask.dtype is torch.bool else mask.to(query.dtype),
+        attn_mask=None if mask is None else mask.to(query.dtype),
         is_causal=is_causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return result[0].transpose(0, 1)
-
-
-def causal_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    """True where a query (row) may see a key (column), both being the last ones of a sequence. [Q, S] bool."""
-    query_positions = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
-    key_positions = torch.arange(num_keys, device=device).unsqueeze(0)
-    mask = key_positions <= query_positions
-    if window:
-        mask &= key_positions > query_positions - window
-    return mask
-
-
-def _attend_softcap(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """query [Q, H, D]; key, value [1, G, S, D]; mask [Q, S]."""
-    group = query.shape[1] // key.shape[1]
-    wide_key = key[0].repeat_interleave(group, dim=0).float()  # [H, S, D]
-    scores = torch.einsum("qhd,hkd->hqk", query.float(), wide_key) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.einsum("hqk,hkd->qhd", scores.softmax(-1).to(value.dtype), value[0].repeat_interleave(group, dim=0))
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:

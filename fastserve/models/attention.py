@@ -1,19 +1,18 @@
 """The seam between a network and its memory: a model calls `attend`, a context decides what that reads and writes.
 
-`PagedContext` serves (keys and values live in paged caches); `VarlenContext` serves encoders (whole sequences, seen in
-both directions); `DenseContext` runs whole sequences without a cache, for tests and for measuring. Models get the
-context as an argument; nothing is global.
+`PagedContext` serves (keys and values live in paged caches); `VarlenContext` serves encoders, and runs whole sequences
+without a cache for tests and for measuring. Models get the context as an argument; nothing is global.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Batch, HeadTransform
+from fastserve.kernels.interface import Batch, HeadTransform, Scores
 from fastserve.kernels.reference import Kernels
 
 
@@ -29,128 +28,68 @@ class AttentionContext(Protocol):
     longest: int
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        transform: HeadTransform | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores, how: HeadTransform | None
     ) -> Tensor:
-        """query [T, H, D], key and value [T, G, D] -> [T, H, D]. Causal; window in tokens.
+        """query [T, H, D], key and value [T, G, D] -> [T, H, D].
 
-        transform: what is still to be done to query and key; None: their positions are applied.
+        how: what is still to be done to query and key; None: their positions are applied.
         """
 
 
 class PagedContext:
-    """Store the step's keys and values in the paged cache, then attend over each sequence's blocks.
+    """Store the step's keys and values in the paged cache, then attend over each sequence's blocks, causally.
 
     Args:
         kernels: the operations.
         keys, values: per layer [num_blocks, block_size, G, D].
         batch: the step.
-
-    Attributes:
-        bias: [H, 2 R + 1] float32, added to scores by distance (see `Kernels.varlen_attention`); a network may set it.
     """
 
     def __init__(self, kernels: Kernels, keys: list[Tensor], values: list[Tensor], batch: Batch) -> None:
         self.kernels = kernels
         self.longest = max(batch.context_lens, default=0)
-        self.bias: Tensor | None = None
         self._keys = keys
         self._values = values
         self.batch = batch
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        transform: HeadTransform | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores, how: HeadTransform | None
     ) -> Tensor:
         keys, values, slots = self._keys[layer], self._values[layer], self.batch.slot_mapping
-        if transform is None:
+        if how is None:
             self.kernels.store_kv(key, value, keys, values, slots)
         else:
-            query = self.kernels.transform_and_store(query, key, value, transform, keys, values, slots)
-        return self.kernels.paged_attention(query, keys, values, self.batch, scale, window, softcap, self.bias)
+            query = self.kernels.transform_and_store(query, key, value, how, keys, values, slots)
+        return self.kernels.paged_attention(query, keys, values, self.batch, scores)
 
-    def attend_source(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend_source(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
         """query [T, H, D] over its sequence's whole source, which is cached -> [T, H, D]."""
-        return self.kernels.source_attention(query, self._keys[layer], self._values[layer], self.batch, scale)
+        return self.kernels.paged_attention(query, self._keys[layer], self._values[layer], self.batch, scores, True)
 
 
 class VarlenContext:
-    """Whole sequences without a cache, each token seeing all of its own sequence.
+    """Whole sequences without a cache.
 
     Args:
         starts: B + 1 ints, the tokens of sequence b are starts[b] : starts[b + 1].
-        bias: [H, 2 R + 1] float32, added to scores by distance (see `Kernels.varlen_attention`).
+        is_causal: a token sees what is before it and itself; else all of its own sequence.
     """
 
-    def __init__(self, kernels: Kernels, starts: list[int], bias: Tensor | None = None) -> None:
+    def __init__(self, kernels: Kernels, starts: list[int], is_causal: bool = False) -> None:
         self.kernels = kernels
-        self.longest = max((end - start for start, end in pairwise(starts)), default=0)
+        self._lengths = [end - start for start, end in pairwise(starts)]
+        self.longest = max(self._lengths, default=0)
         self._starts = starts
-        self._bias = bias
+        self._is_causal = is_causal
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        transform: HeadTransform | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores, how: HeadTransform | None
     ) -> Tensor:
-        assert not softcap
-        query, key = _transformed(self.kernels, query, key, transform)
-        return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scale, window, self._bias)
-
-
-class DenseContext:
-    """Whole sequences, no cache: `lengths` are the tokens of each, one after the other."""
-
-    def __init__(self, kernels: Kernels, lengths: list[int]) -> None:
-        self.kernels = kernels
-        self.longest = max(lengths, default=0)
-        self._lengths, self._starts = lengths, [*accumulate(lengths, initial=0)]
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        transform: HeadTransform | None = None,
-    ) -> Tensor:
-        query, key = _transformed(self.kernels, query, key, transform)
+        if how is not None:
+            query, key = self.kernels.transform_heads(query, key, how)
+        if not self._is_causal:
+            return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scores)
         tables = [torch.arange(start, end, device=query.device) for start, end in pairwise(self._starts)]
         none = query.new_empty(0, dtype=torch.int64)
         batch = Batch(none, none, none, self._starts, self._lengths, tables, none)  # blocks of one token
-        keys, values = key.unsqueeze(1), value.unsqueeze(1)
-        return self.kernels.paged_attention(query, keys, values, batch, scale, window, softcap)
-
-
-def _transformed(
-    kernels: Kernels, query: Tensor, key: Tensor, transform: HeadTransform | None
-) -> tuple[Tensor, Tensor]:
-    if transform is None:
-        return query, key
-    return (
-        kernels.transform_heads(query, transform.query_norm, transform),
-        kernels.transform_heads(key, transform.key_norm, transform),
-    )
+        return self.kernels.paged_attention(query, key.unsqueeze(1), value.unsqueeze(1), batch, scores)

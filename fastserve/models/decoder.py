@@ -16,7 +16,7 @@ from torch import Tensor
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.layers import MLPS, NORMS, Attention, AttentionShape, MlpShape, Rotation
-from fastserve.models.model import same_fields
+from fastserve.models.model import ServingModel, same_fields
 from fastserve.models.parameters import ParameterLoader
 from fastserve.models.rope import Rope, RopeTable
 
@@ -125,15 +125,13 @@ class DecoderLayer:
         return branch(x) if norm is None else norm(branch(None), kernels, x)
 
 
-class Decoder:
-    """A ServingModel over our own modules. Parameters are read while it is built."""
-
-    has_own_cache = False
+class Decoder(ServingModel):
+    """Our own modules. Parameters are read while it is built."""
 
     def __init__(self, config: DecoderConfig, parameters: ParameterLoader) -> None:
         size = config.hidden_size
         self.device = parameters.device
-        self._kernels = parameters.kernels
+        self.kernels = parameters.kernels
         self._dtype = parameters.dtype
         # The largest matrices first, so that their place in the file and in memory overlap while little else is loaded.
         self._embedding, self._head = parameters.embedding_and_head(
@@ -156,7 +154,6 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
         kernels = context.kernels
         x = kernels.embed(self._embedding, input_ids, self._dtype, scale=self._embedding_scale)
         if self._positions is not None:
@@ -166,13 +163,7 @@ class Decoder:
             x = layer(x, rotations[rotation], positions, context)
         return self._norm(x, kernels)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self.finish(self.head(hidden, self._kernels))
-
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        """What the output projection makes of hidden [R, hidden_size]; `finish` makes it logits."""
         return kernels.linear(self._head, hidden, is_wide=True)
 
     def finish(self, logits: Tensor) -> Tensor:
@@ -181,6 +172,3 @@ class Decoder:
             logits = logits * self._config.logit_scale
         cap = self._config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""

@@ -141,14 +141,14 @@ class RaggedBatch:
 class EncoderLayer:
     """Attention and feed-forward, each added to its input; a norm before each, or after the sum."""
 
-    def __init__(self, parameters: ParameterLoader, config: EncoderConfig, layer: int) -> None:
+    def __init__(self, parameters: ParameterLoader, config: EncoderConfig, layer: int, bias: Tensor | None) -> None:
         def norm(role: str) -> Any:
             return NORMS[config.norm](parameters, role, config.hidden_size, config.norm_epsilon, layer)
 
         self._norms_first = config.norms_first
         has_norm = config.first_norm or not config.norms_first or layer > 0
         self._attention_norm: Any = norm("attention_norm") if has_norm else None
-        self._attention = Attention(parameters, config.attention_shape(), layer, config.windows[layer])
+        self._attention = Attention(parameters, config.attention_shape(), layer, config.windows[layer], bias)
         self._mlp = MLPS[config.mlp](parameters, config.mlp_shape(), layer)
         self._mlp_norm = norm("mlp_norm")
 
@@ -183,7 +183,7 @@ class Encoder:
             self._embedding = parameters.linear({"embedding": config.vocab_size}, size, bias=False)
         else:
             self._embedding = parameters.tensor("embedding", (config.vocab_size, size))
-        self._types = self._bias = self._norm = self._projection = None
+        self._types = self._norm = self._projection = None
         self._positions = position_table(config, parameters, size)
         if config.num_types:
             self._types = parameters.tensor("type_embedding", (config.num_types, size))
@@ -191,14 +191,12 @@ class Encoder:
             self._norm = NORMS[config.norm](parameters, "embedding_norm", size, config.norm_epsilon)
         if size != config.hidden_size:
             self._projection = parameters.linear({"embedding_projection": config.hidden_size}, size, bias=True)
-        made = {layer: EncoderLayer(parameters, config, layer) for layer in sorted({*config.layer_of})}
+        bias = distance_bias(config, parameters, is_causal=False)
+        made = {layer: EncoderLayer(parameters, config, layer, bias) for layer in sorted({*config.layer_of})}
         self._layers = [made[layer] for layer in config.layer_of]
         self._final_norm = None
         if config.norms_first:
             self._final_norm = NORMS[config.norm](parameters, "final_norm", config.hidden_size, config.norm_epsilon)
-        if config.num_buckets:
-            table = parameters.tensor("relative_bias", (config.num_buckets, config.num_heads))
-            self._bias = distance_bias(table, config.max_positions, config.max_distance, is_causal=False)
         ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
         tables = {rope: RopeTable(rope, config.max_positions, parameters.device) for rope in ropes}
         self._tables = [None if rope is None else tables[rope] for rope in config.ropes]
@@ -218,7 +216,7 @@ class Encoder:
             x = self._norm(x, kernels)
         if self._projection is not None:
             x = kernels.linear(self._projection, x)
-        context = VarlenContext(kernels, batch.starts, self._bias)
+        context = VarlenContext(kernels, batch.starts)
         for layer, table in zip(self._layers, self._tables, strict=True):
             rotation = None if table is None else table.rotation(context.longest)
             x = layer(x, rotation, batch.positions, context)
@@ -283,17 +281,20 @@ def position_table(config: EncoderConfig, parameters: ParameterLoader, size: int
     return torch.cat((angles.sin(), angles.cos()), dim=1).to(parameters.device, parameters.dtype).contiguous()
 
 
-def distance_bias(table: Tensor, radius: int, max_distance: int, is_causal: bool) -> Tensor:
-    """A bias by bucket [num_buckets, H] as one by distance, key - query: [H, 2 radius + 1] float32.
+def distance_bias(config: EncoderConfig, parameters: ParameterLoader, is_causal: bool) -> Tensor | None:
+    """What all layers add to their scores, see `Scores.bias`; on disk it is by bucket, [num_buckets, H].
 
     Half of the buckets are single distances, the rest grow logarithmically up to max_distance (Raffel et al., 2020,
     section 2.1); in both directions unless is_causal.
     """
+    if not config.num_buckets:
+        return None
+    table = parameters.tensor("relative_bias", (config.num_buckets, config.num_heads))
     num_buckets = table.shape[0] if is_causal else table.shape[0] // 2
-    distances = torch.arange(-radius, radius + 1)
+    distances = torch.arange(-config.max_positions, config.max_positions + 1)
     behind = -distances.clamp(max=0) if is_causal else distances.abs()
     exact = num_buckets // 2
-    large = (behind.clamp(min=1).float() / exact).log() / math.log(max_distance / exact) * (num_buckets - exact)
+    large = (behind.clamp(min=1).float() / exact).log() / math.log(config.max_distance / exact) * (num_buckets - exact)
     buckets = behind.where(behind < exact, (exact + large.long()).clamp(max=num_buckets - 1))
     if not is_causal:
         buckets = buckets + (distances > 0) * num_buckets

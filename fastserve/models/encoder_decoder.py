@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import PackedLinear
+from fastserve.kernels.interface import PackedLinear, Scores
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext, PagedContext
 from fastserve.models.encoder import Encoder, EncoderConfig, RaggedBatch, distance_bias, position_table
 from fastserve.models.layers import MLPS, NORMS, Attention
-from fastserve.models.model import ModelShape
+from fastserve.models.model import ModelShape, ServingModel
 from fastserve.models.parameters import ParameterLoader
 
 
@@ -50,13 +50,13 @@ class SourceAttention:
         parts = {"source_key": inner, "source_value": inner}
         self._key_value = parameters.linear(parts, size, config.bias, layer)
         self._output = parameters.linear({"source_output": size}, inner, config.bias, layer)
-        self._layer, self._scale, self._head_size = layer, config.attention_shape().scale, config.head_size
+        self._layer, self._head_size, self._scores = layer, config.head_size, Scores(config.attention_shape().scale)
 
     def __call__(self, x: Tensor, residual: Tensor, context: PagedContext) -> Tensor:
         """x [T, K] -> attention(x) + residual, [T, K]."""
         kernels = context.kernels
         query = kernels.linear(self._query, x).view(x.shape[0], -1, self._head_size)
-        attended = context.attend_source(self._layer, query, self._scale)
+        attended = context.attend_source(self._layer, query, self._scores)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
 
     def keys_values(self, encoded: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
@@ -68,13 +68,13 @@ class SourceAttention:
 class DecoderLayer:
     """Attention, attention over the source, feed-forward: each added to its input, a norm before each or after."""
 
-    def __init__(self, parameters: ParameterLoader, config: EncoderConfig, layer: int) -> None:
+    def __init__(self, parameters: ParameterLoader, config: EncoderConfig, layer: int, bias: Tensor | None) -> None:
         def norm(role: str) -> Any:
             return NORMS[config.norm](parameters, role, config.hidden_size, config.norm_epsilon, layer)
 
         self._norms_first = config.norms_first
         self._attention_norm = norm("attention_norm")
-        self._attention = Attention(parameters, config.attention_shape(), layer, window=0)
+        self._attention = Attention(parameters, config.attention_shape(), layer, window=0, bias=bias)
         self._source_norm = norm("source_norm")
         self.source = SourceAttention(parameters, config, layer)
         self._mlp_norm = norm("mlp_norm")
@@ -91,18 +91,16 @@ class DecoderLayer:
         return self._mlp_norm(self._mlp(x, x, kernels), kernels)
 
 
-class EncoderDecoder:
-    """A ServingModel whose sequences have a source. Parameters are read while it is built.
+class EncoderDecoder(ServingModel):
+    """A network whose sequences have a source. Parameters are read while it is built.
 
     Attributes:
         max_source, max_target: tokens of the longest source, and of the longest sequence of the decoder.
     """
 
-    has_own_cache = False
-
     def __init__(self, config: EncoderDecoderConfig, encoder: ParameterLoader, decoder: ParameterLoader) -> None:
         stack, size = config.decoder, config.decoder.hidden_size
-        self.device, self._kernels, self._dtype = decoder.device, decoder.kernels, decoder.dtype
+        self.device, self.kernels, self._dtype = decoder.device, decoder.kernels, decoder.dtype
         self._config, self._stack = config, stack
         bias = None
         if config.has_logit_bias:
@@ -116,15 +114,13 @@ class EncoderDecoder:
             self._head = decoder.linear({"head": stack.vocab_size}, size, False if bias is None else bias)
         self._encoder = Encoder(config.encoder, encoder, embedding=embedding if config.is_shared else None)
         self._positions = position_table(stack, decoder, size)
-        self._norm = self._final_norm = self._bias = None
+        self._norm = self._final_norm = None
         if stack.embedding_norm:
             self._norm = NORMS[stack.norm](decoder, "embedding_norm", size, stack.norm_epsilon)
         if stack.norms_first:
             self._final_norm = NORMS[stack.norm](decoder, "final_norm", size, stack.norm_epsilon)
-        if stack.num_buckets:
-            table = decoder.tensor("relative_bias", (stack.num_buckets, stack.num_heads))
-            self._bias = distance_bias(table, stack.max_positions, stack.max_distance, is_causal=True)
-        self._layers = [DecoderLayer(decoder, stack, layer) for layer in range(stack.num_layers)]
+        bias = distance_bias(stack, decoder, is_causal=True)
+        self._layers = [DecoderLayer(decoder, stack, layer, bias) for layer in range(stack.num_layers)]
         self.max_source, self.max_target = config.encoder.max_positions, stack.max_positions
         self.shape = _shape(config, decoder)
 
@@ -133,13 +129,13 @@ class EncoderDecoder:
         """Per layer of the decoder, keys and values [S, H, D] of whole sources."""
         encoded = self._encoder.forward(batch)
         for layer in self._layers:
-            yield layer.source.keys_values(encoded, self._kernels)
+            yield layer.source.keys_values(encoded, self.kernels)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 of the decoder -> hidden states [T, K], after the last norm."""
         assert isinstance(context, PagedContext)
-        kernels, context.bias = context.kernels, self._bias
+        kernels = context.kernels
         x = kernels.embed(self._embedding, input_ids, self._dtype, scale=self._stack.embedding_scale)
         if self._positions is not None:
             x = kernels.embed(self._positions, positions, self._dtype, residual=x)
@@ -149,21 +145,12 @@ class EncoderDecoder:
             x = layer(x, positions, context)
         return x if self._final_norm is None else self._final_norm(x, kernels)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, K] -> logits [R, vocab_size] in float32."""
-        return self.finish(self.head(hidden, self._kernels))
-
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
-        """What the output projection makes of hidden [R, K]; `finish` makes it logits."""
         return kernels.linear(self._head, hidden, is_wide=True)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale, which does not change the largest one."""
         return logits if self._config.logit_scale == 1.0 else logits * self._config.logit_scale
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""
 
 
 def _shape(config: EncoderDecoderConfig, parameters: ParameterLoader) -> ModelShape:

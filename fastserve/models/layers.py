@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import HeadTransform
+from fastserve.kernels.interface import HeadTransform, Scores
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
 from fastserve.models.parameters import ParameterLoader
@@ -79,7 +79,10 @@ class AttentionShape:
 class Attention:
     """Merged q/k/v projection, optional norms on queries and keys, rotation, attention, output projection."""
 
-    def __init__(self, parameters: ParameterLoader, shape: AttentionShape, layer: int, window: int) -> None:
+    def __init__(
+        self, parameters: ParameterLoader, shape: AttentionShape, layer: int, window: int, bias: Tensor | None = None
+    ) -> None:
+        """window, bias: see `Scores`."""
         heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
         parts = {"query": heads * size, "key": kv_heads * size, "value": kv_heads * size}
         if parameters.has_role("query_key_value"):
@@ -100,9 +103,7 @@ class Attention:
         self._norms_heads_together = shape.qk_norm == "all"
         self._norm_epsilon = shape.norm_epsilon
         self._layer = layer
-        self._window = window
-        self._scale = shape.scale
-        self._softcap = shape.softcap
+        self._scores = Scores(shape.scale, window, shape.softcap, bias)
         self._heads = [heads, kv_heads, kv_heads]
         self._head_size = size
 
@@ -128,7 +129,7 @@ class Attention:
             cos, sin = rotation or (None, None)
             query_weight, key_weight = (None if norm is None else norm.weight for norm in (query_norm, key_norm))
             transform = HeadTransform(query_weight, key_weight, self._norm_epsilon, cos, sin, positions)
-        attended = context.attend(self._layer, query, key, value, self._scale, self._window, self._softcap, transform)
+        attended = context.attend(self._layer, query, key, value, self._scores, transform)
         return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
 
 

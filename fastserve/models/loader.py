@@ -70,14 +70,8 @@ def load_model(
         from fastserve.models import transformers_backend
 
         report.append(f"backend: transformers ({reason})")
-        other, chosen, lines = transformers_backend.load(
-            folder,
-            dtype=torch_dtype,
-            device=torch_device,
-            kernels=kernels,
-            block_size=block_size,
-            trust_remote_code=trust_remote_code,
-        )
+        options = (torch_dtype, torch_device, kernels, block_size, trust_remote_code)
+        other, chosen, lines = transformers_backend.load(folder, *options)
         return LoadedModel(other, chosen, [*report, *lines])
     report.append(f"backend: native ({reason})")
     heads = (config.num_heads, config.num_kv_heads, config.head_size)

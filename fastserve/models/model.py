@@ -53,25 +53,31 @@ class ServingModel(Protocol):
     Attributes:
         shape: its numbers.
         device: where its parameters are.
+        kernels: what `logits` is computed with.
         has_own_cache: keeps keys and values (or other state) itself, one request at a time; then no KV blocks are
             read, prefixes cannot be shared, a sequence's tokens must come in order, and `release` must be called.
     """
 
     shape: ModelShape
     device: torch.device
-    has_own_cache: bool
+    kernels: Kernels
+    has_own_cache: bool = False
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
+        return self.finish(self.head(hidden, self.kernels))
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         """What `finish` makes logits of, by these kernels alone: [R, vocab_size]. The largest stays largest."""
 
     def finish(self, logits: Tensor) -> Tensor:
         """What `head` gave -> logits [R, vocab_size] in float32."""
+        return logits
 
     def release(self, request_ids: list[str]) -> None:
         """Forget what is kept for these requests. Does nothing without `has_own_cache`."""
+        return

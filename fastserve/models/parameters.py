@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,45 +44,34 @@ class LinearPart:
     order: Tensor | None
 
 
+@dataclass(eq=False)
 class ParameterLoader:
     """Parameters by role, for one network.
 
-    Args:
+    Attributes:
         reader: the folder's tensors.
         names: role -> module name on disk, with {layer} where it belongs.
         transposed: roles whose weight lies on disk as [in, out].
         kernels, dtype, device: how and where the parameters live.
         quantization: which modules are quantised, and how; None: none.
         to_int8: quantise matrices of layers that are not (`quantize_rows`), as they are loaded.
-
-    Attributes:
-        num_parameters, num_bytes: of what was loaded so far.
         linears: module -> the part of a linear that it became, but for embeddings, heads and experts.
+        num_parameters, num_bytes: of what was loaded so far.
     """
 
-    def __init__(
-        self,
-        reader: WeightReader,
-        names: Mapping[str, str],
-        transposed: frozenset[str],
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: Quantization | None = None,
-        to_int8: bool = False,
-    ) -> None:
-        self.kernels = kernels
-        self.dtype = dtype
-        self.device = device
-        self._loaded = {"parameters": 0, "bytes": 0}  # shared with `of_expert`
-        self._reader = reader
-        self._names = names
-        self._transposed = transposed
-        self._quantization = quantization
-        self._to_int8 = to_int8
-        self.linears: dict[str, LinearPart] = {}
-        self._used: set[str] = set()
-        self._missing: list[str] = []
+    reader: WeightReader
+    names: Mapping[str, str]
+    transposed: frozenset[str]
+    kernels: Kernels
+    dtype: torch.dtype
+    device: torch.device
+    quantization: Quantization | None = None
+    to_int8: bool = False
+    linears: dict[str, LinearPart] = field(default_factory=dict, init=False)
+    # What was seen so far, by all loaders for parts of the network.
+    _loaded: Counter[str] = field(default_factory=Counter, init=False)
+    _used: set[str] = field(default_factory=set, init=False)
+    _missing: list[str] = field(default_factory=list, init=False)
 
     @property
     def num_parameters(self) -> int:
@@ -93,27 +83,27 @@ class ParameterLoader:
 
     def of_expert(self, expert: int) -> ParameterLoader:
         """This loader for one of a layer's experts: the names' {expert} is its number."""
-        return self.with_names({role: name.replace("{expert}", str(expert)) for role, name in self._names.items()})
+        return self.with_names({role: name.replace("{expert}", str(expert)) for role, name in self.names.items()})
 
     def with_names(self, names: Mapping[str, str]) -> ParameterLoader:
         """This loader for another part of the network."""
         other = copy.copy(self)
-        other.linears, other._names = {}, names
+        other.linears, other.names = {}, names
         return other
 
     def has_role(self, role: str) -> bool:
         """Whether the family stores this role as a module of its own."""
-        return role in self._names
+        return role in self.names
 
     def tensor(self, role: str, shape: tuple[int, ...], layer: int = 0, suffix: str = "weight") -> Tensor:
         """One tensor in the compute precision, such as a norm's weight; suffix "": the role names it whole."""
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
         name = f"{self._module(role, layer)}.{suffix}" if suffix else self._module(role, layer)
         old_name = f"{self._module(role, layer)}.{_OLD_SUFFIXES.get(suffix, suffix)}"
-        if name not in self._reader and old_name in self._reader:
+        if name not in self.reader and old_name in self.reader:
             name = old_name
         if self._find(name):
-            self._reader.read_into(name, target)
+            self.reader.read_into(name, target)
         self._count(target.numel(), target.nbytes)
         return target
 
@@ -125,7 +115,7 @@ class ParameterLoader:
         A folder may tie them and have the head once more, quantised: they are two then.
         """
         head_format = self._format("head", 0, "Linear")
-        if is_tied and (head_format is None or f"{self._module('head', 0)}.{head_format.marker}" not in self._reader):
+        if is_tied and (head_format is None or f"{self._module('head', 0)}.{head_format.marker}" not in self.reader):
             table = self.linear({"embedding": num_rows}, size, bias=False)
             return table, table
         if self._format("embedding", 0, "Embedding"):
@@ -157,7 +147,7 @@ class ParameterLoader:
         else:
             weights = [self._weight(role, (num_rows, num_inputs), layer) for role, num_rows in parts.items()]
             _check_alike([self._module(role, layer) for role in parts], weights)
-        if self._to_int8 and "router" not in parts and "{layer}" in self._names[next(iter(parts))]:
+        if self.to_int8 and "router" not in parts and "{layer}" in self.names[next(iter(parts))]:
             given = weights if isinstance(weights, list) else [weights]
             weights = [quantize_rows(part) if isinstance(part, Tensor) else part for part in given]
         merged_bias = bias if isinstance(bias, Tensor) else None
@@ -193,7 +183,7 @@ class ParameterLoader:
         if self._missing:
             raise CheckpointError(f"the model folder lacks {_listed(self._missing)}; is it complete?")
         known = re.compile("|".join((*ignored, KV_CACHE_SCALES)))
-        left = [name for name in self._reader.names() if name not in self._used and not known.fullmatch(name)]
+        left = [name for name in self.reader.names() if name not in self._used and not known.fullmatch(name)]
         if left:
             raise CheckpointError(
                 f"the model folder has {_listed(left)} that its config does not account for; check config.json, or let "
@@ -205,8 +195,8 @@ class ParameterLoader:
         name = f"{self._module(role, layer)}.weight"
         if self._format(role, layer, "Embedding" if role == "embedding" else "Linear") is not None:
             return False
-        is_ready = name in self._reader and self._reader.dtype(name) is self.dtype and self.device.type == "cpu"
-        return role in self._transposed or not is_ready
+        is_ready = name in self.reader and self.reader.dtype(name) is self.dtype and self.device.type == "cpu"
+        return role in self.transposed or not is_ready
 
     def _converted(self, parts: Mapping[str, int], num_inputs: int, layer: int) -> Tensor:
         """Matrices in the compute precision below each other; pages of the file are given back meanwhile."""
@@ -214,7 +204,7 @@ class ParameterLoader:
         for role, rows in zip(parts, merged.split(list(parts.values())), strict=True):
             name = f"{self._module(role, layer)}.weight"
             if self._find(name):
-                self._reader.read_into(name, rows.t() if role in self._transposed else rows)
+                self.reader.read_into(name, rows.t() if role in self.transposed else rows)
         return merged
 
     def _weight(self, role: str, shape: tuple[int, int], layer: int) -> Weight:
@@ -222,41 +212,38 @@ class ParameterLoader:
         module = self._module(role, layer)
         layout = self._format(role, layer, "Embedding" if role == "embedding" else "Linear")
         if layout is None:
-            return (
-                self._reader.view(f"{module}.weight", shape) if self._find(f"{module}.weight") else torch.empty(shape)
-            )
-        if role in self._transposed:
+            return self.reader.view(f"{module}.weight", shape) if self._find(f"{module}.weight") else torch.empty(shape)
+        if role in self.transposed:
             raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
-        self._used.update(name for name in self._reader.names_of(module) if not name.endswith(".bias"))
-        weight = read_quantized(self._reader, module, shape, layout)
+        self._used.update(name for name in self.reader.names_of(module) if not name.endswith(".bias"))
+        weight = read_quantized(self.reader, module, shape, layout)
         return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
     def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
         """How the module is quantised; None when it was left as it was, whatever the config says of others."""
-        if self._quantization is None or role not in self._names:
+        if self.quantization is None or role not in self.names:
             return None
         module = self._module(role, layer)
-        layout = self._quantization.format_of(module, class_name)
-        return layout if layout is not None and f"{module}.{layout.marker}" in self._reader else None
+        layout = self.quantization.format_of(module, class_name)
+        return layout if layout is not None and f"{module}.{layout.marker}" in self.reader else None
 
     def _module(self, role: str, layer: int) -> str:
-        return self._names[role].format(layer=layer)
+        return self.names[role].format(layer=layer)
 
     def _find(self, name: str) -> bool:
-        (self._used.add if name in self._reader else self._missing.append)(name)
-        return name in self._reader
+        (self._used.add if name in self.reader else self._missing.append)(name)
+        return name in self.reader
 
     def _prefetch(self, role: str, layer: int) -> None:
-        for name in self._reader.names_of(self._module(role, layer)):
-            self._reader.prefetch(name)
+        for name in self.reader.names_of(self._module(role, layer)):
+            self.reader.prefetch(name)
 
     def _release(self, role: str, layer: int) -> None:
-        for name in self._reader.names_of(self._module(role, layer)):
-            self._reader.release(name)
+        for name in self.reader.names_of(self._module(role, layer)):
+            self.reader.release(name)
 
     def _count(self, num_parameters: int, num_bytes: int) -> None:
-        self._loaded["parameters"] += num_parameters
-        self._loaded["bytes"] += num_bytes
+        self._loaded.update(parameters=num_parameters, bytes=num_bytes)
 
 
 def _check_alike(modules: list[str], weights: list[Weight]) -> None:

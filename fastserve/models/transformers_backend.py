@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, FastServeError
 from fastserve.kernels import select
-from fastserve.kernels.interface import Batch, HeadTransform, KernelSpec
+from fastserve.kernels.interface import Batch, HeadTransform, KernelSpec, Scores
 from fastserve.kernels.reference import Kernels
-from fastserve.models.attention import AttentionContext, DenseContext, PagedContext
+from fastserve.models.attention import AttentionContext, PagedContext, VarlenContext
 from fastserve.models.model import ModelShape, ServingModel
 from fastserve.models.transformers_network import (
     ATTENTION_NAME,
@@ -38,13 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load(
-    folder: ModelFolder,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: str,
-    block_size: int,
-    trust_remote_code: bool,
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, kernels: str, block_size: int, trust_code: bool
 ) -> tuple[ServingModel, Kernels, list[str]]:
     """Load through transformers; the model, its kernels, and lines for the report.
 
@@ -52,7 +47,7 @@ def load(
         CheckpointError: transformers does not know the architecture, tensors are missing, or no way to run it with a
             cache gives the model's own logits.
     """
-    model = _load_causal_model(folder, dtype, device, trust_remote_code)
+    model = _load_causal_model(folder, dtype, device, trust_code)
     probe = Probe.of(model)
     register_attention()
     can_switch = model._can_set_attn_implementation()
@@ -125,7 +120,7 @@ def _load_causal_model(folder: ModelFolder, dtype: torch.dtype, device: torch.de
 def _check_paged(network: Network, probe: Probe) -> tuple[ModelShape, float]:
     """Shape and error of a ragged step and of paged ones, or NotPagedError with the reason."""
     lengths = [len(ids) for ids in probe.sequences]
-    recorder = _Recorder(DenseContext(Kernels(), lengths))
+    recorder = _Recorder(VarlenContext(Kernels(), [*accumulate(lengths, initial=0)], is_causal=True))
     positions = torch.cat([torch.arange(length, device=network.device) for length in lengths])
     error = _check_logits(network, run_body(network, torch.cat(probe.sequences), positions, recorder), probe)
     shapes = {call[:3] for call in recorder.calls.values()}
@@ -179,20 +174,12 @@ class _Recorder:
         self.calls: dict[int, tuple[int, int, int, int]] = {}
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        transform: HeadTransform | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores, how: HeadTransform | None
     ) -> Tensor:
         if layer in self.calls:
             raise NotPagedError(f"layer {layer} attends twice")
-        self.calls[layer] = (query.shape[1], key.shape[1], key.shape[2], window)
-        return self._context.attend(layer, query, key, value, scale, window, softcap, transform)
+        self.calls[layer] = (query.shape[1], key.shape[1], key.shape[2], scores.window)
+        return self._context.attend(layer, query, key, value, scores, how)
 
 
 def _check_windows(config: Any, windows: tuple[int, ...]) -> None:

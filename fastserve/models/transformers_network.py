@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.core.errors import CheckpointError, FastServeError
+from fastserve.kernels.interface import Scores
 from fastserve.kernels.reference import Kernels
 from fastserve.models.attention import AttentionContext
-from fastserve.models.model import ModelShape
+from fastserve.models.model import ModelShape, ServingModel
 
 ATTENTION_NAME = "fastserve"
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
@@ -130,34 +131,20 @@ def run_body(network: Network, input_ids: Tensor, positions: Tensor, context: At
     return output.last_hidden_state[0]
 
 
-class TransformersModel:
-    """A ServingModel around a transformers model whose attention goes through the context."""
-
-    has_own_cache = False
+class TransformersModel(ServingModel):
+    """A transformers model whose attention goes through the context."""
 
     def __init__(self, network: Network, shape: ModelShape) -> None:
         self.shape = shape
-        self.device = network.device
+        self.device, self.kernels = network.device, Kernels()
         self._network = network
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
         return run_body(self._network, input_ids, positions, context)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] in float32."""
-        return self._network.logits(hidden)
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         return self._network.logits(hidden)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        return logits
-
-    def release(self, request_ids: list[str]) -> None:
-        """Nothing is kept between steps."""
 
 
 def register_attention() -> None:
@@ -188,13 +175,7 @@ def attend(
         raise NotPagedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
     if others.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise NotPagedError("its attention is not causal")
-    output = fastserve_context.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        int(sliding_window or 0),
-        float(softcap or 0.0),
-    )
-    return output.unsqueeze(0), None
+    scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = Scores(scale, int(sliding_window or 0), float(softcap or 0.0))
+    query, key, value = (item[0].transpose(0, 1) for item in (query, key, value))
+    return fastserve_context.attend(module.layer_idx, query, key, value, scores, None).unsqueeze(0), None

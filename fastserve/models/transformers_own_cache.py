@@ -21,7 +21,7 @@ _STATE_NAMES = ("past_key_values", "cache_params", "state")
 
 
 class OwnCacheModel(TransformersModel):
-    """A ServingModel that runs one sequence at a time.
+    """Runs one sequence at a time.
 
     Raises CheckpointError when, with its own cache, the model does not give the probe's logits.
     """
@@ -44,7 +44,6 @@ class OwnCacheModel(TransformersModel):
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
         assert isinstance(context, PagedContext), "which request a token belongs to is in the batch"
         batch = context.batch
         assert len(batch.request_ids) == len(batch.context_lens), "models with their own cache need request ids"
@@ -56,7 +55,6 @@ class OwnCacheModel(TransformersModel):
         return torch.cat(rows)
 
     def release(self, request_ids: list[str]) -> None:
-        """Drop the caches of these requests."""
         for request_id in request_ids:
             self._states.pop(request_id, None)
             del self._num_tokens[request_id]

@@ -158,11 +158,7 @@ class BeamGroup:
         order = int(first.arrival_order) + self.num_made / 1024  # behind each other, before the next request
         self.num_made += 1
         member = Sequence.from_request(request, order)
-        member.group, member.scheduled_time, member.first_token_time = (
-            self,
-            first.scheduled_time,
-            first.first_token_time,
-        )
-        member.num_cached_tokens = first.num_cached_tokens
+        member.group, member.scheduled_time = self, first.scheduled_time
+        member.first_token_time, member.num_cached_tokens = first.first_token_time, first.num_cached_tokens
         arrive(member)
         return member

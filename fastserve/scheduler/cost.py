@@ -105,7 +105,7 @@ class CostModel:
 
     def account(self, plan: StepPlan, seconds: float) -> list[float]:
         """Learn from a step and share its time: seconds for each entry, in proportion to what it adds to a step."""
-        each = self.coefficients
+        decode, decode_context = self.coefficients.decode, self.coefficients.decode_context
         work = StepWork()
         shares: list[float] = []
         for entry in plan.entries:
@@ -113,7 +113,7 @@ class CostModel:
             if num_tokens == 1 and start > 0:  # what most entries are: `add` without its call
                 work.decodes += 1
                 work.decode_context += start + 1
-                shares.append(each.decode + each.decode_context * (start + 1))
+                shares.append(decode + decode_context * (start + 1))
             else:
                 work.add(start, num_tokens)
                 shares.append(self.prefill_seconds(num_tokens, start))

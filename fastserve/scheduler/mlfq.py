@@ -31,12 +31,8 @@ class SkipJoinMLFQ(FCFS):
         super().__init__(context)
         self.alpha = alpha
         self._last_level = num_levels - 1
-        self._first_quantum = context.cost.first_iteration_seconds(1)
+        self._first_quantum = context.cost.first_iteration_seconds(1)  # twice as many seconds in each level
         self.places: dict[str, _Place] = {}
-
-    def quantum(self, level: int) -> float:
-        """Seconds of service in a level; the first is the shortest iteration."""
-        return self._first_quantum * (1 << level)
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         self._first_quantum = self._context.cost.first_iteration_seconds(1)
@@ -46,7 +42,7 @@ class SkipJoinMLFQ(FCFS):
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         place = self.places[sequence.request_id]
-        if sequence.status is Status.WAITING and now - place.since >= self.alpha and place.level > 0:
+        if place.level > 0 and now - place.since >= self.alpha and sequence.status is Status.WAITING:
             place.level, place.used = 0, 0.0
         return (place.level,)
 
@@ -61,7 +57,7 @@ class SkipJoinMLFQ(FCFS):
         place = self.places[sequence.request_id]
         place.used += seconds
         place.since = now
-        if place.used > self.quantum(place.level) and place.level < self._last_level:
+        if place.used > self._first_quantum * (1 << place.level) and place.level < self._last_level:
             place.level += 1
             place.used = 0.0
 

@@ -67,21 +67,18 @@ class WaitingQueue:
         """The best item, left where it is."""
         best: Ranked | None = None
         best_rank = math.inf
-        emptied: list[str] = []
         current = self._current
-        for name, heap in self._lanes.items():
+        for name, heap in [*self._lanes.items()]:
             while heap and current.get(heap[0].sequence.request_id) is not heap[0]:
                 heapq.heappop(heap)
             if not heap:
-                emptied.append(name)
+                del self._lanes[name]
             elif len(self._lanes) == 1:
                 return heap[0]
             else:
                 rank = self._policy.lane_rank(name, heap[0].sequence, now)
                 if best is None or (rank, heap[0]) < (best_rank, best):
                     best, best_rank = heap[0], rank
-        for name in emptied:
-            del self._lanes[name]
         return best
 
     def last(self) -> Ranked | None:

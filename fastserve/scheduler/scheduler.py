@@ -22,6 +22,7 @@ from fastserve.scheduler.policy import SchedulingPolicy
 from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
+_MOVING_SHARE = 1 / 40  # of a sequence's time in steps that moving it for order's sake may cost
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
 
@@ -67,7 +68,7 @@ class Scheduler:
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._target_tpot = target_tpot
-        self._answers = Answers(eos_token_ids, max_model_len)
+        self._answers = Answers(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
         self._pending: list[Ranked] = []  # inside `plan`: running ones not chosen yet, the worst first
@@ -75,8 +76,8 @@ class Scheduler:
         self._paused = WaitingQueue(policy)  # waiting, but holding blocks
         self._loads = Loads(block_pool, self.cost)
         self._away: dict[str, Sequence] = {}  # in `_fresh`: lost their memory, but tiers may have the content
-        self._may_place = True
-        self._has_dropped = False
+        self._may_place, self._has_dropped = True, False
+        self._charges = type(policy).on_service is not SchedulingPolicy.on_service
         self._planned_blocks = block_pool.num_blocks
         self._num_arrived = 0
         self._freed: list[str] = []
@@ -99,8 +100,6 @@ class Scheduler:
     def request_seconds(self) -> float:
         """Time of the engine that one request takes when the batch is full; 0 before any has finished."""
         prompt, output = self._answers.mean_prompt, self._answers.mean_output
-        if output == 0.0:
-            return 0.0
         return self.cost.prefill_seconds(int(prompt)) + self.cost.decode_seconds(output, prompt, self._max_sequences)
 
     def has_work(self) -> bool:
@@ -118,12 +117,13 @@ class Scheduler:
         self._num_arrived += 1
         sequence = Sequence.from_request(request, self._num_arrived)
         sequence.num_together = self._num_blocks(request.num_source) * self.block_pool.block_size
-        if request.sampling.num_beams > 1:
-            sampling, room = request.sampling, self._max_model_len - len(request.prompt_ids)
+        sampling, room = request.sampling, self._max_model_len - sequence.num_prompt
+        sequence.end_ids = self._answers.end_ids(sampling)
+        sequence.max_length = sequence.num_prompt + min(room, sampling.max_tokens or room)
+        if sampling.num_beams > 1:
             # Of an encoder-decoder, what comes after the first token counts as the answer's.
             num_before = len(request.prompt_ids) - sequence.num_together - 1 if request.num_source else 0
-            ends, length = self._answers.end_ids(sampling), min(room, sampling.max_tokens or room)
-            search = BeamSearch(sampling, ends, length, num_before)
+            search = BeamSearch(sampling, sequence.end_ids, sequence.max_length - sequence.num_prompt, num_before)
             sequence.group = BeamGroup(request.request_id, search, [sequence])
         sequence.num_cached_expected = self.block_pool.count_cached(sequence)
         self._arrive(sequence, now)
@@ -160,9 +160,11 @@ class Scheduler:
         if preemptive:
             self._rank_running(now)
         self._pending, self._running = self._running[::-1], []  # the best is last
-        self._may_place, self._has_dropped = True, False
         pending, running = self._pending, self._running
-        tokens_left, decodes_left = self._token_budget(), sum(item.sequence.is_decoding for item in pending)
+        tokens_left, block_size, is_plain = self._token_budget(), self.block_pool.block_size, self._drafter is None
+        decodes_left = sum([len(item.sequence.token_ids) - item.sequence.num_computed == 1 for item in pending])
+        num_kept = min(decodes_left + len(self._paused), self._max_sequences - 1)
+        self._may_place, self._has_dropped = tokens_left > num_kept, False
         entries: list[PlanEntry] = []
         skipped: list[Ranked] = []
         first = self._first_waiting(now)
@@ -170,7 +172,7 @@ class Scheduler:
             if pending and (not preemptive or first is None or pending[-1] < first):
                 item = pending.pop()
                 sequence = item.sequence
-                decodes_left -= sequence.is_decoding
+                decodes_left -= len(sequence.token_ids) - sequence.num_computed == 1
             elif first is not None:
                 item, sequence = first, first.sequence
                 if not self._start(item, now) and sequence.residency is not Residency.LOADING:
@@ -181,6 +183,15 @@ class Scheduler:
                 first = self._first_waiting(now)
             else:
                 break
+            start = sequence.num_computed
+            decodes = sequence.is_known and len(sequence.token_ids) - start == 1 and sequence.group is None
+            if decodes and is_plain and tokens_left > 0 and start < len(sequence.block_ids) * block_size:
+                # What most of a step is: one who decodes, whose token was kept. Nothing else changes.
+                tokens_left -= 1
+                running.append(item)
+                last, block_ids = sequence.token_ids[-1:], sequence.block_ids[:]
+                entries.append(PlanEntry(sequence.request_id, last, start, block_ids, True))
+                continue
             # Prefills take what is left when everyone who may still decode in this step keeps a token.
             keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
             take = min(sequence.num_remaining, tokens_left - keep)
@@ -191,12 +202,12 @@ class Scheduler:
                 continue
             running.append(item)
             if take > 0 and self._grow(sequence, take, now):
-                drafts = self._draft(sequence, tokens_left - take - keep) if self._drafter is not None else []
+                drafts = self._draft(sequence, tokens_left - take - keep)
                 tokens_left -= take + len(drafts)
                 self.num_drafts += len(drafts)
                 entries.append(self._entry(sequence, take, drafts))
             self._may_place = self._may_place and tokens_left > keep
-            if not self._may_place:
+            if not self._may_place and first is not None and first.sequence.residency is not Residency.DEVICE:
                 first = self._first_waiting(now)
         for item in (*skipped, *pending):
             self._pause(item.sequence, now)
@@ -225,20 +236,22 @@ class Scheduler:
             sequence = self._sequences.get(entry.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue  # aborted while the step ran
-            makes_tokens = entry.samples and sequence.group is None
             num_tokens = len(entry.token_ids) - entry.num_drafts
-            made = answers.made(sequence, result) if makes_tokens else []
-            if len(made) > 1:
-                sequence.token_ids.extend(made[:-1])
-                num_tokens += len(made) - 1
-                self.num_drafts_right += len(made) - 1
+            made: list[int] = []
+            if entry.num_drafts:
+                made = answers.made(sequence, result)
+                sequence.token_ids += made[:-1]
+                num_tokens += len(made[:-1])
+                self.num_drafts_right += len(made[:-1])
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self.block_pool.publish_computed(sequence)
-            self._policy.on_service(sequence, num_tokens, share, now)
+            sequence.served += share
+            if self._charges:
+                self._policy.on_service(sequence, num_tokens, share, now)
             if result.prompt_logprobs and entry.request_id in result.prompt_logprobs:
                 sequence.prompt_logprobs.extend(result.prompt_logprobs[entry.request_id])
-            if makes_tokens:
+            if entry.samples and sequence.group is None:
                 output = answers.append(sequence, made, result, now)
                 outputs.append(output)
                 if output.finish_reason is not None:
@@ -258,34 +271,36 @@ class Scheduler:
 
     def _token_budget(self) -> int:
         """Tokens of this step: all that is allowed, or what `target_tpot` leaves beside those who decode."""
-        if not self._target_tpot:
+        decoding = [item.sequence for item in self._pending if item.sequence.is_decoding] if self._target_tpot else []
+        if not decoding:
             return self._max_tokens
-        contexts = [item.sequence.num_computed for item in self._pending if item.sequence.is_decoding]
-        if not contexts:
-            return self._max_tokens
-        decoding = StepWork(decodes=len(contexts), decode_context=sum(contexts))
-        spare = self._target_tpot - self.cost.coefficients.seconds(decoding)
+        work = StepWork(decodes=len(decoding), decode_context=sum(item.num_computed for item in decoding))
+        spare = self._target_tpot - self.cost.coefficients.seconds(work)
         prefill = max(self.block_pool.block_size, self.cost.prefill_tokens_within(spare))
-        decodes = min(self._max_sequences, len(contexts) + len(self._paused))
+        decodes = min(self._max_sequences, len(decoding) + len(self._paused))
         return min(self._max_tokens, decodes + prefill)
 
     # -- queue ---------------------------------------------------------------------------------------------------
 
     def _rank_running(self, now: float) -> None:
-        rank = self._policy.rank
-        for index, item in enumerate(self._running):
-            new = rank(item.sequence, now)
-            if new != item.rank:
-                self._running[index] = item._replace(rank=new)
-        self._running.sort()
+        policy, is_sorted = self._policy, True
+        for index, (old, order, version, sequence) in enumerate(self._running):
+            num_tokens = len(sequence.token_ids)
+            if num_tokens < sequence.rank_until and num_tokens - sequence.num_computed == 1:
+                continue
+            new = policy.rank(sequence, now)
+            if new != old:
+                self._running[index], is_sorted = Ranked(new, order, version, sequence), False
+            else:
+                sequence.rank_until = num_tokens + policy.stable_tokens(sequence)
+        if not is_sorted:
+            self._running.sort()
 
     def _first_waiting(self, now: float) -> Ranked | None:
         """The best of those who wait; only of those who hold memory once nothing more can be placed in this step."""
         paused = self._paused.first(now)
         fresh = self._fresh.first(now) if self._may_place else None
-        if paused is None or fresh is None:
-            return paused or fresh
-        return min(paused, fresh)
+        return min(paused, fresh) if paused is not None and fresh is not None else paused or fresh
 
     def _start(self, item: Ranked, now: float) -> bool:
         """Take a waiting sequence out of its queue, if its tokens so far fit in memory."""
@@ -296,16 +311,12 @@ class Scheduler:
             return False
         sequence.status = Status.RUNNING
         self._policy.on_start(sequence, now)
-        if sequence.scheduled_time is None:
-            sequence.scheduled_time = now
+        sequence.scheduled_time = now if sequence.scheduled_time is None else sequence.scheduled_time
         return True
 
     def _pause(self, sequence: Sequence, now: float) -> None:
         """Back to a queue; what it holds stays its own."""
         self.num_pauses += 1
-        self._enqueue(sequence, now)
-
-    def _enqueue(self, sequence: Sequence, now: float) -> None:
         sequence.status = Status.WAITING
         queue = self._paused if sequence.residency is Residency.DEVICE else self._fresh
         queue.push(sequence, now)
@@ -321,8 +332,8 @@ class Scheduler:
         sequence = item.sequence
         hashes = self.block_pool.prefix_hashes(sequence)
         while self._num_needed(sequence, hashes) + num_spare > self.block_pool.num_free:
-            victim = self._worst_holder() if self._may_evict and not num_spare else None
-            if victim is None or victim < item:
+            victim = self._worst_holder() if not num_spare else None
+            if victim is None or victim < item or not self._may_evict(victim.sequence):
                 return False
             self._drop(victim.sequence, now)
         sequence.block_ids = self.block_pool.match_prefix(hashes)
@@ -335,15 +346,20 @@ class Scheduler:
     def _num_needed(self, sequence: Sequence, hashes: list[bytes]) -> int:
         """Free blocks that it would take, and those who hold memory for their tokens so far."""
         matched, from_free = self.block_pool.count_free_matches(hashes)
-        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free
-        for other in (*(item.sequence for item in (*self._running, *self._pending)), *self._loads.sequences()):
+        others = [*self._running, *self._pending]
+        prompts = [item.sequence for item in others if not item.sequence.is_decoding]  # the others take one each
+        needed = self._num_blocks(len(sequence.token_ids)) - matched + from_free + len(others) - len(prompts)
+        for other in (*prompts, *self._loads.sequences()):
             needed += max(1, self._num_blocks(len(other.token_ids)) - len(other.block_ids))
         return needed
 
-    @property
-    def _may_evict(self) -> bool:
-        """With tiers, order may take memory from others: little of what was computed is lost."""
-        return self._policy.evicts or (self._policy.preemptive and self.block_pool.tiers is not None)
+    def _may_evict(self, sequence: Sequence) -> bool:
+        """Whether order may take its memory. With tiers little that was computed is lost, but going out and back takes
+        time: that must be little beside its time in steps since it came, or all would move and none get anywhere."""
+        tiers = self.block_pool.tiers
+        if tiers is None or self._policy.evicts or not self._policy.preemptive:
+            return self._policy.evicts
+        return 2 * len(sequence.block_ids) * tiers.first.seconds_per_block <= _MOVING_SHARE * sequence.served
 
     def _settle(self, sequence: Sequence) -> None:
         """Its blocks hold what they will before it is computed."""
@@ -351,7 +367,7 @@ class Scheduler:
         sequence.num_published = len(sequence.block_ids)
         sequence.num_computed = sequence.num_published * self.block_pool.block_size
         self.num_recomputed_tokens += max(0, sequence.num_lost - sequence.num_computed)
-        sequence.num_lost = 0
+        sequence.num_lost, sequence.served = 0, 0.0
         if self.block_pool.prefix_caching and sequence.scheduled_time is None:
             sequence.num_cached_tokens = sequence.num_computed
         if self.block_pool.prefix_caching:
@@ -438,9 +454,7 @@ class Scheduler:
         """Free the blocks of a sequence that goes on later."""
         self.block_pool.free(sequence.block_ids)
         sequence.num_lost = sequence.num_computed
-        sequence.num_cached_expected = 0
-        sequence.block_ids = []
-        sequence.num_computed = 0
+        sequence.block_ids, sequence.num_computed, sequence.num_cached_expected = [], 0, 0
         sequence.residency = Residency.NONE
         sequence.is_known = False
         sequence.num_preemptions += 1
@@ -468,7 +482,7 @@ class Scheduler:
         for member in group.members:
             if member.status is Status.WAITING or member.residency is not Residency.DEVICE:
                 self._stop_running(member)
-                self._enqueue(member, now)
+                self._pause(member, now)
         return []
 
     def _stop_running(self, sequence: Sequence) -> None:
@@ -482,12 +496,10 @@ class Scheduler:
         """Guesses for a sequence that decodes: at most `room`, within its limits, into blocks that nobody needs."""
         if self._drafter is None or not self._may_draft(sequence):
             return []
-        sampling, num_tokens = sequence.request.sampling, len(sequence.token_ids)
-        room = min(room, self._max_model_len - num_tokens - 1)
-        if sampling.max_tokens is not None:
-            # The last token may be a forced one, which is no guess's to tell.
-            last = 1 if sampling.forced_eos_token_id is None else 2
-            room = min(room, max(0, sampling.max_tokens - sequence.num_output - last))
+        num_tokens = len(sequence.token_ids)
+        # The last token may be a forced one, which is no guess's to tell.
+        last = 1 if sequence.request.sampling.forced_eos_token_id is None else 2
+        room = min(room, max(0, sequence.max_length - num_tokens - last))
         drafts = self._drafter.propose(sequence, room, len(self._running))
         return drafts[: self._reserve(sequence, num_tokens + len(drafts)) - num_tokens] if drafts else []
 

@@ -53,6 +53,9 @@ class Sequence:
         scheduled_time, first_token_time: monotonic seconds, None until then.
         prompt_logprobs: of the prompt so far, for requests that ask for them; the first token has none.
         group: the beam search that it is a beam of.
+        end_ids: tokens that end its answer; max_length: tokens at which it ends in any case.
+        served: seconds of steps that were its share since it got its memory.
+        rank_until: while it decodes, the number of tokens at which its rank is to be taken again.
         num_together: leading tokens that one step computes together: an encoder's, up to the end of their last block.
     """
 
@@ -76,6 +79,10 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     group: BeamGroup | None = None
     num_together: int = 0
+    end_ids: frozenset[int] = frozenset()
+    max_length: int = 0
+    rank_until: float = 0
+    served: float = 0.0
 
     request_id: str = field(init=False)
 

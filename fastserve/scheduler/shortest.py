@@ -48,13 +48,13 @@ class SRPTOracle(FCFS):
     uses_cost = True
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
-        tokens_left = (sequence.request.sampling.max_tokens or 1) - sequence.num_output
+        tokens_left = (sequence.request.sampling.max_tokens or 1) - len(sequence.token_ids) + sequence.num_prompt
         return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 
     def _prefill(self, sequence: Sequence) -> float:
-        num_tokens = sequence.num_uncached
-        if num_tokens == 1 and sequence.num_output > 0:
+        if len(sequence.token_ids) - sequence.num_computed == 1 and len(sequence.token_ids) > sequence.num_prompt:
             return 0.0
+        num_tokens = sequence.num_uncached
         return self._context.cost.prefill_seconds(num_tokens, len(sequence.token_ids) - num_tokens)
 
     def _decode(self, num_tokens: float, sequence: Sequence) -> float:

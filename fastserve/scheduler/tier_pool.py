@@ -47,12 +47,14 @@ class TierPool:
         replacement: "lru", or "lfu" (ties: least recent first).
 
     Attributes:
+        first: the fastest tier.
         moves: (source, target) since the last plan, in the order in which they must be carried out.
     """
 
     def __init__(self, tiers: SequenceOf[Tier], replacement: str = "lru") -> None:
         assert tiers and all(tier.num_slots > 0 for tier in tiers) and replacement in REPLACEMENTS
         self.moves: list[tuple[int, int]] = []
+        self.first = tiers[0]
         self.num_kept = 0
         self.num_restored = 0
         self.num_failed = 0

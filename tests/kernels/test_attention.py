@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels.cpu import CPUKernels
-from fastserve.kernels.interface import Batch
+from fastserve.kernels.interface import Batch, Scores
 from fastserve.kernels.quant import int8_kv_views, quantize_kv
 from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import native_kernels
@@ -83,8 +83,8 @@ def attend(
         logit_rows=nothing,
     )
     kernels.store_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
-    scale = query.shape[-1] ** -0.5
-    result = kernels.paged_attention(query, cache.keys, cache.values, batch, scale, window, softcap)
+    scores = Scores(query.shape[-1] ** -0.5, window, softcap)
+    result = kernels.paged_attention(query, cache.keys, cache.values, batch, scores)
     return list(result.split([end - start for _, start, end in ranges]))
 
 
@@ -160,13 +160,13 @@ def test_float32_queries_over_a_bfloat16_cache(isa: str) -> None:
 
 
 def test_keys_and_values_that_are_slices_of_one_tensor(isa: str) -> None:
-    """What `DenseContext` gives: one block as long as the sequence, strided heads."""
+    """As a cache may lie: one block as long as the sequence, strided heads."""
     kernels = native_kernels(isa)
     merged = torch.randn(30, 8, 32, generator=torch.Generator().manual_seed(2))
     query, key, value = merged[:, :4], merged[:, 4:6], merged[:, 6:]
     nothing = torch.empty(0, dtype=torch.int64)
     batch = Batch(nothing, nothing, nothing, [0, 30], [30], [torch.zeros(1, dtype=torch.int64)], nothing)
-    result = kernels.paged_attention(query, key[None], value[None], batch, 32**-0.5, 0, 0.0)
+    result = kernels.paged_attention(query, key[None], value[None], batch, Scores(32**-0.5))
     sequence = Sequence(30, (4, 2, 32), torch.float32, 0)
     sequence.query, sequence.key, sequence.value = query, key, value
     assert float((result.double() - exact(sequence, 0, 0.0)).abs().max()) < 3e-6
@@ -247,11 +247,12 @@ def test_bidirectional_attention_of_ragged_sequences(
     lengths = [1, 30, 64, 131] if isa != "plain" else [1, 30, 66]
     bias = torch.randn(heads[0], 2 * 140 + 1, generator=generator) if has_bias else None
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    scores = Scores(heads[2] ** -0.5, window, bias=bias)
     for dtype, tolerance in ((torch.float32, 8e-6), (torch.bfloat16, 2e-2)):
         merged = torch.randn(starts[-1], heads[0] + 2 * heads[1], heads[2], generator=generator).to(dtype)
         query, key, value = merged.split([heads[0], heads[1], heads[1]], dim=1)
         for kernels in (native_kernels(isa, 1), native_kernels(isa, 3), REFERENCE):
-            result = kernels.varlen_attention(query, key, value, starts, starts, heads[2] ** -0.5, window, bias)
+            result = kernels.varlen_attention(query, key, value, starts, starts, scores)
             for start, end in zip(starts, starts[1:], strict=False):
                 part = bidirectional(query[start:end], key[start:end], value[start:end], window, bias)
                 assert float((result[start:end].double() - part).abs().max()) < tolerance, (dtype, kernels.name)
@@ -263,7 +264,7 @@ def test_cross_attention_over_other_lengths(isa: str) -> None:
     query = torch.randn(3 + 50 + 2, 4, 32, generator=generator)
     key, value = torch.randn(2, 40 + 7, 2, 32, generator=generator)
     query_starts, key_starts = [0, 3, 53, 55], [0, 40, 47, 47]
-    result = native_kernels(isa).varlen_attention(query, key, value, query_starts, key_starts, 32**-0.5)
-    reference = REFERENCE.varlen_attention(query[:53], key, value, query_starts[:3], key_starts[:3], 32**-0.5)
+    result = native_kernels(isa).varlen_attention(query, key, value, query_starts, key_starts, Scores(32**-0.5))
+    reference = REFERENCE.varlen_attention(query[:53], key, value, query_starts[:3], key_starts[:3], Scores(32**-0.5))
     assert float((result[:53] - reference).abs().max()) < 3e-6
     assert torch.equal(result[53:], torch.zeros(2, 4, 32))

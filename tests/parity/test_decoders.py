@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.models.attention import DenseContext
+from fastserve.models.attention import VarlenContext
 from fastserve.models.loader import LoadedModel, load_model
 from tests import folders
 from tests.paged_driver import PagedDriver
@@ -107,7 +108,8 @@ def test_dense_logits(pair: tuple[LoadedModel, Any]) -> None:
     sequences = prompts()
     ids = torch.tensor([token_id for sequence in sequences for token_id in sequence])
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    hidden = loaded.model.forward(ids, positions, DenseContext(loaded.kernels, LENGTHS))
+    context = VarlenContext(loaded.kernels, [0, *accumulate(LENGTHS)], is_causal=True)
+    hidden = loaded.model.forward(ids, positions, context)
     logits = loaded.model.logits(hidden)
     assert logits.dtype is torch.float32
     expected = torch.cat([expected_logits(reference, sequence) for sequence in sequences])
@@ -148,7 +150,7 @@ def test_older_spelling_of_the_config(family: str, tmp_path: Path) -> None:
 
     def logits() -> Tensor:
         loaded = load_model(ModelFolder.open(str(folder)), backend="native", kernels="reference")
-        hidden = loaded.model.forward(ids, positions, DenseContext(loaded.kernels, [LENGTHS[3]]))
+        hidden = loaded.model.forward(ids, positions, VarlenContext(loaded.kernels, [0, LENGTHS[3]], is_causal=True))
         return loaded.model.logits(hidden)
 
     newer = logits()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -294,6 +295,20 @@ def test_the_documents_check_finds() -> None:
     ]
     assert "EngineConfig.load" in symbols(REPOSITORY / "fastserve/core/config.py")
     assert "EngineConfig.nothing" not in symbols(REPOSITORY / "fastserve/core/config.py")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_serving_path_is_under_its_limits() -> None:
+    """7,500 is for lines that are not empty, comments and docstrings among them; both counts are printed."""
+    made = subprocess.run(["make", "--no-print-directory", "size"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert made.returncode == 0, made.stdout + made.stderr
+    counts = re.findall(r"^(?:serving path|the same|encoders) .*: (\d+) of (\d+) lines", made.stdout, re.MULTILINE)
+    (filled, limit), (path, _), (others, _) = ((int(count), int(most)) for count, most in counts)
+    assert limit == 7500 and filled < limit and filled < path
+    rooms = [REPOSITORY / "fastserve" / room for room in ("scheduler", "engine", "models", "kernels")]
+    lines = [line for room in rooms for file in room.rglob("*.py") for line in file.read_text().splitlines()]
+    assert path + others == len(lines)
+    assert filled <= sum(bool(line.strip()) for line in lines) < len(lines)
 
 
 def test_every_option_is_documented() -> None:

@@ -26,6 +26,7 @@ from fastserve.kernels.interface import (
     PackedLinear,
     RecordedStep,
     RowSampling,
+    Scores,
     Weight,
 )
 from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
@@ -103,29 +104,18 @@ class CPUKernels(Kernels):
         residual: Tensor | None = None,
         is_wide: bool = False,
     ) -> Tensor:
-        weight = packed.native
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        weight, x = packed.native, _dense(x)
         out = torch.empty(x.shape[0], weight.out_columns, dtype=torch.float32 if is_wide else x.dtype)
         if not x.shape[0]:
             return out
         if residual is not None and (residual.stride(-1) != 1 or residual.dtype != out.dtype):
             residual = residual.to(out.dtype).contiguous()
         self._backend.linear(
-            weight,
-            x.shape[0],
-            x.data_ptr(),
-            _DTYPES[x.dtype],
-            x.stride(0),
-            out.data_ptr(),
-            _DTYPES[out.dtype],
-            out.stride(0),
-            0 if residual is None else residual.data_ptr(),
-            0 if residual is None else residual.stride(0),
-            _activation_code(activation),
-            packed.activation_bits == 8,
-            *_adapter_arguments(packed.adapters),
-        )
+            weight, x.shape[0], x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
+            out.data_ptr(), _DTYPES[out.dtype], out.stride(0),
+            _address(residual), 0 if residual is None else residual.stride(0),
+            _activation_code(activation), packed.activation_bits == 8, *_adapter_arguments(packed.adapters),
+        )  # fmt: skip
         return out
 
     def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
@@ -164,27 +154,21 @@ class CPUKernels(Kernels):
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
-        return self._norm(x, weight, None, epsilon, residual, subtract_mean=False)
+        return self._norm(x, weight, None, epsilon, residual, centred=False)
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None = None
     ) -> Tensor:
-        return self._norm(x, weight, bias, epsilon, residual, subtract_mean=True)
+        return self._norm(x, weight, bias, epsilon, residual, centred=True)
 
     def _norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        epsilon: float,
-        residual: Tensor | None,
-        subtract_mean: bool,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None, centred: bool
     ) -> Tensor:
         assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
         if x.dim() > 3 or x.stride(-1) != 1:
             x = x.contiguous()
         if x.dim() > 3 or x.dim() < 2:
-            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, subtract_mean).view(x.shape)
+            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, centred).view(x.shape)
         out = torch.empty(x.shape, dtype=x.dtype)
         if not x.numel():
             return out
@@ -192,13 +176,12 @@ class CPUKernels(Kernels):
         inner_stride = 0 if x.dim() == 2 else x.stride(1)
         self._backend.norm(
             x.data_ptr(), _DTYPES[x.dtype], outer, inner, x.stride(0), inner_stride, x.shape[-1],
-            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, subtract_mean, _address(residual),
+            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, centred, _address(residual),
         )  # fmt: skip
         return out
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        x = _dense(x)
         cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
         if x.numel():
@@ -216,9 +199,8 @@ class CPUKernels(Kernels):
 
     def _activation(self, x: Tensor, activation: str, is_gated: bool) -> Tensor:
         if x.dim() != 2 or x.stride(-1) != 1:
-            return self._activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, is_gated).view(
-                *x.shape[:-1], -1
-            )
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            return self._activation(rows, activation, is_gated).view(*x.shape[:-1], -1)
         size = x.shape[-1] // 2 if is_gated else x.shape[-1]
         out = torch.empty(x.shape[0], size, dtype=x.dtype)
         if out.numel():
@@ -230,65 +212,48 @@ class CPUKernels(Kernels):
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         if key.numel():
-            self._backend.store(*_store_arguments(_dense_heads(key), _dense_heads(value), keys, values, slot_mapping))
+            self._backend.store(*_store_arguments(_dense(key), _dense(value), keys, values, slot_mapping))
 
     def transform_and_store(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        transform: HeadTransform,
-        keys: Tensor,
-        values: Tensor,
-        slot_mapping: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, how: HeadTransform, keys: Tensor, values: Tensor, slots: Tensor
     ) -> Tensor:
-        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
+        query, key, value = _dense(query), _dense(key), _dense(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
             return out
-        cos, sin = transform.cos, transform.sin
-        assert cos is None or (cos.is_contiguous() and cos.dtype is torch.float32)
+        assert how.cos is None or (how.cos.is_contiguous() and how.cos.dtype is torch.float32)
         self._backend.heads(
             query.data_ptr(), query.shape[1], query.stride(0), query.stride(1),
-            _address(transform.query_norm), _address(transform.key_norm), transform.epsilon,
-            _address(cos), _address(sin), 0 if cos is None else cos.shape[-1], transform.positions.data_ptr(),
-            out.data_ptr(), _store_arguments(key, value, keys, values, slot_mapping),
+            _address(how.query_norm), _address(how.key_norm), how.epsilon,
+            _address(how.cos), _address(how.sin), 0 if how.cos is None else how.cos.shape[-1], how.positions.data_ptr(),
+            out.data_ptr(), _store_arguments(key, value, keys, values, slots),
         )  # fmt: skip
         return out
 
     def paged_attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-        softcap: float,
-        bias: Tensor | None = None,
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scores: Scores, of_source: bool = False
     ) -> Tensor:
-        tables = [table.contiguous() for table in batch.block_tables]
-        return self._attention(
-            query, keys, values, batch.query_starts, batch.context_lens, tables, scale, softcap, window, True, bias
-        )
-
-    def source_attention(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-        tables, lengths = [table.contiguous() for table in batch.source_tables], batch.source_lens
-        return self._attention(query, keys, values, batch.query_starts, lengths, tables, scale, 0.0, 0, is_causal=False)
+        query = _dense(query)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        tables, lengths = batch.block_tables, batch.context_lens
+        if of_source:
+            tables, lengths = batch.source_tables, batch.source_lens
+        tables = [table.contiguous() for table in tables]
+        self._backend.attention(
+            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
+            query.shape[1], keys.shape[2], query.shape[2],
+            keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
+            _cache_strides(keys), _cache_strides(values), keys.shape[1],
+            batch.query_starts, lengths, [table.data_ptr() for table in tables],
+            scores.scale, scores.softcap, scores.window, not of_source, *_bias_arguments(scores.bias),
+        )  # fmt: skip
+        return out
 
     def varlen_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_starts: list[int],
-        key_starts: list[int],
-        scale: float,
-        window: int = 0,
-        bias: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, query_starts: list[int], key_starts: list[int], scores: Scores
     ) -> Tensor:
-        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
-        bias = None if bias is None else bias.float().contiguous()
+        assert not scores.softcap
+        query, key, value = _dense(query), _dense(key), _dense(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
             return out
@@ -296,42 +261,13 @@ class CPUKernels(Kernels):
             query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
             query.shape[1], key.shape[1], query.shape[2],
             key.data_ptr(), value.data_ptr(), key.stride()[:2], value.stride()[:2], query_starts, key_starts,
-            scale, window, _address(bias), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
-        )  # fmt: skip
-        return out
-
-    def _attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_starts: list[int],
-        context_lens: list[int],
-        tables: list[Tensor],
-        scale: float,
-        softcap: float,
-        window: int,
-        is_causal: bool = True,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        if query.stride(-1) != 1:
-            query = query.contiguous()
-        out = torch.empty(query.shape, dtype=query.dtype)
-        self._backend.attention(
-            query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
-            query.shape[1], keys.shape[2], query.shape[2],
-            keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
-            _cache_strides(keys), _cache_strides(values), keys.shape[1],
-            query_starts, context_lens, [table.data_ptr() for table in tables],
-            scale, softcap, window, is_causal,
-            0 if bias is None else bias.data_ptr(), *((0, 0) if bias is None else (bias.shape[1], bias.shape[1] // 2)),
+            scores.scale, scores.window, *_bias_arguments(scores.bias),
         )  # fmt: skip
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
+        logits = _dense(logits)
         out = torch.empty(logits.shape[0], dtype=torch.int64)
         if logits.shape[0]:
             self._backend.argmax(
@@ -365,8 +301,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _dense_heads(x: Tensor) -> Tensor:
+def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bias_arguments(bias: Tensor | None) -> tuple[int, int, int]:
+    """Address, width and the column of distance 0."""
+    if bias is None:
+        return 0, 0, 0
+    assert bias.is_contiguous() and bias.dtype is torch.float32
+    return bias.data_ptr(), bias.shape[1], bias.shape[1] // 2
 
 
 def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:

@@ -39,17 +39,11 @@ class NativeStep:
         num_rows = batch.logit_rows.shape[0]
         inputs = [batch.input_ids, batch.positions, batch.slot_mapping, batch.logit_rows]
         chosen = self._plan.run(
-            batch.input_ids.shape[0],
-            num_rows,
-            [tensor.data_ptr() for tensor in inputs],
-            batch.query_starts,
-            batch.context_lens,
-            [table.data_ptr() for table in batch.block_tables],
-            batch.source_lens,
-            [table.data_ptr() for table in batch.source_tables],
-            0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(),
-            choose,
-        )
+            batch.input_ids.shape[0], num_rows, [tensor.data_ptr() for tensor in inputs], batch.query_starts,
+            batch.context_lens, [table.data_ptr() for table in batch.block_tables],
+            batch.source_lens, [table.data_ptr() for table in batch.source_tables],
+            0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(), choose,
+        )  # fmt: skip
         address, logits = self._logits
         if not num_rows:
             return logits[:0], chosen

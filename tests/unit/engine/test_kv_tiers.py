@@ -15,12 +15,14 @@ from fastserve.core.errors import ConfigError
 from fastserve.engine.kv_cache import KVCache
 from fastserve.engine.kv_tiers import BlockStore, FileStore, HostStore, KVTiers
 from fastserve.engine.memory import ElasticSize
+from fastserve.models.model import ModelShape
 
 LAYERS, BLOCKS = 2, 8
 
 
 def make_cache(num_blocks: int = BLOCKS, max_blocks: int = 0, block_size: int = 4) -> KVCache:
-    return KVCache(LAYERS, num_blocks, block_size, 2, 3, torch.float32, torch.device("cpu"), max_blocks)
+    shape = ModelShape(LAYERS, 2, 2, 3, 6, 10, 64, torch.float32, (0,) * LAYERS, 0, 0)
+    return KVCache(shape, block_size, num_blocks, max_blocks, torch.device("cpu"), is_int8=False)
 
 
 def block_bytes(cache: KVCache) -> int:

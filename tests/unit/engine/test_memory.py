@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastserve.core.config import EngineConfig
 from fastserve.core.errors import MemoryPlanError
 from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
 from fastserve.models.model import ModelShape
@@ -26,8 +27,7 @@ SHAPE = ModelShape(
 
 
 def plan(free_bytes: int = 16 * GIB, **options: int | str) -> MemoryPlan:
-    settings = dict(block_size=16, kv_cache_memory=0, max_model_len=0, max_batch_sequences=64, max_batch_tokens=1024)
-    return plan_memory(SHAPE, torch.device("cpu"), free_bytes, **{**settings, **options})
+    return plan_memory(SHAPE, torch.device("cpu"), free_bytes, EngineConfig(**options))
 
 
 def test_one_block_holds_keys_and_values_of_all_layers() -> None:

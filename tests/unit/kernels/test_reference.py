@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.kernels.interface import Batch
+from fastserve.kernels.interface import Batch, Scores
 from fastserve.kernels.reference import Kernels, padded_rows
 
 KERNELS = Kernels()
@@ -66,7 +66,7 @@ def test_paged_attention_equals_its_definition(num_heads: int, num_kv_heads: int
     empty = torch.empty(0, dtype=torch.int64)
     batch = Batch(empty, empty, empty, starts, [context for _, context in lengths], tables, empty)
     query = torch.randn(starts[-1], num_heads, size)
-    output = KERNELS.paged_attention(query, keys, values, batch, 0.3, window, softcap)
+    output = KERNELS.paged_attention(query, keys, values, batch, Scores(0.3, window, softcap))
     for index, (_, context) in enumerate(lengths):
         key = keys[tables[index]].flatten(0, 1)[:context]
         value = values[tables[index]].flatten(0, 1)[:context]

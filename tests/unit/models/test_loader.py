@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, ConfigError
-from fastserve.models.attention import DenseContext
+from fastserve.models.attention import VarlenContext
 from fastserve.models.loader import LoadedModel, load_model, resolve_dtype
 from tests import folders
 
@@ -40,7 +40,8 @@ def change_tensors(path: Path, add: dict[str, torch.Tensor] | None = None, remov
 
 def logits(loaded: LoadedModel) -> torch.Tensor:
     ids, positions = torch.arange(3, 23), torch.arange(20)
-    return loaded.model.logits(loaded.model.forward(ids, positions, DenseContext(loaded.kernels, [20])))
+    context = VarlenContext(loaded.kernels, [0, 20], is_causal=True)
+    return loaded.model.logits(loaded.model.forward(ids, positions, context))
 
 
 def test_report_and_shape(llama: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError
+from fastserve.kernels.interface import Scores
 from fastserve.models import transformers_backend, transformers_network
 from fastserve.models.loader import LoadedModel, load_model
 from tests import folders
@@ -121,9 +122,8 @@ def test_attention_that_ignores_order_is_found_out(tmp_path: Path, monkeypatch: 
 
     def not_causal(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
         result = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-        options["fastserve_context"].attend(
-            module.layer_idx, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), 1.0
-        )
+        heads = (item[0].transpose(0, 1) for item in (query, key, value))
+        options["fastserve_context"].attend(module.layer_idx, *heads, Scores(1.0), None)
         return result.transpose(1, 2), None
 
     folder = folders.other(tmp_path, "Olmo2Config")

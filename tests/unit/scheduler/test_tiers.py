@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastserve.scheduler.block_pool import BlockPool
-from fastserve.scheduler.cost import CostModel
+from fastserve.scheduler.cost import CostModel, StepWork
 from fastserve.scheduler.mlfq import SkipJoinMLFQ
 from fastserve.scheduler.policy import PolicyContext
 from fastserve.scheduler.scheduler import Scheduler
@@ -94,6 +94,28 @@ def test_with_a_tier_a_short_request_takes_memory_from_long_paused_ones() -> Non
     assert "short" in driver.finished
     lost = [item for item in driver.scheduler._sequences.values() if item.residency is Residency.NONE]
     assert len(lost) <= 1
+
+
+@pytest.mark.parametrize("policy", ["skip-join-mlfq", "aged-srpt", "srpt-oracle"])
+def test_with_little_memory_and_a_slow_tier_everyone_gets_somewhere(policy: str) -> None:
+    """Turns that are shorter than bringing a sequence back must not end in everyone's going out and coming back."""
+    scheduler = Clocked(policy, num_blocks=64, places=8).scheduler
+    pool, memory = scheduler.block_pool, FakeMemory(64, 16)
+    tiers = pool.tiers = TierPool([Tier(4096, 16 * STEP.prefill_token / 2)])
+    for index in range(12):
+        scheduler.add(request(str(index), 300 + 20 * index, 20 + 5 * (index * 7 % 12)), 0.0)
+    now, num_tokens, num_read = 0.0, 0, 0
+    while scheduler.has_work():
+        plan = scheduler.plan(now)
+        result = execute(plan)
+        result.loaded = memory.run(plan, {key: value.token_ids for key, value in scheduler._sequences.items()})
+        result.loaded = [(block, is_good, tiers.first.seconds_per_block) for block, is_good, _ in result.loaded]
+        seconds = STEP.seconds(StepWork.of(plan))
+        now += seconds
+        num_read += len(result.loaded)
+        num_tokens += sum(len(output.token_ids) for output in scheduler.update(plan, result, seconds, now))
+    assert num_tokens == sum(20 + 5 * index for index in range(12))
+    assert num_read < num_tokens
 
 
 def test_the_expected_time_of_a_request_tells_how_long_a_queue_takes() -> None:

@@ -5,9 +5,11 @@
     python benchmarks/compress_quality.py --folder llm-compressor-gptq-int4=PATH    # another tool's folder of it
 
 Every variant is made by `fastserve compress` from the same folder and calibration, and scored as FastServe serves it,
-in float32 by the plain PyTorch kernels. Folders that other tools made of the same model are scored the same way; a peer
-without a folder is named in `skipped`. Prints a table, and one JSON line: metrics.perplexity.METHOD,
-metrics.bits_per_weight.METHOD (linears of the layers, scales counted) and metrics.megabytes.METHOD.
+in float32 by the plain PyTorch kernels. What other tools made of the same model is scored the same way: by
+llm-compressor on the same windows, and llama.cpp's blocks (without an importance matrix) by the values that they stand
+for, embedding and head in bfloat16 as in all others. A peer that is not installed is named in `skipped`. Prints a
+table, and one JSON line: metrics.perplexity.METHOD, metrics.bits_per_weight.METHOD (linears of the layers, scales
+counted) and metrics.megabytes.METHOD.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import ENGINES, interpreter
+from peers import ENGINES, interpreter, llama_cpp_tools
 from precision import perplexity, windows
 from shared_data import shared_folder
 
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.gguf import convert
 from fastserve.compress.calibration import windows as calibration_windows
+from fastserve.compress.gguf_export import export
 from fastserve.compress.recipe import Calibration, make_recipe
 from fastserve.compress.run import compress
 
@@ -43,6 +47,8 @@ _QUANTIZE: dict[str, dict[str, Any]] = {
     "search-int4-g128": {},
     "awq-int4-g128": {"method": "awq"},
     "gptq-int4-g128": {"method": "gptq"},
+    "gptq-int4-g32": {"method": "gptq", "group_size": 32},
+    "gptq-mixed-4.85": {"method": "gptq", "group_size": 64, "budget": 4.85},
     "gptq-int4-g128-asymmetric": {"method": "gptq", "symmetric": False},
     "rtn-int3": {"bits": 3, "group_size": 0, "search": False},
     "kmeans3": {"method": "kmeans", "bits": 3},
@@ -66,8 +72,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 # Of llm-compressor, when benchmarks/peers.py installed it: the same grid and the same windows as our method.
 PEER_METHODS = ("rtn", "gptq", "awq")
+LLAMA_CPP_TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M")
 SMOKE = ("rtn-int4-g128", "gptq-int4-g128")
 PEERS = ("llm-compressor", "gptqmodel", "llama.cpp")
+ENVIRONMENTS = ("llm-compressor", "llama.cpp")  # those that benchmarks/peers.py installs
 COMPRESSOR = ENGINES / "compress_llm_compressor.py"
 
 
@@ -95,6 +103,21 @@ def by_llm_compressor(source: ModelFolder, method: str, settings: Calibration, s
     return ModelFolder.open(str(out))
 
 
+def by_llama_cpp(source: ModelFolder, kind: str, scratch: Path) -> tuple[ModelFolder, float]:
+    """The peer's blocks as a folder of the values that they stand for, and their bits per weight of the layers."""
+    from gguf import GGUFReader
+
+    plain, rounded_to, out = scratch / "plain.gguf", scratch / "rounded.gguf", scratch / "out"
+    export(source, plain, "f32")
+    outside = ["--token-embedding-type", "bf16", "--output-tensor-type", "bf16"]
+    command = [str(llama_cpp_tools() / "llama-quantize"), *outside, str(plain), str(rounded_to), kind, "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tensors = [item for item in GGUFReader(rounded_to).tensors if item.name.startswith("blk.") and len(item.shape) == 2]
+    bits = 8 * sum(int(item.n_bytes) for item in tensors) / sum(int(item.n_elements) for item in tensors)
+    convert([rounded_to], out)
+    return ModelFolder.open(str(out)), bits
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora = shared_folder() / "data/corpora"
@@ -105,6 +128,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="which of the other tools to run, where installed")
     parser.add_argument("--folder", action="append", default=[], metavar="NAME=PATH", help="another tool's result")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -118,10 +142,11 @@ def main() -> None:
     report = Report("compress_quality", config=plain)
     report.config |= {"weights": "as named", "kv_cache": "float32", "lm_head": str(source.config.get("dtype"))}
 
-    def add(name: str, folder: ModelFolder) -> None:
+    def add(name: str, folder: ModelFolder, bits: float | None = None) -> None:
         report.metrics[f"perplexity.{name}"] = rounded(perplexity(folder.path, "float32", "reference", prompts), 6)
-        report.metrics[f"bits_per_weight.{name}"] = rounded(bits_per_weight(folder), 4)
-        report.metrics[f"megabytes.{name}"] = rounded(folder.weight_bytes / 1e6)
+        report.metrics[f"bits_per_weight.{name}"] = rounded(bits or bits_per_weight(folder), 4)
+        if bits is None:  # of the folder itself, and not of one with its values written out
+            report.metrics[f"megabytes.{name}"] = rounded(folder.weight_bytes / 1e6)
         found = [report.metrics[f"{key}.{name}"] for key in ("perplexity", "bits_per_weight")]
         change = found[0] / report.metrics["perplexity.float32"] - 1
         print(
@@ -138,15 +163,19 @@ def main() -> None:
             add(name, compress(arguments.model, Path(scratch) / "out", recipe))
             report.metrics[f"seconds.{name}"] = rounded(time.perf_counter() - start, 3)
     settings = Calibration(str(arguments.calibration), arguments.samples, arguments.length)
-    for method in PEER_METHODS if interpreter("llm-compressor") else ():
+    wanted = [peer for peer in arguments.peers.split(",") if peer in ENVIRONMENTS and interpreter(peer)]
+    for method in PEER_METHODS if "llm-compressor" in wanted else ():
         with tempfile.TemporaryDirectory() as scratch:
             add(f"llm-compressor-{method}-int4-g128", by_llm_compressor(source, method, settings, Path(scratch)))
+    for kind in LLAMA_CPP_TYPES if "llama.cpp" in wanted else ():
+        with tempfile.TemporaryDirectory() as scratch:
+            add(f"llama.cpp-{kind}", *by_llama_cpp(source, kind, Path(scratch)))
     for item in arguments.folder:
         name, _, path = item.partition("=")
         add(name, ModelFolder.open(path))
     for peer in PEERS:
         if not any(name.startswith(f"perplexity.{peer}") for name in report.metrics):
-            report.skipped[peer] = f"not installed, and no folder of it was given (--folder {peer}-...=PATH)"
+            report.skipped[peer] = f"not installed or not asked for, and no folder was given (--folder {peer}-...=PATH)"
     emit(report.as_dict())
 
 

@@ -96,28 +96,28 @@ class PagedDriver:
         return output
 
 
-def answer_logits(loaded: LoadedModel, source: list[int], target: list[int]) -> Tensor:
-    """One pass of an encoder-decoder over a whole answer [T, V], its source in blocks that it shares with nobody."""
-    model, shape = loaded.model, loaded.model.shape
+@torch.inference_mode()
+def decode_from_source(loaded: LoadedModel, source: list[int], target: list[int], block_size: int = 16) -> Tensor:
+    """Logits [T, V] of one pass of an encoder-decoder over a whole answer, its source in blocks of its own."""
+    model = loaded.model
     assert isinstance(model, EncoderDecoder)
-    cache = torch.zeros(2, shape.num_layers, 8, 16, shape.num_kv_heads, shape.head_size)
-    keys, values = list(cache[0]), list(cache[1])
-    sources = RaggedBatch.of([source], [[]], model.device)
-    with torch.inference_mode():
-        for layer, (key, value) in enumerate(model.source_keys_values(sources)):
-            loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
-    places = torch.arange(len(target))
+    shape = model.shape
+    num_source, num_target = (-(-len(ids) // block_size) for ids in (source, target))
+    size = (num_source + num_target + 2, block_size, shape.num_kv_heads, shape.head_size)
+    keys, values = ([torch.zeros(size, dtype=shape.dtype) for _ in range(shape.num_layers)] for _ in range(2))
+    for layer, (key, value) in enumerate(model.source_keys_values(RaggedBatch.of([source], [[]], model.device))):
+        loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
+    places, first = torch.arange(len(target)), num_source + 2
     batch = Batch(
         torch.tensor(target),
         places,
-        places + 4 * 16,
+        places + first * block_size,
         [0, len(target)],
         [len(target)],
-        [torch.tensor([4, 5])],
+        [torch.arange(first, first + num_target)],
         places,
         source_lens=[len(source)],
-        source_tables=[torch.tensor([0, 1])],
+        source_tables=[torch.arange(num_source)],
     )
-    return model.logits(
-        model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
-    )
+    hidden = model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
+    return model.logits(hidden)

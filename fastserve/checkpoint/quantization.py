@@ -7,6 +7,7 @@ tensors into weights is `checkpoint/quantized.py`.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 from fastserve.core.errors import CheckpointError
 
+FACTORS_FORMAT = "fastserve-factors"  # see `checkpoint/factors.py`
 CODEBOOK_FORMAT = "fastserve-codebook"  # with a weights.type "codebook", at which other programs stop
+KV_CACHE_SCALES = r".*\.[qkv]_(scale|zero_point)"  # tensors of a kv_cache_scheme
 SUPPORTED = (
     "compressed-tensors with integer weights (pack-quantized or int-quantized; 2 to 8 bits per tensor, channel or "
     "group; activations as they are, or 8 bits, symmetric, dynamic per token or static), 8-bit floats "
-    "(float-quantized) or zeros left out (sparse-bitmask), GPTQ (4 bits, no reordered columns), AWQ (4 bits, gemm) and "
-    f"format {CODEBOOK_FORMAT} (3- and 4-bit k-means)"
+    "(float-quantized) or zeros left out (sparse-bitmask), GPTQ (4 bits, no reordered columns), AWQ (4 bits, gemm), "
+    f"and formats {CODEBOOK_FORMAT} (3- and 4-bit k-means) and {FACTORS_FORMAT} (low rank)"
 )
 # The tensor by which a quantised module is told from one that was left as it was.
 _MARKERS = {
@@ -31,8 +34,11 @@ _MARKERS = {
     "awq": "qweight",
     "codebook": "weight_codebook",
     "sparse-bitmask": "bitmask",
+    FACTORS_FORMAT: "left_factor",
 }
 _CLASSES = ("Linear", "Embedding")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class QuantizedFormat:
         """Whether no kernel has this scheme, so that the weights are turned into floats when they are read."""
         is_integer = self.layout in ("pack-quantized", "int-quantized")
         has_kernel = self.group_size == 0 or (self.bits <= 4 and self.group_size in (32, 64, 128))
-        return self.layout in ("float-quantized", "sparse-bitmask") or (is_integer and not has_kernel)
+        return self.layout in ("float-quantized", "sparse-bitmask", FACTORS_FORMAT) or (is_integer and not has_kernel)
 
     @property
     def marker(self) -> str:
@@ -106,7 +112,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 
 def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
     if entry.get("kv_cache_scheme"):
-        raise _unsupported("kv_cache_scheme")
+        _log.info("the folder's scales of keys and values are not used: int8 caches have one per token and head")
     formats = []
     sparsity = (entry.get("sparsity_config") or {}).get("format", "dense")
     groups = entry.get("config_groups") or {}
@@ -121,6 +127,9 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> list[QuantizedFormat]:
         bits, is_symmetric = int(weights["num_bits"]), bool(weights.get("symmetric", True))
         if layout == CODEBOOK_FORMAT and bits in (3, 4) and not activations:
             formats.append(QuantizedFormat("codebook", bits, targets=targets))
+            continue
+        if layout == FACTORS_FORMAT:
+            formats.append(QuantizedFormat(layout, 16, targets=targets))
             continue
         kind = {"pack-quantized": "int", "int-quantized": "int", "float-quantized": "float"}.get(layout)
         if kind is None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastserve.checkpoint import bitmask
-from fastserve.checkpoint.quantization import QuantizedFormat
+from fastserve.checkpoint import bitmask, factors
+from fastserve.checkpoint.quantization import FACTORS_FORMAT, QuantizedFormat
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError, ConfigError
 
@@ -109,6 +109,8 @@ def read_quantized(
     """
     if layout.layout == bitmask.FORMAT:
         return bitmask.read(reader, module, shape)
+    if layout.layout == FACTORS_FORMAT:
+        return factors.read(reader, module, shape)
     is_codebook = layout.layout == "codebook"
     held_bits, group_size = (4 if layout.bits <= 4 else 8), (0 if layout.is_dense else layout.group_size)
     try:

@@ -43,6 +43,9 @@ def compress(
     gguf: Annotated[
         str, typer.Option(help="Write MODEL as a GGUF file --out, with blocks of this type: f32 ... q8_0, q4_0.")
     ] = "",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write MODEL with plain weights, for programs that do not read its form.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the report says as one JSON object.")] = False,
 ) -> None:
     """Make a model smaller and faster, and measure the loss.
@@ -52,9 +55,10 @@ def compress(
     """
     if out is None:
         raise ConfigError("name the new folder: --out DIR" + " (or FILE.gguf)" * bool(gguf))
-    if gguf:
-        if auto or recipe is not None or calibration:
-            raise ConfigError("--gguf writes a model as it is: compress it into a folder first, then give that folder")
+    if gguf or dense:
+        if auto or recipe is not None or calibration or (gguf and dense):
+            name = "--gguf" if gguf else "--dense"
+            raise ConfigError(f"{name} writes a model as it is: compress it into a folder first, then give that folder")
         _export(model or "", out, gguf, as_json)
         return
     if not auto and (max_size or max_loss):
@@ -95,15 +99,20 @@ def _scorer(task: str, examples: str) -> Callable[[str], dict[str, float]]:
     return lambda folder: score_examples(task, folder, Path(examples), FinetuneSettings())
 
 
-def _export(model: str, out: Path, kind: str, as_json: bool) -> None:
+def _export(model: str, out: Path, gguf: str, as_json: bool) -> None:
+    """As a GGUF file of this type, or (no type) as a folder with plain weights."""
     from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.compress.dense import expand
     from fastserve.compress.gguf_export import export
     from fastserve.core.config import format_bytes
 
+    folder = ModelFolder.open(model)
     with _progress() as progress:
-        file = export(ModelFolder.open(model), out, kind, progress)
-    size = file.stat().st_size
-    print(json.dumps({"file": str(file), "bytes": size}) if as_json else f"{file}  {format_bytes(size)}")
+        if gguf:
+            key, size = "file", export(folder, out, gguf, progress).stat().st_size
+        else:
+            key, size = "folder", expand(folder, out, progress).weight_bytes
+    print(json.dumps({key: str(out), "bytes": size}) if as_json else f"{out}  {format_bytes(size)}")
 
 
 def _show(as_json: bool, work: Callable[[Callable[[str, int, int], None]], ModelFolder]) -> None:

@@ -125,6 +125,28 @@ def observe(visit: Visit, linears: Mapping[str, nn.Linear]) -> dict[str, InputSt
     return found
 
 
+class _CacheRanges:
+    """Stands in for a layer's cache, and notes the largest magnitudes of what is put into it."""
+
+    def __init__(self) -> None:
+        self.keys = self.values = 0.0
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys = max(self.keys, float(keys.abs().max()))
+        self.values = max(self.values, float(values.abs().max()))
+        return keys, values
+
+
+def cache_ranges(visit: Visit) -> tuple[float, float]:
+    """Largest magnitudes of the keys (turned by their positions) and values that a block puts into its cache."""
+    ranges = _CacheRanges()
+    for args, kwargs in visit.inputs:
+        with torch.no_grad():
+            visit.module(*args, **{**kwargs, "past_key_values": ranges})
+    assert ranges.keys and ranges.values, "checked before work starts: attention like Llama's has a cache"
+    return ranges.keys, ranges.values
+
+
 def siblings(statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
     """Names of the linears that read the same tensor, together: what serving may merge into one matrix."""
     groups: dict[int, list[str]] = {}

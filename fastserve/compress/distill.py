@@ -49,6 +49,10 @@ def check(original: ModelFolder, step: Distill, text: str) -> None:
         raise ConfigError(f"distill: {what} is for decoders; {teacher.architecture} is none")
     if unknown := sorted(set(step.shape) - set(teacher.config)):
         raise ConfigError(f"distill: shape has {unknown[0]!r}, which the teacher's config.json does not have")
+    if step.layers and teacher.config.get("is_encoder_decoder"):
+        raise ConfigError(
+            "distill: layers are of decoders and encoders alone, not of networks that are both; give student or shape"
+        )
     num_layers = len(Network(ModelFolder.open(step.student) if step.student else teacher).blocks)
     if wrong := [layer for layer in step.layers if not 0 <= layer < num_layers]:
         raise ConfigError(f"distill: there is no layer {wrong[0]}; the student has {num_layers}, the first is 0")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastserve.core.errors import ConfigError
 
 _SHRINKS = [1.0 - step / 20 for step in range(13)]  # factors on the widest range that a search tries
-_FLOAT8_MAX = 448.0
+FLOAT8_MAX = 448.0
 _MOST_AT_ONCE = 1 << 22  # weights that are looked at together: what bounds the memory for large embeddings
 
 
@@ -106,7 +106,7 @@ class Grid:
         if self.codebook is not None:
             return torch.bucketize(weight / scales, (self.codebook[1:] + self.codebook[:-1]) / 2)
         if self.scheme.kind == "float":
-            return (weight / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
+            return (weight / scales).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
         offset = self.scheme.centre if zeros is None else zeros
         return ((weight / scales).round() + offset).clamp(0, self.scheme.max_value)
 
@@ -150,7 +150,7 @@ def fit(
     """
     if scheme.kind == "float":
         top = weight.float().abs().amax(-1, keepdim=True)
-        return Grid(scheme, _positive(top / _FLOAT8_MAX, scale_dtype))
+        return Grid(scheme, _positive(top / FLOAT8_MAX, scale_dtype))
     if scheme.group_size < 0:
         grid = fit(weight.reshape(1, -1), replace(scheme, group_size=0), scale_dtype, is_searched=is_searched)
         zeros = None if grid.zeros is None else grid.zeros.expand(len(weight), 1).contiguous()

@@ -19,7 +19,6 @@ from fastserve.compress.grid import WeightScheme
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Plan, Progress, quantize_matrices, relative_error, scheme_of
 from fastserve.compress.recipe import Quantize
-from fastserve.compress.storage import ModuleScheme
 from fastserve.compress.walk import walk
 from fastserve.core.errors import ConfigError
 
@@ -59,7 +58,7 @@ def plan(
     else:
         sets = msgspec.convert(known["sets"], list[Sensitivity], strict=False)
     bits = distribute(sets, step.budget)
-    schemes = {name: ModuleScheme(_scheme(step, bits[name]), step.activations) for name in first.schemes}
+    schemes = {name: replace(item, weights=_scheme(step, bits[name])) for name, item in first.schemes.items()}
     return Plan(step, schemes, first.head)
 
 

@@ -80,6 +80,10 @@ class Network:
         self._reader.read_into(name, target)
         return target
 
+    def is_compressed(self, parameter: str) -> bool:
+        """Whether the folder holds something else than the parameter's values, of which `read` makes them."""
+        return self._format(self._tensor_of[parameter]) is not None
+
     def dtype_of(self, parameter: str) -> torch.dtype:
         return self._reader.dtype(self._tensor_of[parameter])
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoint import bitmask
-from fastserve.compress import operators, sparse, structure, vocabulary
-from fastserve.compress.activations import observe
+from fastserve.checkpoint import bitmask, factors
+from fastserve.compress import low_rank, operators, sparse, structure, vocabulary
+from fastserve.compress.activations import InputStatistics, observe
 from fastserve.compress.folder_writer import FolderWriter
 from fastserve.compress.network import Network, unsupported
 from fastserve.compress.quantize import Progress, is_named
@@ -22,6 +22,7 @@ from fastserve.compress.recipe import Prune
 from fastserve.compress.walk import Visit, walk
 from fastserve.core.errors import ConfigError
 
+Thin = tuple[Tensor, Tensor]  # the factors of a matrix
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 
 
@@ -43,7 +44,7 @@ def check(network: Network, step: Prune) -> None:
         structure.HeadPlan.make(config, step.ratio)
     elif step.method == "kv-heads":
         structure.kept_kv_heads(config, step.ratio)
-    elif step.method == "channels":
+    elif step.method in ("channels", "rank"):
         for name in network.blocks:
             structure.feed_forward(name, network.linears(name))
     elif step.method == "layers":
@@ -71,8 +72,8 @@ def run(
         for number, name in enumerate(network.blocks, 1):
             progress("prune", number - 1, total)
             network.fill(name)
-            _prune_block(network, Visit(name, network.block(name), []), step)
-            writer.write(f"{number:04d}", _stored(network, name, step))
+            thin = _prune_block(network, Visit(name, network.block(name), []), step)
+            writer.write(f"{number:04d}", _stored(network, name, step, thin))
             network.drop(name)
     else:
         for number, visit in enumerate(walk(network, batches), 1):
@@ -80,8 +81,8 @@ def run(
             if writer.has(f"{number:04d}"):
                 _restore(network, visit, writer, f"{number:04d}", step)
             else:
-                _prune_block(network, visit, step)
-                writer.write(f"{number:04d}", _stored(network, visit.block, step))
+                thin = _prune_block(network, visit, step)
+                writer.write(f"{number:04d}", _stored(network, visit.block, step, thin))
     progress("prune", total, total)
     return _changes(network, step), {}
 
@@ -98,14 +99,22 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
 
 
 def _stored_config(step: Prune) -> dict[str, Any]:
+    if step.store == "factors":
+        return {"quantization_config": factors.config()}
     is_short = step.store == "bitmask"
     return {"quantization_config": bitmask.config(0.5 if step.pattern else step.ratio)} if is_short else {}
 
 
-def _stored(network: Network, block: str, step: Prune) -> dict[str, Tensor]:
-    """The block's tensors as they are written: without zeros, where that was asked for and takes less."""
+def _stored(network: Network, block: str, step: Prune, thin: Mapping[str, Thin]) -> dict[str, Tensor]:
+    """The block's tensors as they are written: as factors (`thin`, by parameter) or without zeros, where that was
+    asked for and takes less."""
     tensors = tensors_of(network, block)
     if step.store == "dense":
+        return tensors
+    if step.store == "factors":
+        for name, (left, right) in thin.items():
+            del tensors[network.tensor_name(name)]
+            tensors |= factors.pack(network.tensor_name(name).removesuffix(".weight"), left, right)
         return tensors
     found: dict[str, Tensor] = {}
     linears = {network.tensor_name(f"{name}.weight") for name in network.linears(block)}
@@ -127,22 +136,25 @@ def _channels_key(network: Network) -> str:
     return structure.feed_forward(first, network.linears(first)).key
 
 
-def _prune_block(network: Network, visit: Visit, step: Prune) -> None:
+def _prune_block(network: Network, visit: Visit, step: Prune) -> dict[str, Thin]:
+    """Change the block's matrices; the result is the factors of those that became of a lower rank, by parameter."""
     linears = network.linears(visit.block)
     known = observe(visit, linears) if visit.inputs else {}
     config = network.folder.config
+    if step.method == "rank":
+        return _lower_ranks(network, visit.block, known, step)
     if step.method == "channels":
         part = structure.feed_forward(visit.block, linears)
         kept = structure.kept_channels(config, part.key, step.ratio)
         structure.prune_channels(linears, part, known[part.reader], kept)
-        return
+        return {}
     if step.method == "heads":
         plan = structure.HeadPlan.make(config, step.ratio)
         structure.prune_heads(visit.module, visit.block, linears, known[f"{visit.block}.self_attn.o_proj"], plan)
-        return
+        return {}
     if step.method == "kv-heads":
         structure.merge_kv_heads(visit.module, visit.block, linears, structure.kept_kv_heads(config, step.ratio))
-        return
+        return {}
     is_2_of_4 = step.pattern == "2:4"
     for name, linear in linears.items():
         if is_named(name, step.ignore):
@@ -154,6 +166,23 @@ def _prune_block(network: Network, visit: Visit, step: Prune) -> None:
             linear.weight.data = sparse.wanda(weight, known[name].importance.sqrt(), step.ratio, is_2_of_4)
         else:
             linear.weight.data = sparse.sparsegpt(weight, known[name].moments, step.ratio, is_2_of_4)
+    return {}
+
+
+def _lower_ranks(network: Network, block: str, known: Mapping[str, InputStatistics], step: Prune) -> dict[str, Thin]:
+    """Give the feed-forward's matrices their nearest ones of a lower rank; their factors by parameter."""
+    linears = network.linears(block)
+    part = structure.feed_forward(block, linears)
+    found: dict[str, Thin] = {}
+    for name in (*part.makers, part.reader):
+        if is_named(name, step.ignore):
+            continue
+        weight, dtype = linears[name].weight.data, network.dtype_of(f"{name}.weight")
+        rank = low_rank.rank_of((weight.shape[0], weight.shape[1]), step.ratio)
+        left, right = low_rank.factor(weight, known[name].moments, rank)
+        found[f"{name}.weight"] = (left.to(dtype), right.to(dtype))
+        linears[name].weight.data = factors.product(*found[f"{name}.weight"]).float()
+    return found
 
 
 def _restore(network: Network, visit: Visit, writer: FolderWriter, shard: str, step: Prune) -> None:
@@ -165,6 +194,10 @@ def _restore(network: Network, visit: Visit, writer: FolderWriter, shard: str, s
         if f"{module}.bitmask" in reader:
             rows, columns = network.model.get_parameter(parameter).shape
             network.set(parameter, bitmask.read(reader, module, (rows, columns)).float())
+            continue
+        if f"{module}.left_factor" in reader:
+            rows, columns = network.model.get_parameter(parameter).shape
+            network.set(parameter, factors.read(reader, module, (rows, columns)).float())
             continue
         values = torch.empty(reader.shape(name))
         reader.read_into(name, values)
@@ -224,7 +257,7 @@ def _drop_operators(
         progress("prune", number - 1, len(network.blocks))
         network.fill(name)
         operators.clear(network.linears(name), dropped)
-        writer.write(f"{number:04d}", _stored(network, name, step))
+        writer.write(f"{number:04d}", _stored(network, name, step, {}))
         network.drop(name)
     return _stored_config(step), {"operator_influence": influence, "dropped": dropped}
 

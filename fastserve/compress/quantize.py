@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastserve.checkpoint.quantization import read_quantization
 from fastserve.checkpoint.quantized import read_quantized
 from fastserve.checkpoint.weights import WeightReader
-from fastserve.compress import codebook, gptq, smoothing, storage
-from fastserve.compress.activations import InputStatistics, observe, siblings
+from fastserve.compress import codebook, gptq, smoothing, storage, structure
+from fastserve.compress.activations import InputStatistics, cache_ranges, observe, siblings
 from fastserve.compress.folder_writer import FolderWriter
 from fastserve.compress.grid import Quantized, WeightScheme, fit, nearest
 from fastserve.compress.network import Network, unsupported
@@ -67,7 +67,11 @@ class Plan:
             item for name in network.blocks for item in network.block(name).named_modules(prefix=name)
         ):
             raise ConfigError(f"{found} holds a matrix but is no Linear; this architecture cannot be quantised")
-        scheme = ModuleScheme(scheme_of(step), step.activations)
+        if step.kv_cache:
+            for name in network.blocks:
+                structure.check_attention(network.block(name), name, "kv_cache is for decoders like Llama")
+        packs_bytes = not network.folder.config.get("is_encoder_decoder")
+        scheme = ModuleScheme(scheme_of(step), step.activations, packs_bytes)
         schemes = {}
         for block in network.blocks:
             for name, linear in network.linears(block).items():
@@ -136,7 +140,8 @@ def quantization_config(network: Network, plan: Plan) -> dict[str, Any]:
     linears = [name for name, module in network.model.named_modules() if isinstance(module, nn.Linear)]
     renamed = {_on_disk(network, name): scheme for name, scheme in schemes.items()}
     ignored = [_on_disk(network, name) for name in linears if name not in schemes]
-    return storage.config(renamed, ignored, has_embedding=bool(plan.head) and plan.head not in linears)
+    entry = storage.config(renamed, ignored, has_embedding=bool(plan.head) and plan.head not in linears)
+    return entry | ({"kv_cache_scheme": storage.KV_CACHE_SCHEME} if plan.step.kv_cache else {})
 
 
 def _on_disk(network: Network, module: str) -> str:
@@ -191,6 +196,9 @@ def _quantize_block(
             values = network.model.get_parameter(parameter).data.to(network.dtype_of(parameter))
             network.set(parameter, values.float())
             found[network.tensor_name(parameter)] = values
+    if plan.step.kv_cache:
+        attention = _on_disk(network, f"{visit.block}.self_attn.o_proj").removesuffix(".o_proj")
+        found.update(storage.cache_scales(attention, *cache_ranges(visit)))
     return found
 
 

@@ -78,6 +78,8 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
         search: try narrower ranges than the widest, and take the best.
         head: "" leaves the output projection, int8 rounds it (the embedding, where they are tied).
         budget: bits per weight to reach on average by giving each layer 8 or `bits`; 0: all have `bits`.
+        kv_cache: "float8" also stores a scale for the keys and one for the values of every layer, by which programs
+            that keep them in 8 bits may round them; "": none.
         smoothing: how much of the inputs' spread smoothquant moves into the weights.
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
@@ -92,12 +94,14 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", 
     search: bool = True
     head: Literal["", "int8"] = ""
     budget: Annotated[float, Meta(ge=0, le=8)] = 0.0
+    kv_cache: Literal["", "float8"] = ""
     smoothing: Annotated[float, Meta(ge=0, le=1)] = 0.5
     ignore: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
-        return self.method in _CALIBRATED or self.activations == "static" or self.budget > 0
+        is_calibrated = self.method in _CALIBRATED or self.activations == "static"
+        return is_calibrated or self.budget > 0 or bool(self.kv_cache)
 
     @property
     def uses_text(self) -> bool:
@@ -124,19 +128,20 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
     Attributes:
         method: magnitude, wanda or sparsegpt (single weights); channels, heads, layers (parts), operators (whole
             attentions and feed-forwards), vocabulary (tokens that the text uses least), or kv-heads (keys and
-            values of neighbouring heads become their mean).
+            values of neighbouring heads become their mean), rank (directions of the feed-forwards' matrices).
         ratio: share that goes.
         pattern: "" any place, or "2:4": two of every four along a row (ratio does not count then).
-        store: "dense", which loads everywhere, or "bitmask": zeros are left out of the file (single weights).
+        store: "dense", which loads everywhere, "bitmask": zeros are left out of the file (single weights), or
+            "factors": two thin matrices in place of one (rank).
         ignore: modules to leave, by name or as "re:" and a pattern.
     """
 
     method: Literal[
-        "magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers", "operators", "vocabulary"
+        "magnitude", "wanda", "sparsegpt", "channels", "heads", "kv-heads", "layers", "operators", "vocabulary", "rank"
     ] = "magnitude"
     ratio: Share = 0.5
     pattern: Literal["", "2:4"] = ""
-    store: Literal["dense", "bitmask"] = "dense"
+    store: Literal["dense", "bitmask", "factors"] = "dense"
     ignore: tuple[str, ...] = ()
 
     @property
@@ -151,7 +156,9 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag
         is_sparse = self.method in ("magnitude", "wanda", "sparsegpt")
         if self.pattern and not is_sparse:
             raise ConfigError(f"pattern = {self.pattern!r} is for single weights: magnitude, wanda or sparsegpt")
-        if self.store != "dense" and not is_sparse and self.method != "operators":
+        if self.store == "factors" and self.method != "rank":
+            raise ConfigError('store = "factors" is for matrices of low rank: method = "rank"')
+        if self.store == "bitmask" and not is_sparse and self.method != "operators":
             raise ConfigError(f"store = {self.store!r} is for zeros: magnitude, wanda, sparsegpt or operators")
 
 

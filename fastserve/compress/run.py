@@ -18,7 +18,7 @@ import msgspec
 from torch import Tensor
 
 from fastserve import __version__
-from fastserve.checkpoint.folder import INDEX_FILE, ModelFolder, read_json
+from fastserve.checkpoint.folder import ModelFolder, read_json
 from fastserve.compress import (
     calibration,
     distill,
@@ -32,8 +32,9 @@ from fastserve.compress import (
     vocabulary,
     window,
 )
+from fastserve.compress.dense import expand
 from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
-from fastserve.compress.network import Network, load_dense
+from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
 from fastserve.core.errors import ConfigError
@@ -81,15 +82,10 @@ def compress(
 
 def _score(folder: ModelFolder, score: Score) -> dict[str, float]:
     """Scores of a folder by its weights' values, whatever form they are stored in."""
+    if not folder.config.get("quantization_config"):
+        return score(str(folder.path))
     with tempfile.TemporaryDirectory(prefix="fastserve-score-") as place:
-        model = load_dense(folder)
-        vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(place)
-        for file in folder.path.iterdir():
-            is_wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX_FILE
-            if is_wanted and not (Path(place) / file.name).exists():
-                shutil.copyfile(file, Path(place) / file.name)
-        return score(place)
+        return score(str(expand(folder, Path(place) / "plain").path))
 
 
 def _measure(

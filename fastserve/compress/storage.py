@@ -15,15 +15,25 @@ from torch import Tensor
 
 from fastserve.checkpoint.quantization import CODEBOOK_FORMAT
 from fastserve.checkpoint.quantized import pack_words
-from fastserve.compress.grid import Quantized, WeightScheme
+from fastserve.compress.grid import FLOAT8_MAX, Quantized, WeightScheme
+
+KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleScheme:
-    """How a module is stored and run: its weights' grid, and "none", "dynamic" or "static" 8-bit activations."""
+    """How a module is stored and run.
+
+    Attributes:
+        weights: their grid.
+        activations: "none", "dynamic" or "static" 8-bit ones.
+        packs_bytes: 8-bit integers without rounded activations are stored four to a word, which is the form in which
+            vLLM takes them; otherwise one by one, which is the form that transformers takes in T5, too.
+    """
 
     weights: WeightScheme
     activations: str = "none"
+    packs_bytes: bool = True
 
     @property
     def format(self) -> str:
@@ -31,7 +41,8 @@ class ModuleScheme:
             return CODEBOOK_FORMAT
         if self.weights.kind == "float":
             return "float-quantized"
-        return "int-quantized" if self.activations != "none" and self.weights.bits == 8 else "pack-quantized"
+        is_plain = self.weights.bits == 8 and (self.activations != "none" or not self.packs_bytes)
+        return "int-quantized" if is_plain else "pack-quantized"
 
 
 def tensors(
@@ -57,6 +68,12 @@ def tensors(
     if input_scale is not None:
         found["input_scale"] = torch.tensor([input_scale], dtype=weight.scales.dtype)
     return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+
+
+def cache_scales(attention: str, keys: float, values: float) -> dict[str, Tensor]:
+    """Scales of an attention's cache in 8-bit floats, from the largest magnitudes of its keys and values."""
+    tops = {"k_scale": keys, "v_scale": values}
+    return {f"{attention}.{name}": torch.tensor([top / FLOAT8_MAX]) for name, top in tops.items()}
 
 
 def _signed(values: Tensor, grid: WeightScheme) -> Tensor:

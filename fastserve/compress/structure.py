@@ -102,15 +102,13 @@ class HeadPlan:
         }
 
 
-def check_attention(block: nn.Module, name: str) -> None:
+def check_attention(block: nn.Module, name: str, purpose: str = "") -> None:
     """ConfigError unless a block's attention is made as Llama's: matrices of their own, heads in groups."""
     attention = getattr(block, "self_attn", None)
     parts = [f"{role}_proj" for role in "qkvo"] + ["num_key_value_groups", "head_dim"]
     if missing := [part for part in parts if not hasattr(attention, part)]:
-        raise ConfigError(
-            f"{name} has no self_attn.{missing[0]}; heads can be left out or merged in attention like Llama's alone. "
-            "Prune channels or layers instead"
-        )
+        heads = "heads can be left out or merged in attention like Llama's alone. Prune channels or layers instead"
+        raise ConfigError(f"{name} has no self_attn.{missing[0]}; {purpose or heads}")
 
 
 def prune_heads(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoint.quantization import Quantization, QuantizedFormat
+from fastserve.checkpoint.quantization import KV_CACHE_SCALES, Quantization, QuantizedFormat
 from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
@@ -182,8 +182,8 @@ class ParameterLoader:
         """
         if self._missing:
             raise CheckpointError(f"the model folder lacks {_listed(self._missing)}; is it complete?")
-        left = [name for name in self.reader.names() if name not in self._used]
-        left = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in ignored)]
+        known = re.compile("|".join((*ignored, KV_CACHE_SCALES)))
+        left = [name for name in self.reader.names() if name not in self._used and not known.fullmatch(name)]
         if left:
             raise CheckpointError(
                 f"the model folder has {_listed(left)} that its config does not account for; check config.json, or let "

@@ -13,7 +13,7 @@ from torch import nn
 from fastserve.checkpoint import bitmask
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.weights import WeightReader
-from fastserve.compress import sparse, structure
+from fastserve.compress import low_rank, sparse, structure
 from fastserve.compress.activations import InputStatistics
 from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import make_recipe
@@ -228,3 +228,42 @@ def test_what_cannot_be_pruned(
     with pytest.raises(ConfigError, match=message):
         compress(str(models["llama"]), tmp_path / "out", recipe(text, {"do": "prune", **step}))
     assert not list(tmp_path.iterdir())
+
+
+def test_of_all_matrices_of_a_rank_the_one_with_the_nearest_outputs() -> None:
+    x = inputs()
+    moments, rank = x.t() @ x / len(x), 12
+    left, right = low_rank.factor(WEIGHT, moments, rank)
+    assert left.shape == (len(WEIGHT), rank) and right.shape == (rank, WEIGHT.shape[1])
+    outputs = x @ WEIGHT.t()
+    least = torch.linalg.svdvals(outputs.double())[rank:].square().sum()  # Eckart and Young
+    assert float((x @ (left @ right).t() - outputs).square().sum()) == pytest.approx(float(least), rel=1e-3)
+    u, s, v = torch.linalg.svd(WEIGHT, full_matrices=False)
+    plain = (u[:, :rank] * s[:rank]) @ v[:rank]
+    assert float((x @ plain.t() - outputs).square().sum()) > 1.1 * float(least)
+    assert low_rank.rank_of((128, 64), 0.25) == 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_thin_factors_take_their_share(models: dict[str, Path], text: Path, tmp_path: Path, kind: str) -> None:
+    step = {"do": "prune", "method": "rank", "ratio": 0.5}
+    dense = compress(str(models[kind]), tmp_path / "dense", recipe(text, step))
+    wanted = recipe(text, {**step, "store": "factors"})
+    thin = compress(str(models[kind]), tmp_path / "thin", wanted)
+    assert torch.equal(logits(load_dense(dense), dense), logits(load_dense(thin), thin))
+    factored = [name.removesuffix(".left_factor") for name in thin.weights.names() if name.endswith(".left_factor")]
+    assert len(factored) == {"llama": 6, "bert": 4, "t5": 12}[kind]
+    sizes = [dense.weights.info(f"{name}.weight") for name in factored]
+    whole = sum(info.end - info.start for info in sizes)
+    assert dense.weight_bytes - thin.weight_bytes == pytest.approx(0.5 * whole, rel=0.05)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("prune", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models[kind]), tmp_path / "again", wanted, interrupt)
+    again = compress(str(models[kind]), tmp_path / "again", wanted)
+    assert [item.read_bytes() for item in again.shards] == [item.read_bytes() for item in thin.shards]
+    with pytest.raises(ConfigError, match='method = "rank"'):
+        recipe(text, {"do": "prune", "method": "wanda", "store": "factors"})

@@ -24,7 +24,7 @@ from fastserve.models.loader import LoadedModel, load_model
 from tests import folders
 from tests.encoder_decoder_folders import encoder_decoder
 from tests.kernels.conftest import load_native
-from tests.paged_driver import PagedDriver, answer_logits
+from tests.paged_driver import PagedDriver, decode_from_source
 
 SCHEMES = [
     "int8", "int8-asym", "int8-a8", "int4-g32", "int4-g32-asym", "int4-g64-a8", "int4", "int4-asym", "codebook",
@@ -172,7 +172,7 @@ def test_an_encoder_decoder_s_head_in_int8(tmp_path: Path, family: str, kernels:
     options: dict[str, Any] = dict(dtype="float32", kernels=kernels)
 
     def found(folder: ModelFolder, quantization: str = "auto") -> Tensor:
-        return answer_logits(load_model(folder, quantization=quantization, **options), [5, 17, 99], [2, 8, 8, 41])
+        return decode_from_source(load_model(folder, quantization=quantization, **options), [5, 17, 99], [2, 8, 8, 41])
 
     quantised = quantize_folder(source, tmp_path / "quantised", "int8-a8", "int8-a8")
     dense = dense_copy(quantised, tmp_path / "dense", source.path)
@@ -225,7 +225,6 @@ REFUSED = [
     ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "gemv"),
     ({**W8, "format": "nvfp4-pack-quantized"}, "nvfp4"),
     ({**W8, "format": "float-quantized"}, "type 'int'"),
-    ({**W8, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ({**W8, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     (compressed(8, True, "int-quantized", weights={"type": "float"}), "type 'float'"),
     (compressed(8, True, "int-quantized", weights={"actorder": "group"}), "reordered"),

@@ -1,11 +1,12 @@
-"""Tokens per second of `fastserve pretrain` beside a plain PyTorch loop of the same network, batch and precision.
+"""Tokens per second of `fastserve pretrain` beside plain PyTorch loops of the same network, batch and precision.
 
     python benchmarks/pretrain.py            about ten minutes on two cores
-    python benchmarks/pretrain.py --smoke    half a minute
+    python benchmarks/pretrain.py --smoke    a minute
 
-Both sides train transformers' Llama on random tokens with AdamW, in the same process, in turns: `plain` is the loop
-that one would write by hand (one tensor of tokens, autocast, cross-entropy, clip, step). Ours has rows, packing,
-checkpoints, log and guard around it. A ratio above 1: ours is faster.
+All sides train on random tokens with AdamW, in the same process, in turns: `plain` is the loop that one would write by
+hand around transformers' Llama (one tensor of tokens, autocast, cross-entropy, clip, step), `nanogpt` the same loop
+around a GPT-2 in a page of PyTorch (one matrix for q, k and v, fused attention and optimizer), beside ours on a GPT-2
+of that shape. Ours has rows, packing, checkpoints, log and guard around it. A ratio above 1: ours is faster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ SHAPE = dict(
     max_position_embeddings=1024,
     tie_word_embeddings=True,
 )
+GPT2_SHAPE = dict(n_embd=256, n_layer=6, n_head=4, n_positions=1024, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 VOCAB = 4096
 
 
@@ -55,11 +59,11 @@ def make_shards(folder: Path, num_tokens: int) -> None:
     write_index(folder, tokenizer_hash(folder / "tokenizer"), vocab_size, {"train": [shard]})
 
 
-def ours(shards: Path, run: Path, options: argparse.Namespace, packing: bool) -> float:
+def ours(shards: Path, run: Path, options: argparse.Namespace, packing: bool = False, kind: str = "llama") -> float:
     """Tokens per second, by the log's clock, from the end of the warm-up to the last step."""
     values: dict[str, Any] = {
         "name": "speed",
-        "model": {"type": "llama", "config": SHAPE},
+        "model": {"type": kind, "config": SHAPE if kind == "llama" else GPT2_SHAPE},
         "data": {"sources": {"random": str(shards)}, "length": options.length},
         "objective": {"packing": packing},
         "optimizer": {"schedule": "constant", "learning_rate": 1e-4},
@@ -82,16 +86,58 @@ def ours(shards: Path, run: Path, options: argparse.Namespace, packing: bool) ->
 
 
 def plain(options: argparse.Namespace, vocab_size: int) -> float:
-    """Tokens per second of the loop written by hand."""
+    """Tokens per second of the loop written by hand around transformers' Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SHAPE))
+    return train_by_hand(network, lambda ids: network(input_ids=ids, use_cache=False).logits, options, vocab_size)
+
+
+def nanogpt(options: argparse.Namespace, vocab_size: int) -> float:
+    """Tokens per second of the same loop around a GPT-2 that is nothing but PyTorch."""
+    import torch
+    from torch import Tensor, nn
+
+    size, num_heads = GPT2_SHAPE["n_embd"], GPT2_SHAPE["n_head"]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(2))
+            self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+            self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU("tanh"), nn.Linear(4 * size, size))
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+            seen = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+            x = x + self.out(seen.transpose(1, 2).flatten(2))
+            return x + self.mlp(self.norms[1](x))
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(vocab_size, size), nn.Embedding(GPT2_SHAPE["n_positions"], size)
+            self.blocks = nn.Sequential(*(Block() for _ in range(GPT2_SHAPE["n_layer"])))
+            self.norm = nn.LayerNorm(size)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+            return nn.functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
+
+    network = Network()
+    return train_by_hand(network, network, options, vocab_size)
+
+
+def train_by_hand(network: Any, logits_of: Callable[[Any], Any], options: argparse.Namespace, vocab_size: int) -> float:
+    """Tokens per second after the warm-up."""
     import contextlib
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SHAPE)).to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    network.to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = options.batch_tokens // options.length
     data = torch.randint(2, vocab_size, (options.steps + options.warmup, rows, options.length + 1))
 
@@ -99,7 +145,7 @@ def plain(options: argparse.Namespace, vocab_size: int) -> float:
         with (
             torch.autocast(device.type, torch.bfloat16) if options.precision == "bfloat16" else contextlib.nullcontext()
         ):
-            logits = network(input_ids=tokens[:, :-1], use_cache=False).logits
+            logits = logits_of(tokens[:, :-1])
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     compiled = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
@@ -132,26 +178,26 @@ def main() -> None:
     config = {key: getattr(options, key) for key in ("batch_tokens", "length", "steps", "precision", "compile")}
     report = Report("pretrain", config={**config, **SHAPE}, repeats=options.repeats)
     report.limits["before"] = measure_limits()
-    speeds: dict[str, list[float]] = {
-        "tokens_per_second": [],
-        "packed_tokens_per_second": [],
-        "plain_tokens_per_second": [],
-    }
+    speeds: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         shards = Path(name) / "shards"
         make_shards(shards, 2_000_000)
         vocab_size = json.loads((shards / "tokens.json").read_text())["vocab_size"]
         for repeat in range(options.repeats):
-            speeds["tokens_per_second"].append(ours(shards, Path(name) / f"rows-{repeat}", options, packing=False))
+            runs = (Path(name) / f"{kind}-{repeat}" for kind in ("rows", "packed", "gpt2"))
+            speeds["tokens_per_second"].append(ours(shards, next(runs), options))
             speeds["plain_tokens_per_second"].append(plain(options, vocab_size))
-            speeds["packed_tokens_per_second"].append(
-                ours(shards, Path(name) / f"packed-{repeat}", options, packing=True)
-            )
+            speeds["packed_tokens_per_second"].append(ours(shards, next(runs), options, packing=True))
+            speeds["gpt2_tokens_per_second"].append(ours(shards, next(runs), options, kind="gpt2"))
+            speeds["nanogpt_tokens_per_second"].append(nanogpt(options, vocab_size))
     for metric, values in speeds.items():
         report.add_runs(metric, values)
-    pairs = list(zip(*speeds.values(), strict=True))
-    report.add_runs("ratio_vs_plain_torch", [own / other for own, _, other in pairs])
-    report.add_runs("ratio_packed_vs_plain_torch", [packed / other for _, packed, other in pairs])
+    for metric, own, other in (
+        ("ratio_vs_plain_torch", "tokens_per_second", "plain_tokens_per_second"),
+        ("ratio_packed_vs_plain_torch", "packed_tokens_per_second", "plain_tokens_per_second"),
+        ("ratio_vs_nanogpt", "gpt2_tokens_per_second", "nanogpt_tokens_per_second"),
+    ):
+        report.add_runs(metric, [a / b for a, b in zip(speeds[own], speeds[other], strict=True)])
     report.limits["after"] = measure_limits()
     emit(report.as_dict())
 

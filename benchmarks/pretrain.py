@@ -38,7 +38,9 @@ SHAPE = dict(
     max_position_embeddings=1024,
     tie_word_embeddings=True,
 )
-GPT2_SHAPE = dict(n_embd=256, n_layer=6, n_head=4, n_positions=1024, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+GPT2_SHAPE: dict[str, Any] = dict(
+    n_embd=256, n_layer=6, n_head=4, n_positions=1024, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+)
 VOCAB = 4096
 
 
@@ -108,8 +110,8 @@ def nanogpt(options: argparse.Namespace, vocab_size: int) -> float:
             self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU("tanh"), nn.Linear(4 * size, size))
 
         def forward(self, x: Tensor) -> Tensor:
-            heads = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-            seen = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+            query, key, value = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+            seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             x = x + self.out(seen.transpose(1, 2).flatten(2))
             return x + self.mlp(self.norms[1](x))
 

@@ -85,7 +85,7 @@ def test_streams_have_the_same_text(server: ServerProcess) -> None:
                     texts[choice["index"]] += choice["text"]
                     num_events += 1
     assert texts == [choice["text"] for choice in whole["choices"]]
-    assert num_events > 4 and event["usage"] == whole["usage"]
+    assert num_events >= len(texts) and event["usage"] == whole["usage"]
 
 
 def test_completions_and_other_models_beside_each_other(server: ServerProcess, repository: Path) -> None:

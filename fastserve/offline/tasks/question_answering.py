@@ -18,6 +18,7 @@ from fastserve.core.errors import RequestError
 from fastserve.offline.tasks.text import EncoderText, Floats, Job, piece, softmax
 
 _NUM_BEST = 20
+_MOST_SPECIAL = 4  # special tokens of a pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,10 @@ def answer_question(text: EncoderText, question: str, context: str, rules: Answe
 
 
 def window_stride(wanted: int, window: int, question_tokens: int) -> int:
-    """Tokens that neighbouring windows share: as wanted, and at most half of what the question leaves of a window."""
-    return max(0, min(wanted, (window - question_tokens) // 2))
+    """Tokens that neighbouring windows share: as wanted, at most half a window, or half of what the question leaves."""
+    left = max(0, window - question_tokens - _MOST_SPECIAL)
+    stride = min(wanted, window // 2)
+    return stride if stride < left else left // 2
 
 
 def choose_answers(

@@ -68,7 +68,7 @@ def answer_question(text: EncoderText, question: str, context: str, rules: Answe
 
 
 def window_stride(wanted: int, window: int, question_tokens: int) -> int:
-    """Tokens that neighbouring windows share: as wanted, at most half a window, or half of what the question leaves."""
+    """Tokens that neighbouring windows share: as wanted, at most half a window, less where there is less room."""
     left = max(0, window - question_tokens - _MOST_SPECIAL)
     stride = min(wanted, window // 2)
     return stride if stride < left else left // 2

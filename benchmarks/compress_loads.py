@@ -21,7 +21,7 @@ from typing import Any
 
 import peers
 from peer_process import PipedProcess
-from shared_data import shared_folder
+from shared_data import add_text_options, text_settings
 
 from fastserve import LLM, SamplingParams
 from fastserve.bench.report import Report, emit, rounded
@@ -109,11 +109,7 @@ def compare(report: Report, name: str, folder: Path, ids: list[int], num_outputs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    corpora = shared_folder() / "data/corpora"
-    parser.add_argument("--model", default="", help="a Llama-like folder; the built-in model when left out")
-    parser.add_argument("--text", type=Path, default=corpora / "stories_val.txt")
-    parser.add_argument("--calibration", type=Path, default=corpora / "storybooks_ccby.jsonl")
-    parser.add_argument("--tokens", type=int, default=512, help="of the text that is scored")
+    add_text_options(parser, 512, "calibration", "storybooks_ccby.jsonl")
     parser.add_argument("--outputs", type=int, default=32, help="greedy tokens after it")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--smoke", action="store_true", help="one format, few tokens")
@@ -122,9 +118,7 @@ def main() -> None:
         arguments.formats, arguments.tokens, arguments.outputs = "int4-g32", 48, 4
     if peers.interpreter("vllm") is None:
         sys.exit("vLLM is not installed; python benchmarks/peers.py install vllm")
-    if missing := [str(file) for file in (arguments.text, arguments.calibration) if not file.is_file()]:
-        sys.exit(f"there is no {missing[0]}; give --text and --calibration, or set FASTSERVE_SHARED")
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    plain = text_settings(arguments, "calibration")
     report = Report("compress_loads", config=plain | {"weights": "as named", "kv_cache": "bfloat16"})
     source = ModelFolder.open(arguments.model)
     ids = text_ids(source, arguments.text, arguments.tokens).tolist()

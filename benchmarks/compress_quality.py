@@ -26,7 +26,7 @@ from typing import Any
 
 from peers import ENGINES, interpreter, llama_cpp_tools
 from precision import perplexity, windows
-from shared_data import shared_folder
+from shared_data import add_text_options, text_settings
 
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.checkpoint.folder import ModelFolder
@@ -120,13 +120,9 @@ def by_llama_cpp(source: ModelFolder, kind: str, scratch: Path) -> tuple[ModelFo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    corpora = shared_folder() / "data/corpora"
-    parser.add_argument("--model", default="", help="a Llama-like folder; the built-in model when left out")
-    parser.add_argument("--text", type=Path, default=corpora / "stories_val.txt")
-    parser.add_argument("--calibration", type=Path, default=corpora / "storybooks_ccby.jsonl")
+    add_text_options(parser, 20000, "calibration", "storybooks_ccby.jsonl")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--peers", default=",".join(PEERS), help="which of the other tools to run, where installed")
     parser.add_argument("--folder", action="append", default=[], metavar="NAME=PATH", help="another tool's result")
@@ -134,12 +130,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.samples, arguments.length, arguments.tokens, arguments.variants = 8, 64, 600, ",".join(SMOKE)
-    if missing := [str(file) for file in (arguments.text, arguments.calibration) if not file.is_file()]:
-        sys.exit(f"there is no {missing[0]}; give --text and --calibration, or set FASTSERVE_SHARED")
+    report = Report("compress_quality", config=text_settings(arguments, "calibration"))
     source = ModelFolder.open(arguments.model)
     prompts = windows(source, arguments.text, arguments.tokens, 512)
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    report = Report("compress_quality", config=plain)
     report.config |= {"weights": "as named", "kv_cache": "float32", "lm_head": str(source.config.get("dtype"))}
 
     def add(name: str, folder: ModelFolder, bits: float | None = None) -> None:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared_data import shared_folder
+from shared_data import add_text_options, text_settings
 
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.checkpoint.folder import ModelFolder
@@ -70,22 +70,16 @@ def variants(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    corpora = shared_folder() / "data/corpora"
-    parser.add_argument("--model", default="", help="a Llama-like folder; the built-in model when left out")
-    parser.add_argument("--training", type=Path, default=corpora / "stories_train.txt.gz")
-    parser.add_argument("--text", type=Path, default=corpora / "stories_val.txt", help="what the result is judged on")
+    add_text_options(parser, 16384, "training", "stories_train.txt.gz")
     parser.add_argument("--steps", type=int, default=300, help="of the students, 2,048 tokens each")
     parser.add_argument("--recovery-steps", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.recovery_steps, arguments.tokens = 2, 2, 1024
-    if missing := [str(file) for file in (arguments.text, arguments.training) if not file.is_file()]:
-        sys.exit(f"there is no {missing[0]}; give --text and --training, or set FASTSERVE_SHARED")
     source = ModelFolder.open(arguments.model)
     shape = half_shape(source.config)
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    plain = text_settings(arguments, "training")
     report = Report("compress_recovery", config={**plain, "student": shape, "dtype": "float32"})
     judge = Evaluation(str(arguments.text), arguments.tokens)
     with tempfile.TemporaryDirectory() as scratch:

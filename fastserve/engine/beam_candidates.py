@@ -33,11 +33,11 @@ def find_candidates(
         banned += [(row, token_id) for token_id in state.banned_ids()]
         state.count(0)  # a place for the token that the search will choose
     wanted = [num_candidates(state.sampling.num_beams, len(state.stop_ids)) for state in states]
-    count = min(max(wanted), logits.shape[1])
-    sums, values, ids_of = kernels.most_probable(logits, count)
+    most = min(max(wanted), logits.shape[1])
+    sums, values, ids_of = kernels.most_probable(logits, 1 if banned else most)
     if banned:
         logits[torch.tensor(banned, device=logits.device).unbind(1)] = float("-inf")
-        _, values, ids_of = kernels.most_probable(logits, count)
+        _, values, ids_of = kernels.most_probable(logits, most)
     return [
         TokenLogprobs([0, *ids[:count]], [0.0, *row[:count]], 0)
         for row, ids, count in zip((values - sums).tolist(), ids_of.tolist(), wanted, strict=True)

@@ -44,11 +44,11 @@ class NativeStep:
             batch.source_lens, [table.data_ptr() for table in batch.source_tables],
             0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(), choose,
         )  # fmt: skip
-        address, logits = self._logits
         if not num_rows:
-            return logits[:0], chosen
-        if len(logits) != num_rows or address != self._plan.logits:
-            address = self._plan.logits
+            return torch.empty(0, self._vocab_size), chosen
+        address = self._plan.logits
+        where, logits = self._logits
+        if where != address or len(logits) != num_rows:
             memory = (ctypes.c_float * (num_rows * self._vocab_size)).from_address(address)
             logits = torch.frombuffer(memory, dtype=torch.float32).view(num_rows, -1)
             self._logits = address, logits

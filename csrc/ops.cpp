@@ -35,7 +35,7 @@ int64_t prepared_bytes(const LinearArgs& args) {
     const PackedWeight& weight = *args.weight;
     // Scales, group sums and the activations themselves, as floats at most.
     const int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
-    return args.rows > 4 ? round_up(args.rows * row + 192, 64) : 0;
+    return args.rows > kPrivateRows ? round_up(args.rows * row + 192, 64) : 0;
 }
 
 ScratchSize linear_scratch(const LinearArgs& args, int threads) {
@@ -46,7 +46,7 @@ ScratchSize linear_scratch(const LinearArgs& args, int threads) {
     ScratchSize size;
     size.shared = static_cast<size_t>(prepared_bytes(args));
     if (args.adapter_slots) size.shared += static_cast<size_t>(args.rows * args.adapters->max_ranks() * 4);
-    size.per_thread = static_cast<size_t>(kTile + 4 * row + 192);
+    size.per_thread = static_cast<size_t>(kTile + kPrivateRows * row + 192);
     return size;
 }
 

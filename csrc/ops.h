@@ -13,6 +13,8 @@
 
 namespace fastserve {
 
+constexpr int64_t kPrivateRows = 4;  // up to here every thread prepares a product's activations for itself
+
 // out = epilogue(x W^T + adapters): plus bias, activation, then plus residual. A gated weight gives activation(gate) * up.
 struct LinearArgs {
     const PackedWeight* weight;

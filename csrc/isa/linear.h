@@ -18,7 +18,6 @@ constexpr int kDirectRows = 4;               // rows of a register tile that unp
 constexpr int kDirectLimit = 24;             // rows from which it pays to unpack a piece of panel once for all
 constexpr int kSegmentWords = 128;           // words of K per piece of panel: 32 KB
 constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in the L2 cache
-constexpr int64_t kPrivateRows = 4;          // up to here every thread prepares the activations for itself
 constexpr int kPrefetchBytes = 8192;
 
 // How the tile unit is configured, where there is one.
@@ -388,9 +387,36 @@ static void multiply_panel(const LinearArgs& args, const Recipe& recipe, const P
     }
 }
 
+// Totals at c -> NV vectors of an output row; what of a vector lies past `left` columns is not written.
+template <Activation A, int NV>
+static FASTSERVE_INLINE void finish_columns(const LinearArgs& args, const float* c, F a_scale, const float* bias,
+                                            int64_t half, int64_t row, int64_t to, int64_t left) {
+    const bool gated = args.weight->gated;
+    F values[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        values[v] = f_mul(f_load(c + v * W), a_scale);
+        if (bias) values[v] = f_add(values[v], f_load(bias + v * W));
+        values[v] = activate(values[v], A);
+        if (gated) {
+            F up = f_mul(f_load(c + half + v * W), a_scale);
+            if (bias) up = f_add(up, f_load(bias + half + v * W));
+            values[v] = f_mul(values[v], up);
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        const int64_t at = row * args.residual_stride + to + v * W, here = NV > 1 ? W : left;
+        if (args.residual) values[v] = f_add(values[v], load_lanes(args.residual, args.out_type, at, here));
+        store_lanes(args.out, args.out_type, row * args.out_stride + to + v * W, here, values[v]);
+    }
+}
+
 // Totals c [rows, 64] -> the output's columns of this panel.
+template <Activation A>
 static void write_panel(const LinearArgs& args, const Prepared& x, int64_t first, int64_t last, int64_t panel,
                         const float* c) {
+    constexpr int kTogether = 2;  // vectors whose long chains of operations overlap
     const PackedWeight& weight = *args.weight;
     const int64_t width = weight.panel_columns(panel);
     const int64_t half = weight.gated ? width / 2 : width;
@@ -399,22 +425,25 @@ static void write_panel(const LinearArgs& args, const Prepared& x, int64_t first
     const float* bias = weight.bias ? weight.bias + panel * kPanelColumns : nullptr;
     for (int64_t row = first; row < last; ++row, c += kPanelColumns) {
         const F a_scale = f_set(x.scales ? x.scales[row] : 1.0f);
-        for (int64_t column = 0; column < real; column += W) {
-            F value = f_mul(f_load(c + column), a_scale);
-            if (bias) value = f_add(value, f_load(bias + column));
-            if (args.activation != Activation::none) value = activate(value, args.activation);
-            if (weight.gated) {
-                F up = f_mul(f_load(c + half + column), a_scale);
-                if (bias) up = f_add(up, f_load(bias + half + column));
-                value = f_mul(value, up);
-            }
-            const int64_t left = real - column;
-            if (args.residual) {
-                int64_t at = row * args.residual_stride + out_first + column;
-                value = f_add(value, load_lanes(args.residual, args.out_type, at, left));
-            }
-            store_lanes(args.out, args.out_type, row * args.out_stride + out_first + column, left, value);
+        int64_t column = 0;
+        for (; column + kTogether * W <= real; column += kTogether * W) {
+            finish_columns<A, kTogether>(args, c + column, a_scale, bias ? bias + column : nullptr, half, row, out_first + column, W);
         }
+        for (; column < real; column += W) {
+            finish_columns<A, 1>(args, c + column, a_scale, bias ? bias + column : nullptr, half, row, out_first + column,
+                                 real - column);
+        }
+    }
+}
+
+static void write_panel(const LinearArgs& args, const Prepared& x, int64_t first, int64_t last, int64_t panel,
+                        const float* c) {
+    switch (args.activation) {
+        case Activation::silu: return write_panel<Activation::silu>(args, x, first, last, panel, c);
+        case Activation::gelu: return write_panel<Activation::gelu>(args, x, first, last, panel, c);
+        case Activation::gelu_tanh: return write_panel<Activation::gelu_tanh>(args, x, first, last, panel, c);
+        case Activation::relu: return write_panel<Activation::relu>(args, x, first, last, panel, c);
+        default: return write_panel<Activation::none>(args, x, first, last, panel, c);
     }
 }
 

@@ -6,6 +6,8 @@ reports now, cut to the process's own limit (cgroup), so a container is respecte
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from fastserve.models.model import ModelShape
 _CPU_SHARE = 0.5  # of the free memory, at most, without being asked: other programs run on the same machine
 _CPU_LIMIT = 2 << 30  # it is touched at start, which takes time; a longer max_model_len asks for more
 _GPU_SHARE = 0.9
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_memory()
+
+
+def keep_freed_memory(num_bytes: int) -> None:
+    """Have the C library keep up to so much of what is freed for later, where it can be told so (glibc).
+
+    An encoder's tensors of tens of megabytes come and go with every operation. Fetched from the system each time, which
+    clears their pages, they take 2 % of a step in float32.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD) if tell else ():
+        tell(setting, num_bytes)
 
 
 def plan_memory(

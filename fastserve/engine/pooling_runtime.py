@@ -18,11 +18,14 @@ from fastserve.core.arrays import HEADS, ArrayOutput, ArrayRequest, ModelInfo, M
 from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import MemoryPlanError, RequestError
 from fastserve.engine.array_codec import from_numpy
-from fastserve.engine.memory import free_memory
+from fastserve.engine.memory import free_memory, keep_freed_memory
 from fastserve.models.encoder import RaggedBatch
 from fastserve.models.encoder_loader import load_encoder
 from fastserve.models.loader import resolve_device
 from fastserve.models.pooling import Embedder
+
+
+_KEPT_MEMORY = 128 << 20
 
 
 class PoolingRuntime:
@@ -48,6 +51,7 @@ class PoolingRuntime:
             kernels=config.kernels,
             quantization=config.quantization,
         )
+        keep_freed_memory(_KEPT_MEMORY)
         self._model = loaded.model
         modules = SentenceModules.read(folder) or SentenceModules()
         self._embedder = Embedder(modules, self._model.device)

@@ -8,6 +8,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <tuple>
@@ -226,6 +227,19 @@ public:
         pool_.run(most_probable_scratch(args), [&](const Worker& worker) { table_->most_probable(args, worker); }, rows * size);
     }
 
+    // Blocks source -> target within every part; no block is both.
+    void copy_blocks(const std::vector<uintptr_t>& parts, int64_t bytes, const std::vector<std::pair<int64_t, int64_t>>& pairs) {
+        const int64_t count = static_cast<int64_t>(pairs.size()), total = count * static_cast<int64_t>(parts.size());
+        nb::gil_scoped_release release;
+        pool_.run({}, [&](const Worker& worker) {
+            const Range share = share_of(total, worker.index, worker.count);
+            for (int64_t i = share.begin; i < share.end; ++i) {
+                uint8_t* part = at<uint8_t>(parts[i / count]);
+                std::memcpy(part + pairs[i % count].second * bytes, part + pairs[i % count].first * bytes, bytes);
+            }
+        }, total * bytes);
+    }
+
     void varlen(uintptr_t query, int type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
                 int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
                 const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
@@ -369,6 +383,7 @@ NB_MODULE(_native, m) {
         .def("drop_zeros", &Backend::drop_zeros, nb::arg("weight"))
         .def("sample", &Backend::sample)
         .def("most_probable", &Backend::most_probable)
+        .def("copy_blocks", &Backend::copy_blocks)
         .def("varlen", &Backend::varlen)
         .def("peak", &Backend::peak, nb::arg("kind"), nb::arg("seconds"));
     nb::class_<Recording, Operations>(m, "Recording")

@@ -56,12 +56,6 @@ class KVCache:
         """Every tensor that holds a piece of each block, [max_blocks, ...]."""
         return [*self.keys, *self.values]
 
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks source -> target in every layer."""
-        sources, targets = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
-        for part in self.parts:
-            part.index_copy_(0, targets, part.index_select(0, sources))
-
     def resize(self, num_blocks: int) -> None:
         """Take or give back memory so that the first `num_blocks` blocks have some; nothing is said of what new ones
         hold."""

@@ -79,7 +79,7 @@ class ModelRunner:
             if entry.request is not None:
                 self._admit(entry)
         if plan.copies:
-            self._kv_cache.copy_blocks(plan.copies)
+            self._kernels.copy_blocks(self._kv_cache.parts, plan.copies)
         if self._sources is not None:
             plan = self._sources.compute(plan)
         if not plan.entries:

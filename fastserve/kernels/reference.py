@@ -245,6 +245,12 @@ class Kernels:
         mean nothing for -inf."""
         return (torch.logsumexp(logits, dim=-1, keepdim=True), *logits.topk(count))
 
+    def copy_blocks(self, parts: list[Tensor], pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks source -> target in every part [num_blocks, ...]; no block is both."""
+        sources, targets = torch.tensor(pairs, device=parts[0].device).unbind(1)
+        for part in parts:
+            part.index_copy_(0, targets, part.index_select(0, sources))
+
     def sample(self, logits: Tensor, rows: list[RowSampling]) -> list[int]:
         """Draw one token per row of logits [R, V]; see `RowSampling`."""
         return [_draw(row, how) for row, how in zip(logits, rows, strict=True)]

@@ -28,7 +28,7 @@ class EncoderDecoderConfig:
     """Two stacks, described alike, and what comes after the second.
 
     Attributes:
-        logit_scale: factor on logits.
+        logit_scale: factor on logits, which the last norm's weights take in advance; only where norms come first.
         has_logit_bias: the folder has a bias on logits.
         is_shared: both stacks have one embedding. is_tied: the decoder's is the output matrix, too.
     """
@@ -101,7 +101,7 @@ class EncoderDecoder(ServingModel):
     def __init__(self, config: EncoderDecoderConfig, encoder: ParameterLoader, decoder: ParameterLoader) -> None:
         stack, size = config.decoder, config.decoder.hidden_size
         self.device, self.kernels, self._dtype = decoder.device, decoder.kernels, decoder.dtype
-        self._config, self._stack = config, stack
+        self._stack = stack
         bias = None
         if config.has_logit_bias:
             bias = decoder.tensor("logit_bias", (1, stack.vocab_size), suffix="")[0]
@@ -119,6 +119,7 @@ class EncoderDecoder(ServingModel):
             self._norm = NORMS[stack.norm](decoder, "embedding_norm", size, stack.norm_epsilon)
         if stack.norms_first:
             self._final_norm = NORMS[stack.norm](decoder, "final_norm", size, stack.norm_epsilon)
+            self._final_norm.weight *= config.logit_scale
         bias = distance_bias(stack, decoder, is_causal=True)
         self._layers = [DecoderLayer(decoder, stack, layer, bias) for layer in range(stack.num_layers)]
         self.max_source, self.max_target = config.encoder.max_positions, stack.max_positions
@@ -149,7 +150,3 @@ class EncoderDecoder(ServingModel):
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         return kernels.linear(self._head, hidden, is_wide=True)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """Scale them in place, which does not change which is the largest."""
-        return logits if self._config.logit_scale == 1.0 else logits.mul_(self._config.logit_scale)

@@ -264,6 +264,9 @@ class CPUKernels(Kernels):
         self._backend.most_probable(logits.data_ptr(), *logits.shape, logits.stride(0), count, *addresses)
         return found
 
+    def copy_blocks(self, parts: list[Tensor], pairs: list[tuple[int, int]]) -> None:
+        self._backend.copy_blocks([part.data_ptr() for part in parts], parts[0][0].nbytes, pairs)
+
     def record(self, network: Callable[[Kernels, Batch], Tensor], longest: int) -> RecordedStep | str:
         from fastserve.kernels.cpu.recording import record
 

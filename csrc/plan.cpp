@@ -121,7 +121,26 @@ void Plan::finish(const void* logits, const void* chosen) {
     logits_ = find(logits), chosen_ = find(chosen);
     if (logits_.tensor < 0 || chosen_.tensor < 0) throw NotRecordable("its logits are not made by an operation");
     tensors_[logits_.tensor].last_use = tensors_[chosen_.tensor].last_use = num_ops();
+    join_norms();
     share_buffers();
+}
+
+// Few rows are normed by each thread for itself, like all that a product needs of its activations: nobody waits then.
+void Plan::join_norms() {
+    for (int64_t i = 0; i + 1 < num_ops(); ++i) {
+        const auto* norm = std::get_if<NormArgs>(&ops_[i].op);
+        const auto* linear = std::get_if<LinearArgs>(&ops_[i + 1].op);
+        if (!norm || !linear || ops_[i].per_token != ops_[i + 1].per_token) continue;
+        const Place &made = ops_[i].places[1], &read = ops_[i + 1].places[0], &residual = ops_[i + 1].places[2];
+        if (made.tensor < 0 || made.tensor != read.tensor || made.offset != read.offset || residual.tensor == made.tensor) continue;
+        if (norm->inner != 1 || linear->x_stride != norm->size || tensors_[made.tensor].last_use != i + 1) continue;
+        ops_[i].joins_next = true;
+        largest_norm_ = max_of(largest_norm_, tensors_[made.tensor].row_bytes);
+        // A thread may write the product while another still reads what is normed.
+        for (const Place& where : ops_[i].places) {
+            if (where.tensor >= 0) tensors_[where.tensor].last_use = max_of(tensors_[where.tensor].last_use, i + 1);
+        }
+    }
 }
 
 Plan::Place Plan::find(const void* address) const {
@@ -205,6 +224,13 @@ void Plan::set_step(const StepInputs& step) {
     }
 }
 
+void Plan::run_joined(NormArgs norm, LinearArgs linear, const Worker& worker, void* normed) const {
+    norm.out = normed;
+    linear.x = normed;
+    table_.norm(norm, {0, 1, worker.team, worker.shared, worker.scratch, worker.spins});
+    table_.linear(linear, worker);
+}
+
 void Plan::run(const StepInputs& step, bool choose) {
     set_step(step);
     const int64_t count = num_ops() - (choose ? 0 : 1);
@@ -214,10 +240,18 @@ void Plan::run(const StepInputs& step, bool choose) {
         scratch.shared = std::max(scratch.shared, size.shared);
         scratch.per_thread = std::max(scratch.per_thread, size.per_thread);
     }
+    const int64_t own = round_up(static_cast<int64_t>(scratch.per_thread), 64);  // then the rows that a thread has normed
+    scratch.per_thread = static_cast<size_t>(own + kPrivateRows * largest_norm_);
     pool_.run(scratch, [&](const Worker& worker) {
         for (int64_t i = 0; i < count; ++i) {
-            if (!ops_[i].per_token && !step.rows) continue;
-            run_op(ops_[i].op, table_, worker);
+            const int64_t rows = ops_[i].per_token ? step.tokens : step.rows;
+            if (!rows) continue;
+            if (ops_[i].joins_next && rows <= kPrivateRows) {
+                run_joined(std::get<NormArgs>(ops_[i].op), std::get<LinearArgs>(ops_[i + 1].op), worker, worker.scratch + own);
+                ++i;
+            } else {
+                run_op(ops_[i].op, table_, worker);
+            }
             if (i + 1 < count) worker.barrier();
         }
     });

@@ -89,13 +89,16 @@ private:
         Op op;
         bool per_token;
         std::array<Place, kMaxPointers> places;
+        bool joins_next = false;  // a norm that only the product after it reads
     };
 
     Place find(const void* address) const;
     const void* place(const Place& where) const;
+    void join_norms();
     void share_buffers();
     void relocate();
     void set_step(const StepInputs& step);
+    void run_joined(NormArgs norm, LinearArgs linear, const Worker& worker, void* normed) const;
 
     const OpTable& table_;
     ThreadPool& pool_;
@@ -104,6 +107,7 @@ private:
     std::vector<Tensor> tensors_;
     std::vector<Slot> slots_;
     std::vector<Entry> ops_;
+    int64_t largest_norm_ = 0;  // bytes of a row, of norms that are joined
     Place logits_, chosen_;
 };
 

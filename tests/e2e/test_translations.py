@@ -72,7 +72,8 @@ def test_translations_are_those_of_the_folder(server: ServerProcess, repository:
 
 
 def test_streams_have_the_same_text(server: ServerProcess) -> None:
-    asked = {"model": "m2m", "text": [TEXT, "the sea"], "target_language": "de", "num_beams": 1}
+    # Long, for tokens that come quickly are joined into one event.
+    asked = {"model": "m2m", "text": [TEXT, "the sea"], "target_language": "de", "num_beams": 1, "max_tokens": 120}
     whole = post(server, "/v1/translations", **asked)
     texts, num_events = ["", ""], 0
     body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
@@ -85,7 +86,7 @@ def test_streams_have_the_same_text(server: ServerProcess) -> None:
                     texts[choice["index"]] += choice["text"]
                     num_events += 1
     assert texts == [choice["text"] for choice in whole["choices"]]
-    assert num_events >= len(texts) and event["usage"] == whole["usage"]
+    assert num_events > 4 and event["usage"] == whole["usage"]
 
 
 def test_completions_and_other_models_beside_each_other(server: ServerProcess, repository: Path) -> None:

@@ -1,6 +1,6 @@
 """The same run on one process and on two: losses over 50 steps, after a stop, and on another number of processes.
 
-    python benchmarks/same_losses.py            about three minutes on two cores
+    python benchmarks/same_losses.py            a few minutes on two cores
     python benchmarks/same_losses.py --smoke    8 steps
 
 Every run is pretraining by the same recipe, texts and seed, in float32, with another [parallel] table: DDP, FSDP2,

@@ -1,11 +1,11 @@
 """The same run on one process and on two: losses over 50 steps, after a stop, and on another number of processes.
 
-    python benchmarks/same_losses.py            about three minutes on two cores
+    python benchmarks/same_losses.py            a few minutes on two cores
     python benchmarks/same_losses.py --smoke    8 steps
 
-Every run is pretraining by the same recipe, texts and seed, in float32, with another [parallel] table: DDP,
-FSDP2 and tensor parallel on two processes. A difference is the largest over the steps, relative to one process. The
-texts are told by the built-in model's story grammar, so that nothing is needed but the repository.
+Every run is pretraining by the same recipe, texts and seed, in float32, with another [parallel] table: DDP, FSDP2,
+tensor parallel and a pipeline of two stages on two processes. A difference is the largest over the steps, relative to
+one process. The texts are told by the built-in model's story grammar, so that nothing is needed but the repository.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ report_every = 1
 [parallel]
 {parallel}
 """
-MESHES = {"ddp": "data = 2", "fsdp2": "shard = 2", "tensor": "tensor = 2"}
+MESHES = {"ddp": "data = 2", "fsdp2": "shard = 2", "tensor": "tensor = 2", "pipeline": "pipeline = 2"}
 
 
 class Runs:

@@ -83,5 +83,7 @@ def _table(plan: Plan) -> str:
     ]
     lines = [f"{name:24}{value:>24}" for name, value in rows]
     if plan.total_bytes > plan.memory_bytes:
-        lines.append("It does not fit: raise parallel.shard, lower train.micro_batch_tokens, or checkpoint gradients.")
+        lines.append(
+            "It does not fit: raise parallel.shard or pipeline, lower train.micro_batch_tokens or checkpoint gradients."
+        )
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,8 @@ from fastserve.train.watch import Watch
 
 if TYPE_CHECKING:
     import torch
+
+    from fastserve.train.pipeline import Pipeline
 
 _MEMORY = 0.95  # of the running mean of losses
 _STEPS_BEFORE_GUARD = 20
@@ -68,7 +70,10 @@ class Step:
 
 
 class Trainer:
-    """One run of a task."""
+    """One run of a task.
+
+    `inputs` makes of a batch what the network is called with; a pipeline, whose stages have no whole loss, needs it.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Trainer:
         seed: int,
         report_every: int = 10,
         peak_flops: float = 0.0,
+        inputs: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None,
     ) -> None:
         self.network, self.mesh, self.train = network, mesh, train
         self._task, self._section, self._seed = task, optimizer, seed
@@ -92,12 +98,13 @@ class Trainer:
             report_every,
             peak_flops,
         )
-        self._num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
         if train.gradient_checkpointing:
             # The second is the first's name before transformers 5.20.
             enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.model = mesh.distribute(network)
+        self._pipeline = self._make_pipeline(inputs) if mesh.num_stages > 1 else None
+        self.model = self._pipeline.model if self._pipeline else mesh.distribute(network)
         self.named = {name: item for name, item in network.named_parameters() if item.requires_grad}
         self._optimizers = make_optimizers(network, optimizer)
         make_states(self._optimizers)
@@ -140,9 +147,9 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             whole = parameter.detach()
             whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-            if self.mesh.is_first:
+            if self.mesh.is_first_of_stage:
                 found[name] = whole.cpu()
-        return found
+        return self._pipeline.gather(found) if self._pipeline else found
 
     def on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         import torch
@@ -154,6 +161,8 @@ class Trainer:
         import torch
 
         with torch.no_grad(), self._precision():
+            if self._pipeline:
+                return self._pipeline.loss(batch)
             return float(self._task.loss(self.model, self.on_device(batch)))
 
     def _steps(self, interrupts: list[int]) -> None:
@@ -208,20 +217,28 @@ class Trainer:
         """Leave a step's clipped gradients in the weights; (mean loss over `count` labels, norm before clipping)."""
         import torch
 
-        mesh, scale, total = self.mesh, self._scale.value, 0.0
-        torch.manual_seed(hash((self._seed, self.position.step, mesh.data_rank)) % 2**63)
+        mesh, scale, pipeline = self.mesh, self._scale.value, self._pipeline
+        torch.manual_seed((hash((self._seed, self.position.step, mesh.data_rank)) + mesh.stage) % 2**63)
         self._clear_gradients()
         self.model.train()
+        # The exchange takes the mean over processes; the loss is the mean over all their labels.
+        factor = scale * mesh.data_size / count
+        total = pipeline.gradients(batches, factor) if pipeline else self._accumulate(batches, factor)
+        mesh.finish_gradients()
+        whole_norm = pipeline.whole_norm if pipeline else None
+        norm = clip_gradients(list(self.named.values()), self._section.clip_norm or math.inf, scale, whole_norm)
+        return mesh.sum_over_data(total) / count, norm
+
+    def _accumulate(self, batches: list[Batch], factor: float) -> float:
+        """Add the gradients of `factor` times the passes' losses to the weights; returns the sum of losses."""
+        total = 0.0
         for index, batch in enumerate(batches):
-            with mesh.accumulating(is_last=index == len(batches) - 1):
+            with self.mesh.accumulating(is_last=index == len(batches) - 1):
                 with self._precision():
                     loss = self._loss(self.model, self.on_device(batch))
-                # The exchange takes the mean over processes; the loss is the mean over all their labels.
-                (loss * (scale * mesh.data_size / count)).backward()
+                (loss * factor).backward()
             total += float(loss.detach())
-        mesh.finish_gradients()
-        norm = clip_gradients(list(self.named.values()), self._section.clip_norm or math.inf, scale)
-        return mesh.sum_over_data(total) / count, norm
+        return total
 
     def _clear_gradients(self) -> None:
         for optimizer in self._optimizers:
@@ -269,7 +286,7 @@ class Trainer:
             "tokens_per_second": round(speed, 1),
         }
         if self._peak_flops:
-            values["mfu"] = round(6 * self._num_parameters * speed / self._peak_flops, 4)
+            values["mfu"] = round(6 * self.num_parameters * speed / self._peak_flops, 4)
         self._watch.report(self.position.step, values)
 
     def _evaluate(self) -> None:
@@ -288,6 +305,12 @@ class Trainer:
         if self.train.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.mesh.device.type, getattr(torch, self.train.precision))
+
+    def _make_pipeline(self, inputs: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None) -> Pipeline:
+        from fastserve.train.pipeline import Pipeline
+
+        assert inputs is not None, "a task that is learnt in stages says what the network is called with"
+        return Pipeline(self.network, inputs, self.mesh, self._precision)
 
     def _compiled_loss(self) -> Any:
         """The task's loss; compiled as a whole, or block by block where processes exchange weights in between."""

@@ -1,4 +1,4 @@
-"""The processes of a run and how they share a network: copies (DDP), shards (FSDP2), parts of matrices (tensor).
+"""The processes of a run and how they share a network: stages, copies (DDP), shards (FSDP2), parts of matrices.
 
 One object answers all that the loop asks of its neighbours, for one process as for many. Ranks come from torchrun's
 variables, read in `Mesh.start` and nowhere else.
@@ -29,18 +29,21 @@ class Mesh:
 
     Attributes:
         rank, num_processes: this process among all.
-        data_rank, data_size: its share of every batch; processes of one tensor group read the same share.
+        data_rank, data_size: its share of every batch; processes of one tensor group or pipeline read the same share.
+        stage, num_stages: its place in a pipeline (`pipeline.py`); the processes of a stage stand side by side.
     """
 
     def __init__(self, section: ParallelSection, rank: int, num_processes: int) -> None:
         if section.num_processes != num_processes:
             raise ConfigError(
-                f"recipe section [parallel]: data {section.data}, shard {section.shard}, tensor {section.tensor} "
-                f"make {section.num_processes} processes, not {num_processes}: give --nproc {section.num_processes}"
+                f"recipe section [parallel]: pipeline {section.pipeline}, data {section.data}, shard {section.shard}, "
+                f"tensor {section.tensor} make {section.num_processes} processes, not {num_processes}: give --nproc "
+                f"{section.num_processes}"
             )
         self._section, self.rank, self.num_processes = section, rank, num_processes
-        self.data_size = section.data * section.shard
-        self.data_rank = rank // section.tensor
+        self.data_size, self.num_stages = section.data * section.shard, section.pipeline
+        self.stage, self._place = divmod(rank, num_processes // section.pipeline)
+        self.data_rank = self._place // section.tensor
         self._device_mesh: Any = None
         self._reduced: list[Any] = []
         self._wrapped: Any = None
@@ -61,8 +64,8 @@ class Mesh:
                 torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
             mesh._device_mesh = torch.distributed.device_mesh.init_device_mesh(
                 mesh.device.type,
-                (section.data, section.shard, section.tensor),
-                mesh_dim_names=("data", "shard", "tensor"),
+                (section.pipeline, section.data, section.shard, section.tensor),
+                mesh_dim_names=("pipeline", "data", "shard", "tensor"),
             )
         return mesh
 
@@ -71,10 +74,23 @@ class Mesh:
         return self.rank == 0
 
     @property
+    def is_first_of_stage(self) -> bool:
+        return self._place == 0
+
+    @property
     def device(self) -> torch.device:
         import torch
 
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def group(self, dimension: str) -> Any:
+        """This process's group along a dimension of the mesh."""
+        return self._device_mesh[dimension].get_group()
+
+    def stage_ranks(self, stage: int) -> range:
+        """The processes of a stage: one of each pipeline."""
+        size = self.num_processes // self.num_stages
+        return range(stage * size, (stage + 1) * size)
 
     def distribute(self, network: Any) -> Any:
         """Put the network's weights where they belong; returns what to call in its place."""
@@ -89,7 +105,10 @@ class Mesh:
         elif self._section.data > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self._wrapped = torch.nn.parallel.DistributedDataParallel(
-                network, device_ids=device_ids, find_unused_parameters=self._has_unused(network)
+                network,
+                device_ids=device_ids,
+                process_group=self.group("data"),
+                find_unused_parameters=self._has_unused(network),
             )
         return self._wrapped
 
@@ -117,7 +136,7 @@ class Mesh:
             gradient = parameter.grad
             if gradient is not None:
                 local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                torch.distributed.all_reduce(local, group=self._device_mesh["tensor"].get_group())
+                torch.distributed.all_reduce(local, group=self.group("tensor"))
 
     def sum_over_data(self, value: float) -> float:
         """The sum over the processes that share a batch."""
@@ -127,7 +146,7 @@ class Mesh:
             return value
         total = torch.tensor([value], dtype=torch.float64)
         torch.distributed.all_reduce(total)
-        return float(total) / self._section.tensor
+        return float(total) / (self._section.tensor * self.num_stages)
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -32,6 +32,9 @@ class Objective(Protocol):
 
     def batch(self, rows: list[Row], seed: int) -> Batch: ...
 
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the network is called with."""
+
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
 
 
@@ -64,9 +67,11 @@ class Causal:
             batch["position_ids"] = np.stack([row.positions for row in rows])[:, :-1]
         return {**batch, "labels": labels}
 
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {**_without(batch, "labels"), "use_cache": False}
+
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch.pop("labels")
-        return label_loss(model(**batch, use_cache=False).logits, labels)
+        return label_loss(model(**self.inputs(batch)).logits, batch["labels"])
 
 
 class Masked:
@@ -84,15 +89,19 @@ class Masked:
             batch["position_ids"] = np.stack([row.positions for row in rows]) + self._offset
         return batch
 
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         import torch
 
-        labels, documents = batch.pop("labels"), batch.pop("documents", None)
-        if documents is not None:
+        inputs = _without(batch, "labels", "documents")
+        if "documents" in batch:
+            documents = batch["documents"]
             is_other = documents[:, None, :, None] != documents[:, None, None, :]  # [B, 1, L, L]
             # To be added to scores: every implementation of attention takes this form, not every one a boolean mask.
-            batch["attention_mask"] = is_other * torch.finfo(torch.bfloat16).min
-        return label_loss(model(**batch).logits, labels)
+            inputs["attention_mask"] = is_other * torch.finfo(torch.bfloat16).min
+        return inputs
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return label_loss(model(**self.inputs(batch)).logits, batch["labels"])
 
 
 class SentenceOrder:
@@ -129,9 +138,12 @@ class SentenceOrder:
             _ORDER: order,
         }
 
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return _without(batch, "labels", _ORDER)
+
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels, order = batch.pop("labels"), batch.pop(_ORDER)
-        outputs = model(**batch)
+        labels, order = batch["labels"], batch[_ORDER]
+        outputs = model(**self.inputs(batch))
         # The loss is a sum over labels; the order's mean must weigh as much as theirs.
         share = (labels != IGNORED).sum() / len(order)
         return label_loss(outputs.prediction_logits, labels) + share * label_loss(outputs.sop_logits, order)
@@ -167,9 +179,11 @@ class SpanCorruption:
         decoder[decoder == IGNORED] = self._special.padding
         return {"input_ids": input_ids, "attention_mask": attention, "decoder_input_ids": decoder, "labels": labels}
 
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {**_without(batch, "labels"), "use_cache": False}
+
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch.pop("labels")
-        return label_loss(model(**batch, use_cache=False).logits, labels)
+        return label_loss(model(**self.inputs(batch)).logits, batch["labels"])
 
     def _counts(self, size: int) -> tuple[int, int]:
         """(tokens taken out, spans) of a text of `size` tokens."""
@@ -239,6 +253,10 @@ class SpecialIds:
                 "of kind wordpiece or unigram, span-corruption one of kind unigram"
             )
         return int(number)
+
+
+def _without(batch: dict[str, torch.Tensor], *names: str) -> dict[str, Any]:
+    return {name: values for name, values in batch.items() if name not in names}
 
 
 def _chooser(seed: int, row: Row) -> np.random.Generator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastserve.train.settings import OptimizerSection
@@ -99,16 +100,23 @@ def alike(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(lists.values())
 
 
-def clip_gradients(parameters: list[Parameter], max_norm: float, loss_scale: float = 1.0) -> float:
+def clip_gradients(
+    parameters: list[Parameter],
+    max_norm: float,
+    loss_scale: float = 1.0,
+    whole_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> float:
     """Undo `loss_scale` and bring all gradients to at most `max_norm` together.
 
-    Returns the norm before, the same on every process.
+    `whole_norm` makes the norm of all from that of these, where other processes have other weights. Returns the norm
+    before, the same on every process.
     """
     import torch
 
     lists = alike([parameter.grad for parameter in parameters if parameter.grad is not None])
     norms = [_whole(torch.nn.utils.get_total_norm(gradients)) for gradients in lists]
-    total = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    total = (whole_norm(norm) if whole_norm else norm) / loss_scale
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
     for gradients in lists:
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))

@@ -7,6 +7,8 @@ attention's, at a stated share of the accelerator's peak.
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,22 +58,21 @@ def plan(recipe: Recipe, config: Any, accelerator: str, utilization: float = DEF
     import torch
     import transformers
 
-    from fastserve.train.network import NETWORK_CLASSES
+    from fastserve.train.network import NETWORK_CLASSES, num_parameters
 
     if accelerator not in ACCELERATORS:
         raise ConfigError(f"accelerator must be one of {', '.join(ACCELERATORS)}, not {accelerator!r}")
     with torch.device("meta"):
         network = getattr(transformers, NETWORK_CLASSES[recipe.objective.kind]).from_config(config)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    embeddings = network.get_input_embeddings().weight.numel()
-    matrices = sum(parameter.numel() for parameter in network.parameters() if parameter.ndim == 2) - embeddings
-    mesh, train = recipe.parallel, recipe.train
-    own = parameters / (mesh.shard * mesh.tensor)
-    states = (
-        8 * own if recipe.optimizer.kind == "adamw" else (4 * matrices + 8 * (parameters - matrices)) / parameters * own
-    )
+    parameters, mesh, train = num_parameters(network), recipe.parallel, recipe.train
+    part = _heaviest_stage(network, mesh.pipeline)
+    embeddings = getattr(part.get_input_embeddings(), "weight", None)
+    matrices = sum(item.numel() for item in part.parameters() if item.ndim == 2 and item is not embeddings)
+    own = num_parameters(part) / (mesh.shard * mesh.tensor)
+    states = 8 * own if recipe.optimizer.kind == "adamw" else (8 - 4 * matrices / num_parameters(part)) * own
     length = max(phase.length for phase in recipe.phases)
-    activations = _activation_bytes(recipe, config, length)
+    num_passes = math.ceil(recipe.share_rows(length) / recipe.pass_rows(length))
+    activations = _activation_bytes(recipe, config, length, num_passes)
     average = 4 * own if train.ema_decay else 0
     tokens = recipe.num_steps * train.batch_tokens
     flops = _flops_per_token(config, parameters, length)
@@ -80,7 +81,8 @@ def plan(recipe: Recipe, config: Any, accelerator: str, utilization: float = DEF
         import psutil
 
         peak, memory = measured_peak(torch.device("cpu"), torch.bfloat16), float(psutil.virtual_memory().total)
-    speed = mesh.num_processes * peak * utilization / flops
+    busy = num_passes / (num_passes + mesh.pipeline - 1)  # the rest of the time a stage waits for others
+    speed = mesh.num_processes * peak * utilization * busy / flops
     if train.gradient_checkpointing:
         speed *= 3 / 4  # the forward pass is done twice
     return Plan(
@@ -101,17 +103,34 @@ def plan(recipe: Recipe, config: Any, accelerator: str, utilization: float = DEF
     )
 
 
-def _activation_bytes(recipe: Recipe, config: Any, length: int) -> float:
-    """Of one pass of one process: about 34 bytes per token, layer and hidden unit at 16 bits, the logits in float32."""
-    train, ranks = recipe.train, recipe.parallel.data * recipe.parallel.shard
-    tokens = min(train.micro_batch_tokens or train.batch_tokens, train.batch_tokens // ranks)
-    width, layers = config.hidden_size, config.num_hidden_layers
+def _heaviest_stage(network: Any, num_stages: int) -> Any:
+    from fastserve.train.network import num_parameters
+
+    if num_stages == 1:
+        return network
+    from fastserve.train.pipeline import check_cut, cut
+
+    check_cut(network.config, num_stages)
+    stages = [copy.deepcopy(network) for _ in range(num_stages)]
+    for index, stage in enumerate(stages):
+        cut(stage, index, num_stages)
+    return max(stages, key=num_parameters)
+
+
+def _activation_bytes(recipe: Recipe, config: Any, length: int, num_passes: int) -> float:
+    """Of one process: about 34 bytes per token, layer and hidden unit at 16 bits, the logits in float32.
+
+    Of a pipeline's stages the first holds as many passes as there are stages, the last one and its logits; and each has
+    room for the hidden states of all passes, and for their gradients.
+    """
+    train, num_stages = recipe.train, recipe.parallel.pipeline
+    width, layers = config.hidden_size, math.ceil(config.num_hidden_layers / num_stages)
     per_layer = 34 * width / recipe.parallel.tensor * (2 if train.precision == "float32" else 1)
-    if train.gradient_checkpointing:
-        layers_bytes = layers * 2 * width + per_layer
-    else:
-        layers_bytes = layers * per_layer
-    return tokens * (layers_bytes + 2 * 4 * config.get_text_config().vocab_size)
+    held, again = (layers * 2 * width, per_layer) if train.gradient_checkpointing else (layers * per_layer, 0.0)
+    first = min(num_stages, num_passes) * held
+    last = held + 2 * 4 * config.get_text_config().vocab_size
+    room = 2 * 4 * width * num_passes if num_stages > 1 else 0
+    return recipe.pass_rows(length) * length * (max(first, last) + again + room)
 
 
 def _flops_per_token(config: Any, parameters: int, length: int) -> float:

@@ -77,6 +77,7 @@ def pretrain(
             seed=recipe.seed,
             report_every=watch.report_every,
             peak_flops=mesh.num_processes * measured_peak(mesh.device, getattr(torch, recipe.train.precision)),
+            inputs=parts.objectives[0].inputs,
         )
         trainer.run()
     finally:
@@ -154,10 +155,9 @@ class PretrainTask:
         index, first_step = self._phase_at(step)
         phase, objective = self._recipe.phases[index], self._parts.objectives[index]
         num_rows = self._recipe.train.batch_tokens // phase.length
-        own = num_rows // num_ranks
+        own, size = num_rows // num_ranks, self._recipe.pass_rows(phase.length)
         first = (step - first_step) * num_rows + rank * own
         rows = self._mixtures[index].rows(first, own)
-        size = max(1, (self._recipe.train.micro_batch_tokens or own * phase.length) // phase.length)
         return [objective.batch(rows[start : start + size], self._recipe.seed) for start in range(0, own, size)]
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -255,7 +255,7 @@ class PretrainTask:
         return {
             "name": self._recipe.name,
             "made_by": f"fastserve {__version__}, fastserve pretrain",
-            "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
+            "parameters": trainer.num_parameters,
             "step": position.step,
             "tokens": position.step * self._recipe.train.batch_tokens,
             "rows_skipped_after_divergence": position.skipped,
@@ -267,10 +267,14 @@ class PretrainTask:
 
 def check(recipe: Recipe, num_processes: int) -> None:
     """Raise what would stop the run, before any process is started."""
-    RunParts(recipe)
+    config = RunParts(recipe).config
     Mesh(recipe.parallel, 0, num_processes)
     if recipe.parallel.tensor > 1:
-        check_tensor_plan(RunParts(recipe).config, recipe.parallel.tensor)
+        check_tensor_plan(config, recipe.parallel.tensor)
+    if recipe.parallel.pipeline > 1:
+        from fastserve.train.pipeline import check_cut
+
+        check_cut(config, recipe.parallel.pipeline)
 
 
 def plan_config(recipe: Recipe) -> Any:

@@ -6,6 +6,7 @@ A recipe is a TOML file with these sections; `read_recipe` names the key that is
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,21 +153,24 @@ class TrainSection:
 
 @dataclass(frozen=True, slots=True)
 class ParallelSection:
-    """The mesh: copies of the model (data), its shards (FSDP2), and parts of its matrices (tensor)."""
+    """The mesh: stages of layers (pipeline), copies of them (data), shards (FSDP2), and parts of matrices (tensor)."""
 
+    pipeline: int = 1
     data: int = 1
     shard: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("data", "shard", "tensor"):
+        for name in ("pipeline", "data", "shard", "tensor"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.tensor > 1 and self.data > 1:
             raise ConfigError("recipe section [parallel]: combine tensor with shard, not with data (copies)")
+        if self.pipeline > 1 and self.shard * self.tensor > 1:
+            raise ConfigError("recipe section [parallel]: combine pipeline with data (copies), not with shard, tensor")
 
     @property
     def num_processes(self) -> int:
-        return self.data * self.shard * self.tensor
+        return self.pipeline * self.data * self.shard * self.tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if bool(self.train.steps) == bool(self.data.phases):
             raise ConfigError("recipe: give either train.steps or [[data.phases]]")
+        if self.parallel.pipeline > 1:
+            self._check_pipeline()
         ranks = self.parallel.data * self.parallel.shard
         for phase in self.phases:
             if self.train.batch_tokens % (phase.length * ranks):
@@ -214,8 +220,34 @@ class Recipe:
     def num_steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
+    def share_rows(self, length: int) -> int:
+        """The rows of `length` tokens that one process takes of a batch."""
+        return self.train.batch_tokens // length // (self.parallel.data * self.parallel.shard)
+
+    def pass_rows(self, length: int) -> int:
+        """The rows of one pass: as micro_batch_tokens says, else a process's whole share of the batch.
+
+        A pipeline divides the share into four passes for each stage, so that stages seldom wait for each other.
+        """
+        share = self.share_rows(length)
+        if self.train.micro_batch_tokens:
+            return min(share, max(1, self.train.micro_batch_tokens // length))
+        return share if self.parallel.pipeline == 1 else math.ceil(share / (4 * self.parallel.pipeline))
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def _check_pipeline(self) -> None:
+        if self.objective.kind not in ("causal", "masked"):
+            raise ConfigError(
+                f"recipe key parallel.pipeline: the objective {self.objective.kind!r} is not learnt in stages; use "
+                "data or shard"
+            )
+        if self.watch.samples:
+            raise ConfigError(
+                "recipe key watch.samples: no process of a pipeline can continue a prompt; leave samples out, and ask "
+                "the exported folder"
+            )
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -77,7 +77,7 @@ def alone(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-@pytest.mark.parametrize("parallel", [{"data": 2}, {"shard": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{"data": 2}, {"shard": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
 def test_two_processes_agree_with_one_and_one_goes_on_from_two(
     corpora: dict[str, Path], alone: Path, tmp_path: Path, parallel: dict[str, int]
 ) -> None:

@@ -164,3 +164,15 @@ def test_int8_cache_writes_give_the_reference_s_bytes(isa: str, dtype: torch.dty
     values, scales = int8_kv_views(caches[0][0])
     stored = (values.float() * scales.unsqueeze(-1)).flatten(0, 1)[slots]
     assert ((stored - merged[:, 4:6].float()).abs() <= merged[:, 4:6].float().abs().amax(-1, keepdim=True) / 253).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["x32", "x16", "x8"])
+def test_blocks_are_copied_in_every_part(isa: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randint(-128, 128, (3, 64, 4, 2, 5), generator=generator).to(dtype)
+    expected = memory.clone()
+    pairs = [(3, 60), (3, 61), (0, 1), (63, 2)]
+    REFERENCE.copy_blocks(list(expected), pairs)
+    native_kernels(isa).copy_blocks(list(memory), pairs)
+    assert torch.equal(memory, expected)
+    assert torch.equal(memory[:, 60], memory[:, 3]) and torch.equal(memory[:, 2], memory[:, 63])

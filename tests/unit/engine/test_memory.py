@@ -7,7 +7,8 @@ import torch
 
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import MemoryPlanError
-from fastserve.engine.memory import MemoryPlan, free_memory, plan_memory
+from fastserve.engine import memory
+from fastserve.engine.memory import MemoryPlan, free_memory, keep_freed_memory, plan_memory
 from fastserve.models.model import ModelShape
 
 GIB = 1 << 30
@@ -86,3 +87,9 @@ def test_the_table_says_it_all() -> None:
 
 def test_free_memory_of_this_machine_is_plausible() -> None:
     assert 50_000_000 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_a_c_library_without_settings_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_freed_memory(128 << 20)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    keep_freed_memory(128 << 20)

@@ -24,7 +24,6 @@ from fastserve.models.encoder_loader import load_encoder
 from fastserve.models.loader import resolve_device
 from fastserve.models.pooling import Embedder
 
-
 _KEPT_MEMORY = 128 << 20
 
 

@@ -105,8 +105,9 @@ def keep_freed_memory(num_bytes: int) -> None:
     clears their pages, they take 2 % of a step in float32.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD) if tell else ():
-        tell(setting, num_bytes)
+    if tell is not None:
+        for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            tell(setting, num_bytes)
 
 
 def plan_memory(

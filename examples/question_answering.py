@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--model", type=Path, help="BERT folder (default: a small one made here)")
     parser.add_argument("--data", type=Path, help="questions in SQuAD's JSON or JSON lines (default: made here)")
     parser.add_argument("--out", type=Path, default=Path("runs/question-answering"))
-    parser.add_argument("--steps", type=int, default=0, help="steps (default: 1200 here, 2 epochs of your data)")
+    parser.add_argument("--steps", type=int, default=0, help="steps (default: 2400 here, 2 epochs of your data)")
     options = parser.parse_args(arguments)
     data = options.data
     if data is None:
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> float:
     model = options.model or small_bert(options.out.with_name(f"{options.out.name}-bert"))
     settings = FinetuneSettings(
         epochs=2,
-        steps=options.steps or (0 if options.data else 1200),
+        steps=options.steps or (0 if options.data else 2400),
         learning_rate=3e-5 if options.model else 1e-3,
         batch_size=32,
         max_length=384 if options.model else 64,

@@ -105,9 +105,9 @@ def keep_freed_memory(num_bytes: int) -> None:
     clears their pages, they take 2 % of a step in float32.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tell is not None:
-        for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            tell(setting, num_bytes)
+    # Old versions refuse so high a first one, and the second alone would pin it to the lowest.
+    if tell is not None and tell(_M_MMAP_THRESHOLD, num_bytes):
+        tell(_M_TRIM_THRESHOLD, num_bytes)
 
 
 def plan_memory(

@@ -21,6 +21,7 @@ from fastserve.core.errors import FastServeError
 from fastserve.train.checkpoints import Checkpoints, Position
 from fastserve.train.loss_scale import LossScale
 from fastserve.train.mesh import Mesh, blocks_of
+from fastserve.train.network import num_parameters
 from fastserve.train.objectives import Batch, num_labels
 from fastserve.train.optimizers import (
     MovingAverage,
@@ -98,7 +99,7 @@ class Trainer:
             report_every,
             peak_flops,
         )
-        self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        self.num_parameters = num_parameters(network)
         if train.gradient_checkpointing:
             # The second is the first's name before transformers 5.20.
             enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable

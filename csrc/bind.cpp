@@ -63,8 +63,7 @@ public:
 
     void attention(uintptr_t query, int x_type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
                    int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
-                   int cache_type, const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
-                   int64_t block_size, const std::vector<int64_t>& query_starts,
+                   int cache_type, int64_t block_size, const std::vector<int64_t>& query_starts,
                    const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, float scale,
                    float softcap, int64_t window, bool causal, uintptr_t bias, int64_t bias_stride,
                    int64_t bias_origin) {
@@ -82,8 +81,6 @@ public:
         args.keys = at<void>(keys);
         args.values = at<void>(values);
         args.cache_type = static_cast<DType>(cache_type);
-        args.key_strides = {key_strides.at(0), key_strides.at(1), key_strides.at(2)};
-        args.value_strides = {value_strides.at(0), value_strides.at(1), value_strides.at(2)};
         args.block_size = block_size;
         args.num_sequences = static_cast<int64_t>(context_lens.size());
         args.query_starts = query_starts.data();

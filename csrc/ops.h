@@ -37,24 +37,36 @@ struct LinearArgs {
 int64_t prepared_bytes(const LinearArgs& args);
 ScratchSize linear_scratch(const LinearArgs& args, int threads);
 
-// Elements from one block, slot or head of a cache to the next.
-struct CacheStrides {
-    int64_t block, slot, head;
+// Where a cache has what: blocks of G heads one after the other and then, of s8, their float scales [G, block_size]. A
+// head of the values is [block_size, D]. A head of the keys is words of four bytes, [elements of D / a word's, block_size]:
+// sixteen keys are a panel of the scores' product as they lie; elements that fill no word follow, [rest, block_size].
+// All in bytes.
+struct CacheLayout {
+    DType type;
+    int64_t heads, size, block_size;
+
+    int64_t element() const { return element_bytes(type); }
+    int64_t head() const { return block_size * size * element(); }
+    int64_t block() const { return heads * (head() + (type == DType::s8 ? 4 * block_size : 0)); }
+    int64_t scale(int64_t head_index, int64_t offset) const { return heads * head() + 4 * (head_index * block_size + offset); }
+    int64_t words() const { return size * element() / 4; }
+    // Of element i of the key at `offset`, from its head on.
+    int64_t key(int64_t offset, int64_t i) const {
+        const int64_t each = 4 / element(), whole = words() * each;
+        if (i >= whole) return (i * block_size + offset) * element();
+        return (i / each * block_size + offset) * 4 + i % each * element();
+    }
 };
 
 // out = attention of query over each sequence's cached keys and values, which hold this step's already.
-//
-// A cache of s8 has its own layout inside a block: [G, block_size, D] bytes, then [G, block_size] float scales; a block
-// is block_size * G * (D + 4) bytes.
 struct AttentionArgs {
     const void* query;  // [T, H, D] of x_type; D contiguous
     DType x_type;
     int64_t query_stride, query_head_stride;
     void* out;  // [T, H, D] of x_type, contiguous
     int64_t num_heads, num_kv_heads, head_size;
-    const void *keys, *values;  // of cache_type; D contiguous
+    const void *keys, *values;  // as CacheLayout says
     DType cache_type;
-    CacheStrides key_strides, value_strides;
     int64_t block_size;
     int64_t num_sequences;
     const int64_t* query_starts;         // [num_sequences + 1]
@@ -134,15 +146,15 @@ struct RopeArgs {
     void* out;  // contiguous
 };
 
-// Write key and value [T, G, D] into the caches at slots; contiguous caches [blocks * block_size, G, D], or blocks of s8
-// as in AttentionArgs: symmetric, one scale per token and head.
+// Write key and value [T, G, D] into the caches at slots (block * block_size + offset), as CacheLayout says; s8 is
+// symmetric, with one scale per token and head.
 struct StoreArgs {
     const void *key, *value;
     DType type, cache_type;
     int64_t tokens, heads, size, key_stride, key_head_stride, value_stride, value_head_stride;
     void *keys, *values;
     const int64_t* slots;
-    int64_t block_size;  // s8 only
+    int64_t block_size;
 };
 
 // Heads of a step made ready for attention: query and key heads normed (root mean square) and rotated, keys and values

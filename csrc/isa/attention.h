@@ -3,8 +3,8 @@
 // The result of a query row depends on that row's query and on the keys it sees, to the bit: not on the chunk, the batch
 // or the threads. Blocks start at multiples of 64 of the absolute position, every 512 positions (a split) start from
 // nothing, and splits are added up in order. A block that a row does not see leaves the row's sums untouched.
-// A block's keys are transposed into a panel [D words, 64 keys], its values into panels [key pairs, D]: so both
-// products run on the kernels of linear.h, on the tile unit too.
+// A block's keys are laid beside each other as a panel [D words, 64 keys], its values as panels [key pairs, D]: so both
+// products run on the kernels of linear.h, on the tile unit too. Few rows read both where they lie.
 // Rows of a tile are (position, query head) of one key head, positions outermost. Of few rows, as in decoding, a tile has
 // several key heads, and goes through them block by block: so memory is read from front to back.
 #pragma once
@@ -134,7 +134,8 @@ struct QueryTile {
 class TileAttention {
 public:
     TileAttention(const AttentionArgs& args, const AttentionScratch& scratch, TileShape& tiles)
-        : args_(args), sizes_(attention_sizes(args)), all_(scratch), s_(scratch) {
+        : args_(args), sizes_(attention_sizes(args)),
+          layout_{args.cache_type, args.num_kv_heads, args.head_size, args.block_size}, all_(scratch), s_(scratch) {
         product_.nothing = &kNoWeight;
         product_.tiles = &tiles;
         product_.tile_kernel = nullptr;
@@ -289,23 +290,21 @@ private:
         return x < -87.0f ? 0.0f : lanes[0];
     }
 
-    // Where up to 64 keys and their values start, in elements, and where the scales of s8 are, in bytes.
+    // Where up to 64 keys (their first words) and their values start, and the scales of s8: bytes into a cache.
     struct Places {
         int64_t first_key = -1, kv_head = -1, sequence = -1, count = 0;
-        int64_t keys[kKeyBlock], values[kKeyBlock], key_scales[kKeyBlock], value_scales[kKeyBlock];
+        int64_t keys[kKeyBlock], values[kKeyBlock], scales[kKeyBlock];
     };
 
     void find(int64_t first_key, int64_t keys, Places& places) const {
-        const CacheStrides &k = args_.key_strides, &v = args_.value_strides;
-        const int64_t scales = args_.block_size * args_.num_kv_heads * args_.head_size;
+        const int64_t value_bytes = args_.head_size * layout_.element();
         int64_t index = first_key / args_.block_size, offset = first_key % args_.block_size;
         for (int64_t i = 0; i < keys; ++i) {
-            const int64_t block = args_.block_tables[tile_.sequence][index];
-            places.keys[i] = block * k.block + offset * k.slot + tile_.kv_head * k.head;
-            places.values[i] = block * v.block + offset * v.slot + tile_.kv_head * v.head;
-            const int64_t scale = scales + 4 * (tile_.kv_head * args_.block_size + offset);
-            places.key_scales[i] = block * k.block + scale;
-            places.value_scales[i] = block * v.block + scale;
+            const int64_t block = args_.block_tables[tile_.sequence][index] * layout_.block();
+            const int64_t head = block + tile_.kv_head * layout_.head();
+            places.keys[i] = head + 4 * offset;
+            places.values[i] = head + offset * value_bytes;
+            places.scales[i] = block + layout_.scale(tile_.kv_head, offset);
             if (++offset == args_.block_size) ++index, offset = 0;
         }
         places.first_key = first_key, places.kv_head = tile_.kv_head, places.sequence = tile_.sequence, places.count = keys;
@@ -317,36 +316,33 @@ private:
         if (now.first_key != first_key || now.sequence != tile_.sequence || now.count != keys) {
             return find(first_key, keys, now);
         }
-        const int64_t heads = tile_.kv_head - now.kv_head, scales = 4 * heads * args_.block_size;
-        for (int64_t i = 0; i < keys; ++i) {
-            now.keys[i] += heads * args_.key_strides.head, now.values[i] += heads * args_.value_strides.head;
-            now.key_scales[i] += scales, now.value_scales[i] += scales;
-        }
+        const int64_t heads = tile_.kv_head - now.kv_head, bytes = heads * layout_.head(), scales = 4 * heads * args_.block_size;
+        for (int64_t i = 0; i < keys; ++i) now.keys[i] += bytes, now.values[i] += bytes, now.scales[i] += scales;
         now.kv_head = tile_.kv_head;
     }
 
-    // What is worked on next is fetched meanwhile, from front to back as it lies in memory: the processor then foresees
-    // it, which it does not if a head's short rows are fetched one by one.
+    // What is worked on next is fetched meanwhile, from front to back as it lies in memory.
     struct Ahead {
-        const char* rows[2 * kKeyBlock];
-        int64_t count = 0, bytes = 0, row = 0, at = 0;
+        const char* pieces[2 * kKeyBlock];
+        int64_t count = 0, bytes = 0, piece = 0, at = 0;
         int64_t share = 0;  // lines for the keys of one head, or for its values
         int64_t lines = 0;  // at a time
 
         // The next `times` calls of `fetch` bring a share.
         void divide(int64_t times) { lines = ceil_div(share, times); }
         FASTSERVE_INLINE void fetch() {
-            for (int64_t i = 0; i < lines && row < count; ++i) {
-                __builtin_prefetch(rows[row] + at, 0, 2);
+            for (int64_t i = 0; i < lines && piece < count; ++i) {
+                __builtin_prefetch(pieces[piece] + at, 0, 2);
                 at += 64;
-                if (at >= bytes) at = 0, ++row;
+                if (at >= bytes) at = 0, ++piece;
             }
         }
     };
 
     // Prepare to fetch the block after this one, of this tile or of the next.
     void look_ahead(int64_t first_key) {
-        ahead_.count = ahead_.row = ahead_.at = 0;
+        ahead_.count = ahead_.piece = ahead_.at = 0;
+        if (args_.block_size > kKeyBlock) return;  // the next keys may lie in this very block
         const QueryTile* tile = &tile_;
         int64_t head = first_head_, begin = first_key + kKeyBlock, end = visible().end;
         if (begin >= end) {
@@ -356,17 +352,13 @@ private:
             begin = args_.window ? max_of(0, tile->first_position - args_.window + 1) / kKeyBlock * kKeyBlock : 0;
         }
         end = min_of(end, begin + kKeyBlock);
-        const int64_t size = element_bytes(args_.cache_type);
-        auto add = [&](const void* cache, const CacheStrides& strides) {
-            for (int64_t key = begin; key < end; ++key) {
-                const int64_t block = args_.block_tables[tile->sequence][key / args_.block_size];
-                ahead_.rows[ahead_.count++] = static_cast<const char*>(cache) +
-                    (block * strides.block + key % args_.block_size * strides.slot + head * strides.head) * size;
+        for (const void* cache : {args_.keys, args_.values}) {
+            for (int64_t index = begin / args_.block_size; index * args_.block_size < end; ++index) {
+                const int64_t block = args_.block_tables[tile->sequence][index];
+                ahead_.pieces[ahead_.count++] = static_cast<const char*>(cache) + block * layout_.block() + head * layout_.head();
             }
-        };
-        add(args_.keys, args_.key_strides);
-        add(args_.values, args_.value_strides);
-        ahead_.bytes = tile->num_heads * args_.head_size * size;
+        }
+        ahead_.bytes = tile->num_heads * layout_.head();
         ahead_.share = ceil_div(ceil_div(ahead_.count * ahead_.bytes, 64), 2 * tile_.num_heads);
     }
 
@@ -382,21 +374,17 @@ private:
         if (rows.begin >= rows.end) return;
         find_block(first_key, keys);
         if (is_s8()) load_scales(keys);
-        load_keys(keys);
-        const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
-        const int64_t query_bytes = sizes_.depth * sizes_.element, prob_bytes = kKeyBlock * sizes_.element;
-        const int64_t count = rows.end - rows.begin;
-        product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
-                     s_.scores + rows.begin * kPanelColumns, count, false);
+        multiply_keys(rows, keys);
         for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
 #if defined(__AVX512BF16__)
-        if (reads_values_directly()) {
-            for (int64_t row = rows.begin; row < rows.end; row += 4) add_values(row, min_of(4, rows.end - row), keys);
+        if (reads_directly()) {
+            for_four_rows(rows, [&](auto count, int64_t row) { add_values<count.value>(row, keys); });
             return;
         }
 #endif
         load_values(keys);
-        const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock;
+        const int64_t value_words = sizes_.pairs ? kKeyBlock / 2 : kKeyBlock, prob_bytes = kKeyBlock * sizes_.element;
+        const int64_t count = rows.end - rows.begin;
         for (int64_t panel = 0; panel < panels(); ++panel) {
             product_.run(s_.values + panel * value_words * kPanelColumns * 4, panel_width(panel), value_words,
                          s_.probs + rows.begin * prob_bytes, prob_bytes,
@@ -404,17 +392,69 @@ private:
         }
     }
 
+    // Scores [rows, 64] = queries x keys.
+    void multiply_keys(Range rows, int64_t keys) {
 #if defined(__AVX512BF16__)
-    bool reads_values_directly() const {
+        if (reads_directly() && !is_s8() && args_.block_size % W == 0) {
+            return for_four_rows(rows, [&](auto count, int64_t row) { score_keys<count.value>(row, keys); });
+        }
+#endif
+        load_keys(keys);
+        const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
+        const int64_t query_bytes = sizes_.depth * sizes_.element;
+        product_.run(s_.keys, kKeyBlock, words, s_.queries + rows.begin * query_bytes, query_bytes,
+                     s_.scores + rows.begin * kPanelColumns, rows.end - rows.begin, false);
+    }
+
+#if defined(__AVX512BF16__)
+    bool reads_directly() const {
         return sizes_.pairs && !product_.tile_kernel && tile_.rows <= kFewRows && args_.head_size % kPanelColumns == 0;
     }
 
-    void add_values(int64_t row, int64_t rows, int64_t keys) {
-        switch (rows) {
-            case 1: return add_values<1>(row, keys);
-            case 2: return add_values<2>(row, keys);
-            case 3: return add_values<3>(row, keys);
-            default: return add_values<4>(row, keys);
+    // Calls body(constant, row) for four rows at a time, and for what is left.
+    template <class Body> static void for_four_rows(Range rows, const Body& body) {
+        for (; rows.end - rows.begin >= 4; rows.begin += 4) body(std::integral_constant<int, 4>{}, rows.begin);
+        switch (rows.end - rows.begin) {
+            case 3: return body(std::integral_constant<int, 3>{}, rows.begin);
+            case 2: return body(std::integral_constant<int, 2>{}, rows.begin);
+            case 1: return body(std::integral_constant<int, 1>{}, rows.begin);
+        }
+    }
+
+    // Scores of R rows, the keys read where they lie; the same products in the same order as over a panel.
+    template <int R> void score_keys(int64_t row, int64_t keys) {
+        constexpr int kVectors = kKeyBlock / W;
+        const int64_t words = args_.head_size / 2, row_bytes = sizes_.depth * 2, stride = 4 * args_.block_size;
+        const char* panels[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            panels[v] = static_cast<const char*>(args_.keys) + places_.keys[v * W < keys ? v * W : 0];
+        }
+        const char* queries = s_.queries + row * row_bytes;
+        ahead_.divide(ceil_div(tile_.rows, 4) * words / 4);
+        F acc[R][kVectors];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = f_zero();
+        }
+        for (int64_t word = 0; word < words; ++word) {
+            if (word % 4 == 0) ahead_.fetch();
+            I panel[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) panel[v] = i_load(panels[v] + word * stride);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                int32_t two;
+                std::memcpy(&two, queries + r * row_bytes + word * 4, 4);
+                const I a = i_set(two);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) acc[r][v] = f_dot(acc[r][v], panel[v], a);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) f_store(s_.scores + (row + r) * kPanelColumns + v * W, acc[r][v]);
         }
     }
 
@@ -460,10 +500,10 @@ private:
     // 64 columns of two values, a bfloat16 of each in a word; 0 for one that is not there (-1).
     FASTSERVE_INLINE void value_words(int64_t first, int64_t second, int64_t column, I* words) const {
         if (!is_s8()) {
-            const uint16_t* values = static_cast<const uint16_t*>(args_.values) + column;
+            const char* values = static_cast<const char*>(args_.values) + 2 * column;
             for (int half = 0; half < 2; ++half) {
-                const I a = first < 0 ? i_set(0) : i_load(values + first + 32 * half);
-                const I b = second < 0 ? i_set(0) : i_load(values + second + 32 * half);
+                const I a = first < 0 ? i_set(0) : i_load(values + first + 64 * half);
+                const I b = second < 0 ? i_set(0) : i_load(values + second + 64 * half);
                 interleave_halves(a, b, words[2 * half], words[2 * half + 1]);
             }
             return;
@@ -489,9 +529,10 @@ private:
         const F scale = f_set(args_.scale), cap = f_set(args_.softcap), inverse_cap = f_set(1.0f / args_.softcap);
         constexpr int kVectors = kKeyBlock / W;
         F values[kVectors];
+        const float* there = kBounds.to + kKeyBlock - keys;  // what has been in place of a key that is not may be a NaN
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-            F value = f_mul(f_load(scores + v * W), scale);
+            F value = f_mul(f_zero_below(f_load(there + v * W), f_zero(), f_load(scores + v * W)), scale);
             if (is_s8()) value = f_mul(value, f_load(s_.key_scales + v * W));
             if (bias && v * W < end) value = f_add(value, load_lanes(bias, DType::f32, v * W, end - v * W));
             if (args_.softcap > 0.0f) value = f_mul(cap, f_tanh(f_mul(value, inverse_cap)));
@@ -536,71 +577,55 @@ private:
         s_.sum[row] += f_sum(sum);
     }
 
-    // Keys [64, D] -> panel [D words, 64]; what comes after the last key is some number that is masked.
+    // A block's keys -> panel [D words, 64]; what comes after the last key is anything.
     void load_keys(int64_t keys) {
-        int64_t* places = places_.keys;
-        // Sixteen at a time: the last key stands in for those that do not exist, whose scores are masked.
-        for (int64_t key = keys; key < round_up(keys, 16); ++key) places[key] = places[keys - 1];
-        const int64_t words = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
+        const int64_t rows = sizes_.pairs ? sizes_.depth / 2 : args_.head_size;
         uint32_t* panel = reinterpret_cast<uint32_t*>(s_.keys);
-        int64_t whole = 0;
-        ahead_.divide(kKeyBlock);
-        if (kHasTranspose && is_s8() && args_.head_size % 64 == 0) {
-            ahead_.divide(kKeyBlock / 16 * args_.head_size / 64);
-            for (; whole < keys; whole += 16) load_16_s8_keys(places + whole, panel + whole);
-        } else if (kHasTranspose && args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32) && args_.head_size % 32 == 0) {
-            ahead_.divide(kKeyBlock / 16 * words / 16);
-            for (; whole < keys; whole += 16) {
-                const char* rows[16];
-                for (int i = 0; i < 16; ++i) {
-                    rows[i] = static_cast<const char*>(args_.keys) + places[whole + i] * element_bytes(args_.cache_type);
-                }
-                for (int64_t word = 0; word < words; word += 16) {
-                    ahead_.fetch();
-                    transpose_words(rows, word, panel + word * kKeyBlock + whole, kKeyBlock);
-                }
-            }
-        }
-        for (; whole < keys; ++whole) {
+        ahead_.divide(kKeyBlock / 16);
+        for (int64_t key = 0; key < kKeyBlock; key += 16) {
             ahead_.fetch();
-            const int64_t at = places[whole];
-            for (int64_t word = 0; word < words; ++word) panel[word * kKeyBlock + whole] = key_word(at, word);
-        }
-        for (int64_t word = 0; word < words; ++word) {
-            int64_t key = whole;
-            for (; key % W; ++key) panel[word * kKeyBlock + key] = 0;
-            for (; key < kKeyBlock; key += W) i_store(panel + word * kKeyBlock + key, i_zero());
+            int64_t row = 0;
+            if (key < keys && args_.block_size % 16 == 0) row = load_16_keys(places_.keys[key], panel + key);
+            for (; row < rows; ++row) {
+                for (int64_t i = key; i < key + 16; ++i) panel[row * kKeyBlock + i] = i < keys ? key_word(i, row) : 0;
+            }
         }
     }
 
-    // Sixteen keys of bytes -> their columns of the panel.
-    void load_16_s8_keys(const int64_t* places, uint32_t* panel) {
-        const char* rows[16];
-        for (int i = 0; i < 16; ++i) {
-            rows[i] = static_cast<const char*>(args_.keys) + places[i];
-        }
-        alignas(64) uint32_t bytes[16 * 16];
-        for (int64_t word = 0; word < args_.head_size / 4; word += 16) {
-            ahead_.fetch();
-            transpose_words(rows, word, bytes, 16);
-            for (int64_t i = 0; i < 16; ++i) {
-                for (int64_t column = 0; column < 16; column += W) {
-                    const I four = i_load(bytes + i * 16 + column);
-                    const F a = f_convert(i_sra<24>(i_shl<24>(four))), b = f_convert(i_sra<24>(i_shl<16>(four)));
-                    const F c = f_convert(i_sra<24>(i_shl<8>(four))), d = f_convert(i_sra<24>(four));
-                    uint32_t* to = panel + (word + i) * (sizes_.pairs ? 2 : 4) * kKeyBlock + column;
-                    if (sizes_.pairs) {  // eight bits are exact in bfloat16
-                        i_store(to, i_or(i_shr<16>(i_bits(a)), i_bits(b)));
-                        i_store(to + kKeyBlock, i_or(i_shr<16>(i_bits(c)), i_bits(d)));
-                        continue;
-                    }
-                    i_store(to, i_bits(a));
-                    i_store(to + kKeyBlock, i_bits(b));
-                    i_store(to + 2 * kKeyBlock, i_bits(c));
-                    i_store(to + 3 * kKeyBlock, i_bits(d));
+    // Sixteen keys of one block -> their columns of the panel, widened; returns the rows that their whole words make.
+    int64_t load_16_keys(int64_t at, uint32_t* panel) const {
+        const char* from = static_cast<const char*>(args_.keys) + at;
+        const int64_t words = layout_.words(), stride = 4 * args_.block_size;
+        const bool as_it_is = args_.cache_type == (sizes_.pairs ? DType::bf16 : DType::f32);
+        const int64_t each = as_it_is ? 1 : is_s8() && !sizes_.pairs ? 4 : 2;  // rows of a word
+        for (int64_t word = 0; word < words; ++word) {
+            uint32_t* to = panel + word * each * kKeyBlock;
+            for (int64_t column = 0; column < 16; column += W) {
+                const I bits = i_load(from + word * stride + 4 * column);
+                if (as_it_is) i_store(to + column, bits);
+                else if (is_s8()) widen_s8(bits, to + column);
+                else {
+                    i_store(to + column, i_shl<16>(bits));
+                    i_store(to + kKeyBlock + column, i_shl<16>(i_shr<16>(bits)));
                 }
             }
         }
+        return words * each;
+    }
+
+    // Four bytes of each of W keys -> rows of a panel.
+    void widen_s8(I four, uint32_t* to) const {
+        const F a = f_convert(i_sra<24>(i_shl<24>(four))), b = f_convert(i_sra<24>(i_shl<16>(four)));
+        const F c = f_convert(i_sra<24>(i_shl<8>(four))), d = f_convert(i_sra<24>(four));
+        if (sizes_.pairs) {  // eight bits are exact in bfloat16
+            i_store(to, i_or(i_shr<16>(i_bits(a)), i_bits(b)));
+            i_store(to + kKeyBlock, i_or(i_shr<16>(i_bits(c)), i_bits(d)));
+            return;
+        }
+        i_store(to, i_bits(a));
+        i_store(to + kKeyBlock, i_bits(b));
+        i_store(to + 2 * kKeyBlock, i_bits(c));
+        i_store(to + 3 * kKeyBlock, i_bits(d));
     }
 
     // Of the block's keys and values; 0 where there are none.
@@ -609,41 +634,39 @@ private:
         for (int64_t i = 0; i < kKeyBlock; ++i) {
             s_.key_scales[i] = s_.value_scales[i] = 0.0f;
             if (i >= keys) continue;
-            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + now.key_scales[i], 4);
-            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + now.value_scales[i], 4);
+            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + now.scales[i], 4);
+            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + now.scales[i], 4);
         }
     }
 
     bool is_s8() const { return args_.cache_type == DType::s8; }
 
-    uint32_t s8_key_word(int64_t at, int64_t word) const {
-        const int8_t* from = static_cast<const int8_t*>(args_.keys) + at;
-        const float first = from[sizes_.pairs ? min_of(2 * word, args_.head_size - 1) : word];
-        uint32_t bits = 0;
-        if (!sizes_.pairs) {
-            std::memcpy(&bits, &first, 4);
-            return bits;
-        }
-        const int64_t d = 2 * word;
-        if (d < args_.head_size) bits = f32_to_bf16(first);
-        if (d + 1 < args_.head_size) bits |= static_cast<uint32_t>(f32_to_bf16(from[d + 1])) << 16;
-        return bits;
+    // Row `row` of the panel for one of the block's keys; 0 beyond the head.
+    uint32_t key_word(int64_t key, int64_t row) const {
+        if (!sizes_.pairs) return f32_bits(key_element(key, row));
+        return f32_bits(key_element(key, 2 * row)) >> 16 | f32_bits(key_element(key, 2 * row + 1));
     }
 
-    uint32_t key_word(int64_t at, int64_t word) const {
-        if (is_s8()) return s8_key_word(at, word);
+    // Element i of a key, widened.
+    float key_element(int64_t key, int64_t i) const {
+        if (i >= args_.head_size) return 0.0f;
+        const int64_t offset = (places_.first_key + key) % args_.block_size;
+        const char* at = static_cast<const char*>(args_.keys) + places_.keys[key] - 4 * offset + layout_.key(offset, i);
+        if (is_s8()) return *reinterpret_cast<const int8_t*>(at);
         uint32_t bits = 0;
-        if (args_.cache_type == DType::f32) {
-            std::memcpy(&bits, static_cast<const float*>(args_.keys) + at + word, 4);
-        } else if (sizes_.pairs) {
-            const uint16_t* from = static_cast<const uint16_t*>(args_.keys) + at;
-            const int64_t d = word * 2;
-            if (d < args_.head_size) bits = from[d];
-            if (d + 1 < args_.head_size) bits |= static_cast<uint32_t>(from[d + 1]) << 16;
-        } else {
-            bits = static_cast<uint32_t>(static_cast<const uint16_t*>(args_.keys)[at + word]) << 16;
-        }
+        std::memcpy(&bits, at, layout_.element());
+        return f32_of(args_.cache_type == DType::f32 ? bits : bits << 16);
+    }
+
+    static uint32_t f32_bits(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
         return bits;
+    }
+    static float f32_of(uint32_t bits) {
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
     }
 
     // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.
@@ -671,8 +694,8 @@ private:
     FASTSERVE_INLINE F value_lanes(int64_t at, int64_t column) const {
         const int64_t left = args_.head_size - column;
         if (at < 0 || left <= 0) return f_zero();
-        if (!is_s8()) return load_lanes(args_.values, args_.cache_type, at + column, left);
-        const uint8_t* from = static_cast<const uint8_t*>(args_.values) + at + column;
+        const uint8_t* from = static_cast<const uint8_t*>(args_.values) + at + column * layout_.element();
+        if (!is_s8()) return load_lanes(from, args_.cache_type, 0, left);
         alignas(64) uint8_t some[W] = {};
         if (left < W) {
             std::memcpy(some, from, left);
@@ -683,6 +706,7 @@ private:
 
     const AttentionArgs& args_;
     const AttentionSizes sizes_;
+    const CacheLayout layout_;
     const AttentionScratch all_;  // of all heads of the tile
     AttentionScratch s_;          // of one
     int64_t first_head_ = 0;

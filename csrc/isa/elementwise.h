@@ -113,10 +113,23 @@ static void copy_row(const void* from, DType from_type, int64_t at, void* to, DT
     }
 }
 
+// Elements first .. first + count - 1 of a key, of the cache's type, to where its panel has them; first * bytes is a
+// multiple of four.
+static void scatter_key(const CacheLayout& layout, char* head, int64_t offset, int64_t first, const void* from, int64_t count) {
+    const int64_t element = layout.element(), each = 4 / element;
+    const char* bytes = static_cast<const char*>(from);
+    int64_t i = 0;
+    char* to = head + layout.key(offset, first);
+    for (const int64_t row = 4 * layout.block_size; i + each <= count; i += each, to += row) {
+        std::memcpy(to, bytes + i * element, 4);
+    }
+    for (; i < count; ++i) std::memcpy(head + layout.key(offset, first + i), bytes + i * element, element);
+}
+
 // One head of one token as bytes with a scale: x = scale * byte, the largest magnitude at 127.
-static void store_s8(const StoreArgs& args, const void* x, int64_t at, void* cache, int64_t slot, int64_t head) {
-    const int64_t rows = args.block_size * args.heads, row = head * args.block_size + slot % args.block_size;
-    char* block = static_cast<char*>(cache) + slot / args.block_size * rows * (args.size + 4);
+static void store_s8(const StoreArgs& args, const void* x, int64_t at, char* block, int64_t offset, int64_t head, bool is_key) {
+    const CacheLayout layout{DType::s8, args.heads, args.size, args.block_size};
+    char* to = block + head * layout.head();
     F largest = f_zero();
     for (int64_t i = 0; i < args.size; i += W) {
         largest = f_max(largest, f_abs(load_lanes(x, args.type, at + i, args.size - i)));
@@ -124,25 +137,38 @@ static void store_s8(const StoreArgs& args, const void* x, int64_t at, void* cac
     const float scale = f_largest(largest) / 127.0f;
     const F divisor = f_set(scale > 0.0f ? scale : 1.0f);
     for (int64_t i = 0; i < args.size; i += W) {
-        const I bytes = i_round(f_div(load_lanes(x, args.type, at + i, args.size - i), divisor));
         int8_t narrow[W];
-        i_store_s8(narrow, bytes);
-        std::memcpy(block + row * args.size + i, narrow, min_of(W, args.size - i));
+        i_store_s8(narrow, i_round(f_div(load_lanes(x, args.type, at + i, args.size - i), divisor)));
+        const int64_t count = min_of(W, args.size - i);
+        if (is_key) scatter_key(layout, to, offset, i, narrow, count);
+        else std::memcpy(to + offset * args.size + i, narrow, count);
     }
-    std::memcpy(block + rows * args.size + 4 * row, &scale, 4);
+    std::memcpy(block + layout.scale(head, offset), &scale, 4);
 }
 
 // One key head, from `key` at `at`, and the value head that goes with it.
 static void store_row(const StoreArgs& args, int64_t token, int64_t head, const void* key, int64_t at) {
-    const int64_t from = token * args.value_stride + head * args.value_head_stride, slot = args.slots[token];
+    const CacheLayout layout{args.cache_type, args.heads, args.size, args.block_size};
+    const int64_t from = token * args.value_stride + head * args.value_head_stride;
+    const int64_t block = args.slots[token] / args.block_size * layout.block(), offset = args.slots[token] % args.block_size;
+    char *keys = static_cast<char*>(args.keys) + block, *values = static_cast<char*>(args.values) + block;
     if (args.cache_type == DType::s8) {
-        store_s8(args, key, at, args.keys, slot, head);
-        store_s8(args, args.value, from, args.values, slot, head);
+        store_s8(args, key, at, keys, offset, head, true);
+        store_s8(args, args.value, from, values, offset, head, false);
         return;
     }
-    const int64_t to = (slot * args.heads + head) * args.size;
-    copy_row(key, args.type, at, args.keys, args.cache_type, to, args.size);
-    copy_row(args.value, args.type, from, args.values, args.cache_type, to, args.size);
+    keys += head * layout.head(), values += head * layout.head();
+    copy_row(args.value, args.type, from, values, args.cache_type, offset * args.size, args.size);
+    if (args.type == args.cache_type) {
+        scatter_key(layout, keys, offset, 0, static_cast<const char*>(key) + at * layout.element(), args.size);
+        return;
+    }
+    for (int64_t i = 0; i < args.size; i += W) {
+        char narrow[4 * W];
+        const int64_t count = min_of(W, args.size - i);
+        store_lanes(narrow, args.cache_type, 0, W, load_lanes(key, args.type, at + i, args.size - i));
+        scatter_key(layout, keys, offset, i, narrow, count);
+    }
 }
 
 static void store(const StoreArgs& args, const Worker& worker) {
@@ -174,19 +200,18 @@ template <DType Type>
 static void heads_of(const HeadsArgs& args, const Worker& worker) {
     const StoreArgs& store = args.store;
     void *normed = worker.scratch, *key = worker.scratch + round_up(store.size * 4, 64);
-    const int64_t heads = args.num_heads + store.heads;
-    const Range rows = share_of(store.tokens * heads, worker.index, worker.count);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t token = row / heads, head = row % heads;
-        if (head < args.num_heads) {
-            prepare_head<Type>(args, token, args.query, token * args.query_stride + head * args.query_head_stride,
-                               args.query_norm, normed, args.out, (token * args.num_heads + head) * store.size);
-            continue;
-        }
-        const int64_t kv_head = head - args.num_heads;
-        prepare_head<Type>(args, token, store.key, token * store.key_stride + kv_head * store.key_head_stride, args.key_norm,
+    const Range queries = share_of(store.tokens * args.num_heads, worker.index, worker.count);
+    for (int64_t row = queries.begin; row < queries.end; ++row) {
+        const int64_t token = row / args.num_heads, head = row % args.num_heads;
+        prepare_head<Type>(args, token, args.query, token * args.query_stride + head * args.query_head_stride,
+                           args.query_norm, normed, args.out, row * store.size);
+    }
+    const Range keys = share_of(store.tokens * store.heads, worker.index, worker.count);
+    for (int64_t row = keys.begin; row < keys.end; ++row) {
+        const int64_t token = row / store.heads, head = row % store.heads;
+        prepare_head<Type>(args, token, store.key, token * store.key_stride + head * store.key_head_stride, args.key_norm,
                            normed, key, 0);
-        store_row(store, token, kv_head, key, 0);
+        store_row(store, token, head, key, 0);
     }
 }
 

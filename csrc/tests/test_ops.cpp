@@ -82,10 +82,14 @@ void check_store(const OpTable& table, ThreadPool& pool, DType type, DType cache
     StoreArgs args{key.data(), value.data(), type, cache_type, tokens, heads, size, stride, size, stride, size,
                    keys.data(), values.data(), slots, 5};
     pool.run({}, [&](const Worker& worker) { table.store(args, worker); });
+    const int64_t each = cache_type == DType::f32 ? 1 : 2, whole = size / each * each;  // elements of a word, and in words
     for (int64_t token = 0; token < tokens; ++token) {
         for (int64_t i = 0; i < heads * size; ++i) {
-            const int64_t to = slots[token] * heads * size + i, from = token * stride + i;
-            CHECK(keys.at(to) == key.at(from) && values.at(to) == value.at(from), "%s store size %d", table.name, int(size));
+            const int64_t offset = slots[token] % 5, d = i % size, from = token * stride + i;
+            const int64_t head = (slots[token] / 5 * heads + i / size) * 5 * size;
+            const int64_t to = head + (d < whole ? d / each * 5 * each + offset * each + d % each : whole * 5 + offset);
+            CHECK(keys.at(to) == key.at(from), "%s keys size %d", table.name, int(size));
+            CHECK(values.at(head + offset * size + d) == value.at(from), "%s values size %d", table.name, int(size));
         }
     }
 }

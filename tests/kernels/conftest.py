@@ -6,8 +6,11 @@ import importlib
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
 
 from fastserve.kernels.cpu import CPUKernels
+from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 
 ISAS = ("plain", "avx2", "avx512", "avx512_vnni_bf16", "amx")
 _cache: dict[tuple[str, int], CPUKernels] = {}
@@ -31,6 +34,20 @@ def native_kernels(isa: str, num_threads: int = 2) -> CPUKernels:
     if key not in _cache:
         _cache[key] = CPUKernels(native.Backend(isa, num_threads))
     return _cache[key]
+
+
+def cache_rows(cache: Tensor, *, is_keys: bool) -> Tensor:
+    """A native cache [blocks, block_size, G, D] in the order of the reference's; bytes of an int8 one. D fills words."""
+    blocks, block_size, heads, size = cache.shape
+    flat = cache.view(blocks, -1)
+    if cache.dtype is torch.int8:
+        size -= INT8_KV_SCALE_BYTES
+        flat = flat[:, : heads * block_size * size]
+    if not is_keys:
+        return flat.reshape(blocks, heads, block_size, size).transpose(1, 2)
+    each = 4 // cache.element_size()
+    words = flat.reshape(blocks, heads, size // each, block_size, each)
+    return words.permute(0, 3, 1, 2, 4).reshape(blocks, block_size, heads, size)
 
 
 @pytest.fixture(params=ISAS)

@@ -37,11 +37,12 @@ class Sequence:
 class Cache:
     """A paged cache whose blocks are handed out in a scrambled order."""
 
-    def __init__(self, sequences: list[Sequence], dtype: torch.dtype) -> None:
-        needed = [-(-sequence.length // BLOCK_SIZE) for sequence in sequences]
+    def __init__(self, sequences: list[Sequence], dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> None:
+        self.block_size = block_size
+        needed = [-(-sequence.length // block_size) for sequence in sequences]
         order = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(9))
         self.tables = list(order[: sum(needed)].split(needed))
-        shape = (sum(needed) + 3, BLOCK_SIZE, *sequences[0].key.shape[1:])
+        shape = (sum(needed) + 3, block_size, *sequences[0].key.shape[1:])
         if dtype is torch.int8:
             self.keys = torch.full((*shape[:3], shape[3] + 4), 111, dtype=dtype)
             self.values = self.keys.clone()
@@ -54,7 +55,7 @@ class Cache:
 
     def slots(self, index: int, start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)
-        return self.tables[index][positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        return self.tables[index][positions // self.block_size] * self.block_size + positions % self.block_size
 
 
 def attend(
@@ -159,17 +160,29 @@ def test_float32_queries_over_a_bfloat16_cache(isa: str) -> None:
     assert float((result.double() - exact(sequence, 0, 0.0)).abs().max()) < 3e-6
 
 
-def test_keys_and_values_that_are_slices_of_one_tensor(isa: str) -> None:
-    """As a cache may lie: one block as long as the sequence, strided heads."""
+@pytest.mark.parametrize("block_size", [1, 8, 24, 32, 128])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["cache32", "cache16", "cache8"])
+def test_no_block_size_changes_a_bit(isa: str, block_size: int, cache_dtype: torch.dtype) -> None:
     kernels = native_kernels(isa)
-    merged = torch.randn(30, 8, 32, generator=torch.Generator().manual_seed(2))
-    query, key, value = merged[:, :4], merged[:, 4:6], merged[:, 6:]
-    nothing = torch.empty(0, dtype=torch.int64)
-    batch = Batch(nothing, nothing, nothing, [0, 30], [30], [torch.zeros(1, dtype=torch.int64)], nothing)
-    result = kernels.paged_attention(query, key[None], value[None], batch, Scores(32**-0.5))
-    sequence = Sequence(30, (4, 2, 32), torch.float32, 0)
-    sequence.query, sequence.key, sequence.value = query, key, value
-    assert float((result.double() - exact(sequence, 0, 0.0)).abs().max()) < 3e-6
+    for size, dtype in ((64, torch.bfloat16), (36, torch.float32)):
+        sequence = Sequence(150, (4, 2, size), dtype, 4)
+        ranges = [[(0, 0, 90)], [(0, 90, 149)], [(0, 149, 150)]]
+        results = []
+        for tokens in (BLOCK_SIZE, block_size):
+            cache = Cache([sequence], cache_dtype, tokens)
+            results.append(torch.cat([attend(kernels, cache, [sequence], part)[0] for part in ranges]))
+        assert torch.equal(*results), (size, dtype)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=["cache16", "cache8"])
+def test_heads_whose_elements_fill_no_word(isa: str, cache_dtype: torch.dtype) -> None:
+    sequence = Sequence(40, (4, 2, 35), torch.float32, 6)
+    for tensor in (sequence.key, sequence.value):
+        tensor.copy_(tensor.bfloat16().float())
+    expected = exact(sequence if cache_dtype is torch.bfloat16 else rounded(sequence), 0, 0.0)
+    for block_size in (BLOCK_SIZE, 12):
+        result = attend(native_kernels(isa), Cache([sequence], cache_dtype, block_size), [sequence], [(0, 0, 40)])[0]
+        assert float((result.double() - expected).abs().max()) < 5e-6
 
 
 def rounded(sequence: Sequence) -> Sequence:

@@ -10,7 +10,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.kernels.interface import HeadTransform
 from fastserve.kernels.quant import int8_kv_views
 from fastserve.kernels.reference import Kernels
-from tests.kernels.conftest import native_kernels
+from tests.kernels.conftest import cache_rows, native_kernels
 
 REFERENCE = Kernels()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -88,8 +88,8 @@ def test_cache_writes(isa: str, cache_dtype: torch.dtype) -> None:
     caches = [[torch.zeros(4, 8, 2, 40, dtype=cache_dtype) for _ in range(2)] for _ in range(2)]
     kernels.store_kv(key, value, *caches[0], slots)
     REFERENCE.store_kv(key, value, *caches[1], slots)
-    for ours, theirs in zip(*caches, strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
+        assert torch.equal(cache_rows(ours, is_keys=is_keys), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
@@ -117,7 +117,8 @@ def test_heads_in_one_operation_are_the_operations_one_by_one(
     fused = run(kernels, fused=True)
     for ours, theirs in zip(fused, run(kernels, fused=False), strict=True):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(fused, run(REFERENCE, fused=True), strict=True):
+    native = fused[0], cache_rows(fused[1], is_keys=True), cache_rows(fused[2], is_keys=False)
+    for ours, theirs in zip(native, run(REFERENCE, fused=True), strict=True):
         assert_near(ours, theirs, floor=1.0)
 
 
@@ -159,9 +160,11 @@ def test_int8_cache_writes_give_the_reference_s_bytes(isa: str, dtype: torch.dty
     caches = [[torch.full((4, 8, 2, size + 4), 3, dtype=torch.int8) for _ in range(2)] for _ in range(2)]
     kernels.store_kv(merged[:, 4:6], merged[:, 7:9], *caches[0], slots)
     REFERENCE.store_kv(merged[:, 4:6], merged[:, 7:9], *caches[1], slots)
-    for ours, theirs in zip(*caches, strict=True):
-        assert torch.equal(ours, theirs)
-    values, scales = int8_kv_views(caches[0][0])
+    for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
+        values, scales = int8_kv_views(theirs)
+        assert torch.equal(cache_rows(ours, is_keys=is_keys), values)
+        assert torch.equal(int8_kv_views(ours)[1], scales)
+    values, scales = int8_kv_views(caches[1][0])
     stored = (values.float() * scales.unsqueeze(-1)).flatten(0, 1)[slots]
     assert ((stored - merged[:, 4:6].float()).abs() <= merged[:, 4:6].float().abs().amax(-1, keepdim=True) / 253).all()
 

@@ -29,7 +29,6 @@ from fastserve.kernels.interface import (
     Scores,
     Weight,
 )
-from fastserve.kernels.quant import INT8_KV_SCALE_BYTES
 from fastserve.kernels.reference import Kernels
 
 # Numbers of the enumerations in csrc/common.h and csrc/packed_weight.h.
@@ -214,6 +213,7 @@ class CPUKernels(Kernels):
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scores: Scores, of_source: bool = False
     ) -> Tensor:
+        assert keys.is_contiguous() and values.is_contiguous()
         query = _dense(query)
         out = torch.empty(query.shape, dtype=query.dtype)
         tables, lengths = batch.block_tables, batch.context_lens
@@ -224,7 +224,7 @@ class CPUKernels(Kernels):
             query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
             query.shape[1], keys.shape[2], query.shape[2],
             keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
-            _cache_strides(keys), _cache_strides(values), keys.shape[1],
+            keys.shape[1],
             batch.query_starts, lengths, [table.data_ptr() for table in tables],
             scores.scale, scores.softcap, scores.window, not of_source, *_bias_arguments(scores.bias),
         )  # fmt: skip
@@ -318,14 +318,6 @@ def _activation_code(activation: str) -> int:
     if activation not in _ACTIVATIONS:
         raise ConfigError(f"activation {activation!r} is not known; known: {', '.join(filter(None, _ACTIVATIONS))}")
     return _ACTIVATIONS[activation]
-
-
-def _cache_strides(cache: Tensor) -> list[int]:
-    assert cache.stride(-1) == 1, "the last dimension of a cache is contiguous"
-    if cache.dtype is torch.int8:
-        size = cache.shape[3] - INT8_KV_SCALE_BYTES
-        return [cache.stride(0), size, cache.shape[1] * size]
-    return [cache.stride(0), cache.stride(1), cache.stride(2)]
 
 
 @functools.cache

@@ -124,13 +124,25 @@ struct PairU8 : PairDot {
     using Native = PairBf16;
     static constexpr int kParts = 2;
     explicit PairU8(const PackedWeight&) {}
-    // q - 128 has eight bits: exact in bfloat16, so a float's upper half holds it.
+    // q - 128 has eight bits: exact in bfloat16, so a float's upper half holds it. The float is made of q below the bits
+    // of 2^23, less those.
     template <int P> I part(I word) const {
-        I centred = i_xor(word, i_set(static_cast<int>(0x80808080u)));
-        F even = f_convert(i_sra<24>(i_shl<24 - 16 * P>(centred)));
-        F odd = f_convert(i_sra<24>(i_shl<16 - 16 * P>(centred)));
-        return i_or(i_shr<16>(i_bits(even)), i_bits(odd));
+        const F even = centred(widen<2 * P>(word)), odd = centred(widen<2 * P + 1>(word));
+        return upper_halves(i_bits(even), i_bits(odd));
     }
+
+private:
+    static F centred(I bits) { return f_sub(f_bits(bits), f_set(8388608.0f + 128.0f)); }
+    // Byte N of each word, below the bits of 2^23.
+    template <int N> static I widen(I word) {
+        const I from = i_add(byte_places(), i_set(N));
+        return _mm512_mask_shuffle_epi8(i_set(0x4b000000), 0x1111111111111111u, word, from);
+    }
+    static I upper_halves(I low, I high) {
+        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333u, low, i_add(byte_places(), i_set(0x0302)));
+    }
+    // In every word the index of its first byte, among the sixteen that a shuffle reaches.
+    static I byte_places() { return _mm512_set4_epi32(0x0c0c, 0x0808, 0x0404, 0x0000); }
 };
 
 static const float kCentredU4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};

@@ -167,6 +167,7 @@ class Kernels:
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         """Write key, value [T, G, D] into the caches keys, values [num_blocks, block_size, G, D] at slot_mapping.
 
+        Other kernels may order the bytes of a block as they please: it is read by the kernels that wrote it alone.
         int8 caches: as `int8_kv_views` of quant.py reads them; x = scale * byte, scale = largest magnitude of a token's
         head / 127, rounded to nearest even.
         """

@@ -67,7 +67,8 @@ def kept_channels(config: Mapping[str, Any], key: str, ratio: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """How many heads there are and stay: of queries in each group that shares keys and values, or whole groups."""
+    """How many heads there are and stay: of queries in each group that shares keys and values, or whole groups,
+    whichever comes nearer to what was asked."""
 
     num_groups: int
     group_size: int
@@ -86,10 +87,8 @@ class HeadPlan:
             )
         groups = int(config.get("num_key_value_heads") or heads)
         size = int(heads) // groups
-        if size > 1:
-            kept = (groups, max(1, round((1 - ratio) * size)))
-        else:
-            kept = (max(1, round((1 - ratio) * groups)), 1)
+        within, whole = ((groups, max(1, round((1 - ratio) * size))), (max(1, round((1 - ratio) * groups)), size))
+        kept = min((within, whole), key=lambda pair: abs(pair[0] * pair[1] / int(heads) - (1 - ratio)))
         if kept == (groups, size):
             raise ConfigError(f"leaving out {ratio:.0%} of {heads} heads leaves out none; choose a larger ratio")
         return cls(groups, size, int(head_size), *kept)

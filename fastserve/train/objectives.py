@@ -42,9 +42,12 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of cross-entropies in nats over the labels that are not IGNORED, in float32."""
     import torch
 
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    rows, labels = logits.flatten(0, -2), labels.flatten()
+    if rows.device.type == "cpu" and rows.dtype is not torch.float16 and not torch.compiler.is_compiling():
+        from fastserve.train.token_loss import token_loss
+
+        return token_loss(rows, labels, IGNORED)
+    return torch.nn.functional.cross_entropy(rows.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def num_labels(batch: Batch) -> int:

@@ -134,11 +134,23 @@ def test_fewer_channels(models: dict[str, Path], text: Path, tmp_path: Path, kin
         assert torch.allclose(served_logits(folder.path)[-1], after[-1], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("heads", "groups", "ratio", "expected"),
+    [(16, 8, 0.3, (6, 2)), (32, 8, 0.25, (8, 3)), (8, 8, 0.3, (6, 1)), (32, 4, 0.3, (4, 6)), (16, 8, 0.1, (7, 2))],
+)
+def test_heads_go_in_the_way_that_comes_nearest(
+    heads: int, groups: int, ratio: float, expected: tuple[int, int]
+) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 64}
+    plan = structure.HeadPlan.make(config, ratio)
+    assert (plan.kept_groups, plan.kept_in_group) == expected
+
+
 def test_fewer_heads(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    for heads, groups, expected in ((4, 2, (2, 2)), (4, 4, (2, 2))):
-        source = folders.llama(tmp_path / f"source{groups}", num_attention_heads=heads, num_key_value_heads=groups)
-        step = {"do": "prune", "method": "heads", "ratio": 0.5}
-        folder = compress(str(source), tmp_path / f"out{groups}", recipe(text, step))
+    for heads, groups, ratio, expected in ((4, 2, 0.5, (2, 2)), (4, 4, 0.5, (2, 2)), (8, 4, 0.3, (6, 3))):
+        source = folders.llama(tmp_path / f"source{heads}-{groups}", num_attention_heads=heads, num_key_value_heads=groups)
+        step = {"do": "prune", "method": "heads", "ratio": ratio}
+        folder = compress(str(source), tmp_path / f"out{heads}-{groups}", recipe(text, step))
         assert (folder.config["num_attention_heads"], folder.config["num_key_value_heads"]) == expected
         assert folder.config["head_dim"] == 16
         after = logits(load_dense(folder), folder)

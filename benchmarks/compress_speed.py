@@ -6,8 +6,8 @@
 Folders are made by `fastserve compress` in processes of their own, whose time and peak memory are measured; then all
 are served, in turns, and the median of each one's decode speed is held against bfloat16's. `structured_30` leaves a
 third of the channels and a quarter of the heads out of every layer, which is 30 % of its weights; `channels_30` and
-`layers_30` leave out one kind of part. Metrics: decode_ratio_vs_bf16.{int8,
-int4,gptq,channels_30,structured_30,layers_30,unstructured_80} (above 1: faster), prefill_ratio_vs_bf16.*, seconds.*,
+`layers_30` leave out one kind of part. Metrics: decode_ratio_vs_bf16.VARIANT (above 1: faster) and
+prefill_ratio_vs_bf16.VARIANT of int8, int4, gptq, channels_30, structured_30, layers_30 and unstructured_80; seconds.*,
 peak_memory_gb.* of the work, peak_over_source.* (peak memory less that of an idle process, over the source's bytes).
 """
 

@@ -1,9 +1,10 @@
 """The tensors behind the scheduler's block ids: per layer, keys and values [max_blocks, block_size, G, D].
 
-G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. How a block has its bytes is
-the kernels' own affair; all others copy whole blocks. Addresses are reserved for the largest size the cache may ever have;
-memory is taken for the first `num_blocks` only, and touched then (at first in the background), so that the process grows at
-no other time. Blocks that are given up return their pages to the system (docs/decisions/0021-kv-tiers.md).
+G key/value heads, D head size; int8 caches have D + 4, see `kernels/quant.py:int8_kv_views`. How a block has its bytes
+is the kernels' own affair; all others copy whole blocks. Addresses are reserved for the largest size the cache may ever
+have; memory is taken for the first `num_blocks` only, and touched then (at first in the background), so that the
+process grows at no other time. Blocks that are given up return their pages to the system
+(docs/decisions/0021-kv-tiers.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cross-entropy of tokens over rows at a time, so that what lies between logits and their gradient stays in the caches.
 
-Gradients are made with the loss, while a run of rows is at hand: PyTorch's own goes through [R, V] in float32 about seven
-times, this one twice in the logits' type (docs/decisions/0041-the-loss-in-runs-of-rows.md).
+Gradients are made with the loss, while a run of rows is at hand: PyTorch's own goes through [R, V] in float32 about
+seven times, this one twice in the logits' type (docs/decisions/0041-the-loss-in-runs-of-rows.md).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def native_kernels(isa: str, num_threads: int = 2) -> CPUKernels:
 
 
 def cache_rows(cache: Tensor, *, is_keys: bool) -> Tensor:
-    """A native cache [blocks, block_size, G, D] in the order of the reference's; bytes of an int8 one. D fills words."""
+    """A native cache [blocks, block_size, G, D] in the reference's order; bytes of an int8 one. D fills words."""
     blocks, block_size, heads, size = cache.shape
     flat = cache.view(blocks, -1)
     if cache.dtype is torch.int8:

@@ -161,7 +161,9 @@ def test_float32_queries_over_a_bfloat16_cache(isa: str) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 24, 32, 128])
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["cache32", "cache16", "cache8"])
+@pytest.mark.parametrize(
+    "cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["cache32", "cache16", "cache8"]
+)
 def test_no_block_size_changes_a_bit(isa: str, block_size: int, cache_dtype: torch.dtype) -> None:
     kernels = native_kernels(isa)
     for size, dtype in ((64, torch.bfloat16), (36, torch.float32)):

@@ -67,8 +67,10 @@ def kept_channels(config: Mapping[str, Any], key: str, ratio: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """How many heads there are and stay: of queries in each group that shares keys and values, or whole groups,
-    whichever comes nearer to what was asked."""
+    """How many heads there are and stay: of queries in each group that shares keys and values, or whole groups.
+
+    Whichever comes nearest to what was asked among what transformers takes: Llama's heads divide its hidden size.
+    """
 
     num_groups: int
     group_size: int
@@ -87,11 +89,13 @@ class HeadPlan:
             )
         groups = int(config.get("num_key_value_heads") or heads)
         size = int(heads) // groups
-        within, whole = ((groups, max(1, round((1 - ratio) * size))), (max(1, round((1 - ratio) * groups)), size))
-        kept = min((within, whole), key=lambda pair: abs(pair[0] * pair[1] / int(heads) - (1 - ratio)))
-        if kept == (groups, size):
+        ways = [(groups, kept) for kept in range(1, size + 1)] + [(kept, size) for kept in range(1, groups + 1)]
+        plans = [cls(groups, size, int(head_size), *way) for way in ways]
+        plans.sort(key=lambda plan: abs(plan.kept_groups * plan.kept_in_group / int(heads) - (1 - ratio)))
+        plan = next((plan for plan in plans if _is_possible({**config, **plan.new_config()})), plans[0])
+        if (plan.kept_groups, plan.kept_in_group) == (groups, size):
             raise ConfigError(f"leaving out {ratio:.0%} of {heads} heads leaves out none; choose a larger ratio")
-        return cls(groups, size, int(head_size), *kept)
+        return plan
 
     def new_config(self) -> dict[str, int]:
         return {
@@ -99,6 +103,19 @@ class HeadPlan:
             "num_key_value_heads": self.kept_groups,
             "head_dim": self.head_size,
         }
+
+
+def _is_possible(config: Mapping[str, Any]) -> bool:
+    """Whether transformers takes these sizes together."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        AutoConfig.for_model(config.get("model_type", ""), **rest)
+    except (TypeError, ValueError, StrictDataclassError):
+        return False
+    return True
 
 
 def check_attention(block: nn.Module, name: str, purpose: str = "") -> None:

@@ -141,13 +141,23 @@ def test_fewer_channels(models: dict[str, Path], text: Path, tmp_path: Path, kin
 def test_heads_go_in_the_way_that_comes_nearest(
     heads: int, groups: int, ratio: float, expected: tuple[int, int]
 ) -> None:
-    config = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 64}
+    config = {"model_type": "qwen3", "hidden_size": 1024, "head_dim": 64}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": groups}
     plan = structure.HeadPlan.make(config, ratio)
     assert (plan.kept_groups, plan.kept_in_group) == expected
 
 
+def test_heads_of_a_llama_divide_its_hidden_size() -> None:
+    config = {"model_type": "llama", "hidden_size": 1024, "head_dim": 64}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    plan = structure.HeadPlan.make(config, 0.3)
+    assert (plan.kept_groups, plan.kept_in_group) == (8, 1)
+    with pytest.raises(ConfigError, match="leaves out none"):
+        structure.HeadPlan.make(config, 0.2)
+
+
 def test_fewer_heads(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    for heads, groups, ratio, expected in ((4, 2, 0.5, (2, 2)), (4, 4, 0.5, (2, 2)), (8, 4, 0.3, (6, 3))):
+    for heads, groups, ratio, expected in ((4, 2, 0.5, (2, 2)), (4, 4, 0.5, (2, 2)), (8, 4, 0.3, (4, 4))):
         source = folders.llama(
             tmp_path / f"source{heads}-{groups}", num_attention_heads=heads, num_key_value_heads=groups
         )

@@ -119,7 +119,7 @@ _WINDOW = {"max_length": 256, "stride": 64, "max_answer_tokens": 30}
 SETS = {
     "banking77": TaskSet(banking77, "classification", {"bert": (0, 5.0), "minilm": (0, 1.5)}, 1000),
     "clinc150": TaskSet(clinc150, "classification", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 1000),
-    "fairytaleqa": TaskSet(fairytaleqa, "question-answering", {"bert": (0, 1.0), "minilm": (0, 1.0)}, 300, {**_WINDOW}),
+    "fairytaleqa": TaskSet(fairytaleqa, "question-answering", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 300, {**_WINDOW}),
     "cmrc2018": TaskSet(cmrc2018, "question-answering", {"bert": (0, 3.0)}, 300, {**_WINDOW}),
     "tatoeba": TaskSet(tatoeba, "seq2seq", {"t5": (0, 1.0)}, 300, {"max_answer_tokens": 32}),
     "scitldr": TaskSet(scitldr, "seq2seq", {"t5": (0, 1.0)}, 100, {"max_answer_tokens": 40}),

@@ -89,7 +89,10 @@ class VarlenContext:
             query, key = self.kernels.transform_heads(query, key, how)
         if not self._is_causal:
             return self.kernels.varlen_attention(query, key, value, self._starts, self._starts, scores)
-        tables = [torch.arange(start, end, device=query.device) for start, end in pairwise(self._starts)]
+        keys, values = (part.new_empty(len(part), 1, *part.shape[1:]) for part in (key, value))  # blocks of one token
+        slots = torch.arange(len(key), device=key.device)
+        self.kernels.store_kv(key, value, keys, values, slots)
+        tables = [slots[start:end] for start, end in pairwise(self._starts)]
         none = query.new_empty(0, dtype=torch.int64)
-        batch = Batch(none, none, none, self._starts, self._lengths, tables, none)  # blocks of one token
-        return self.kernels.paged_attention(query, key.unsqueeze(1), value.unsqueeze(1), batch, scores)
+        batch = Batch(none, none, none, self._starts, self._lengths, tables, none)
+        return self.kernels.paged_attention(query, keys, values, batch, scores)

@@ -643,30 +643,30 @@ private:
 
     // Row `row` of the panel for one of the block's keys; 0 beyond the head.
     uint32_t key_word(int64_t key, int64_t row) const {
-        if (!sizes_.pairs) return f32_bits(key_element(key, row));
-        return f32_bits(key_element(key, 2 * row)) >> 16 | f32_bits(key_element(key, 2 * row + 1));
+        if (sizes_.pairs) {
+            const uint32_t second = f32_to_bf16(key_element(key, 2 * row + 1));
+            return f32_to_bf16(key_element(key, 2 * row)) | second << 16;
+        }
+        const float value = key_element(key, row);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return bits;
     }
 
-    // Element i of a key, widened.
+    // Element i of a key, widened; all types are exact.
     float key_element(int64_t key, int64_t i) const {
         if (i >= args_.head_size) return 0.0f;
         const int64_t offset = (places_.first_key + key) % args_.block_size;
         const char* at = static_cast<const char*>(args_.keys) + places_.keys[key] - 4 * offset + layout_.key(offset, i);
         if (is_s8()) return *reinterpret_cast<const int8_t*>(at);
-        uint32_t bits = 0;
-        std::memcpy(&bits, at, layout_.element());
-        return f32_of(args_.cache_type == DType::f32 ? bits : bits << 16);
-    }
-
-    static uint32_t f32_bits(float value) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        return bits;
-    }
-    static float f32_of(uint32_t bits) {
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
+        if (args_.cache_type == DType::f32) {
+            float value;
+            std::memcpy(&value, at, 4);
+            return value;
+        }
+        uint16_t bits;
+        std::memcpy(&bits, at, 2);
+        return bf16_to_f32(bits);
     }
 
     // Values [64, D] -> per 64 columns of D a panel [words, width], a word being one float or two keys' bfloat16.

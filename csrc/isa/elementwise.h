@@ -127,8 +127,8 @@ static void scatter_key(const CacheLayout& layout, char* head, int64_t offset, i
 }
 
 // One head of one token as bytes with a scale: x = scale * byte, the largest magnitude at 127.
-static void store_s8(const StoreArgs& args, const void* x, int64_t at, char* block, int64_t offset, int64_t head, bool is_key) {
-    const CacheLayout layout{DType::s8, args.heads, args.size, args.block_size};
+static void store_s8(const StoreArgs& args, const CacheLayout& layout, const void* x, int64_t at, char* block, int64_t offset,
+                     int64_t head, bool is_key) {
     char* to = block + head * layout.head();
     F largest = f_zero();
     for (int64_t i = 0; i < args.size; i += W) {
@@ -153,8 +153,8 @@ static void store_row(const StoreArgs& args, int64_t token, int64_t head, const 
     const int64_t block = args.slots[token] / args.block_size * layout.block(), offset = args.slots[token] % args.block_size;
     char *keys = static_cast<char*>(args.keys) + block, *values = static_cast<char*>(args.values) + block;
     if (args.cache_type == DType::s8) {
-        store_s8(args, key, at, keys, offset, head, true);
-        store_s8(args, args.value, from, values, offset, head, false);
+        store_s8(args, layout, key, at, keys, offset, head, true);
+        store_s8(args, layout, args.value, from, values, offset, head, false);
         return;
     }
     keys += head * layout.head(), values += head * layout.head();

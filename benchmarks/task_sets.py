@@ -54,14 +54,14 @@ NETWORKS: dict[str, tuple[TokenizerSettings, dict[str, Any], str, float, int]] =
         {"type": "bert", "config": {**_SHAPE, "max_position_embeddings": 512}},
         "masked",
         1e-3,
-        160,
+        1600,
     ),
     "t5": (
         TokenizerSettings(kind="unigram", vocab_size=8000),
         {"type": "t5", "config": _T5},
         "span-corruption",
         2e-3,
-        100,
+        1000,
     ),
     "decoder": (
         TokenizerSettings(vocab_size=8000),

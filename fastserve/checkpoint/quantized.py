@@ -223,7 +223,7 @@ def pack_words(values: Tensor, num_bits: int) -> Tensor:
 
     Rows are streams of bits: a value of 3 or 6 bits may lie in two words.
     """
-    rows = torch.nn.functional.pad(values, (0, -values.shape[1] % 32))
+    rows = torch.nn.functional.pad(values, (0, -values.shape[1] % 32)) if values.shape[1] % 32 else values
     if num_bits == 4:
         rows = rows[:, ::2] | rows[:, 1::2] << 4
     elif num_bits != 8:

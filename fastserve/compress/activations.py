@@ -25,24 +25,29 @@ class InputStatistics:
     Attributes:
         moments: [K, K], the mean of x x^T.
         top: [K], the largest magnitude of each feature.
+
+    Args:
+        has_ranges: count single values too, for `static_scale`; takes longer than the sums.
     """
 
-    def __init__(self, num_inputs: int) -> None:
+    def __init__(self, num_inputs: int, has_ranges: bool = False) -> None:
         self._sum = torch.zeros(num_inputs, num_inputs)
         self._count = 0
         self.top = torch.zeros(num_inputs)
-        self._histogram = torch.zeros(_BINS_PER_OCTAVE * _NUM_OCTAVES)
+        self._histogram = torch.zeros(_BINS_PER_OCTAVE * _NUM_OCTAVES) if has_ranges else None
 
     def add(self, x: Tensor) -> None:
         """x [..., K]."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self._sum.addmm_(rows.t(), rows)
         self._count += len(rows)
-        magnitudes = rows.abs()
-        self.top = torch.maximum(self.top, magnitudes.amax(0))
-        places = (torch.log2(magnitudes[magnitudes > 0]) - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE
-        places = places.clamp(0, len(self._histogram) - 1).long()
-        self._histogram += torch.bincount(places, minlength=len(self._histogram))
+        low, high = rows.aminmax(dim=0)
+        self.top = torch.maximum(self.top, torch.maximum(high, -low))
+        if self._histogram is not None:
+            magnitudes = rows.abs()
+            places = (torch.log2(magnitudes[magnitudes > 0]) - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE
+            places = places.clamp(0, len(self._histogram) - 1).long()
+            self._histogram += torch.bincount(places, minlength=len(self._histogram))
 
     def rescale(self, scales: Tensor) -> None:
         """As if the features had been divided by scales [K]; ranges of single values (`static_scale`) are lost."""
@@ -61,6 +66,7 @@ class InputStatistics:
 
     def static_scale(self, observer: str) -> float:
         """The step of symmetric 8-bit integers for these inputs: its range is found by `observer`."""
+        assert self._histogram is not None, "has_ranges was not asked for"
         largest = float(self.top.max())
         if largest == 0 or observer == "minmax":
             return max(largest, 1e-8) / _LEVELS
@@ -95,7 +101,7 @@ def _divergence(middles: Tensor, share: Tensor, limit: float) -> float:
     return float((share * (torch.log(share + 1e-12) - torch.log(spread + 1e-12))).sum())
 
 
-def observe(visit: Visit, linears: Mapping[str, nn.Linear]) -> dict[str, InputStatistics]:
+def observe(visit: Visit, linears: Mapping[str, nn.Linear], has_ranges: bool = False) -> dict[str, InputStatistics]:
     """Run the block on all batches; statistics per linear, one object for those that read the same tensor."""
     found: dict[str, InputStatistics] = {}
     owners: set[str] = set()
@@ -106,7 +112,7 @@ def observe(visit: Visit, linears: Mapping[str, nn.Linear]) -> dict[str, InputSt
             if name not in found:
                 same = next((statistics for tensor, statistics in seen if tensor is args[0]), None)
                 if same is None:
-                    same = InputStatistics(args[0].shape[-1])
+                    same = InputStatistics(args[0].shape[-1], has_ranges)
                     owners.add(name)
                     seen.append((args[0], same))
                 found[name] = same

@@ -26,38 +26,39 @@ def quantize(weight: Tensor, moments: Tensor, grid: Grid, damping: float = 0.01)
         damping: share of the mean diagonal that is added to it.
     """
     order = torch.argsort(torch.diagonal(moments), descending=True, stable=True)
-    weight = weight.float()[:, order].clone()
     scales, zeros = grid.rows(weight.shape[1])
-    scales = scales[:, order].contiguous()
-    zeros = None if zeros is None else zeros[:, order].contiguous()
-    inverse = inverse_factor(moments[order][:, order], damping)
-    indices = torch.empty_like(weight, dtype=torch.float8_e4m3fn if grid.scheme.kind == "float" else torch.float32)
-    for start in range(0, weight.shape[1], _BLOCK):
-        end = min(start + _BLOCK, weight.shape[1])
-        errors = torch.empty(len(weight), end - start)
+    # [K, N], so that what belongs to a column lies together.
+    columns = weight.float().t()[order]
+    scales = scales.t()[order]
+    zeros = None if zeros is None else zeros.t()[order]
+    inverse = inverse_factor(moments[order.unsqueeze(1), order].float(), damping)
+    indices = torch.empty_like(columns, dtype=torch.float8_e4m3fn if grid.scheme.kind == "float" else torch.float32)
+    for start in range(0, len(columns), _BLOCK):
+        end = min(start + _BLOCK, len(columns))
+        errors = torch.empty(end - start, columns.shape[1])
         for column in range(start, end):
-            own = None if zeros is None else zeros[:, column]
-            chosen = grid.indices(weight[:, column], scales[:, column], own)
-            indices[:, column] = chosen
-            level = grid.levels(indices[:, column], scales[:, column], own)
-            error = (weight[:, column] - level) / inverse[column, column]
-            weight[:, column:end] -= error.unsqueeze(1) * inverse[column, column:end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ inverse[start:end, end:]
-    return grid.quantized(indices[:, torch.argsort(order)])
+            own = None if zeros is None else zeros[column]
+            indices[column] = grid.indices(columns[column], scales[column], own)
+            level = grid.levels(indices[column], scales[column], own)
+            error = torch.div(columns[column] - level, inverse[column, column], out=errors[column - start])
+            columns[column:end].addcmul_(inverse[column, column:end].unsqueeze(1), error, value=-1)
+        columns[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
+    return grid.quantized(indices[torch.argsort(order)].t())
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of `moments`; inputs that are always zero count as ones of their own."""
-    moments = moments.float().clone()
+    """Upper Cholesky factor of the inverse of `moments` (float32, its diagonal is overwritten); inputs that are always
+    zero count as ones of their own."""
     diagonal = torch.diagonal(moments)
-    diagonal[diagonal == 0] = 1.0
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
     mean = float(diagonal.mean())
     while True:
-        damped = moments + torch.eye(len(moments)) * (damping * mean)
-        factor, problem = torch.linalg.cholesky_ex(damped)
+        torch.diagonal(moments).copy_(diagonal + damping * mean)
+        factor, problem = torch.linalg.cholesky_ex(moments)
         if not problem:
-            upper, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor  # matrices of K x K are what takes memory here
+            upper, problem = torch.linalg.cholesky_ex(inverse, upper=True)
             if not problem:
                 return upper
         damping *= 10

@@ -125,13 +125,13 @@ class Grid:
 
 def nearest(weight: Tensor, grid: Grid) -> Quantized:
     """weight [N, K], each value rounded to the nearest one of the grid."""
-    parts, step = [], max(1, _MOST_AT_ONCE // weight.shape[1])
+    step = max(1, _MOST_AT_ONCE // weight.shape[1])
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn if grid.scheme.kind == "float" else torch.uint8)
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         own = replace(grid, scales=grid.scales[rows], zeros=None if grid.zeros is None else grid.zeros[rows])
-        indices = own.indices(weight[rows].float(), *own.rows(weight.shape[1]))
-        parts.append(indices if grid.scheme.kind == "float" else indices.to(torch.uint8))
-    return grid.quantized(torch.cat(parts))
+        values[rows] = own.indices(weight[rows].float(), *own.rows(weight.shape[1]))
+    return grid.quantized(values)
 
 
 def fit(

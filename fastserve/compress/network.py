@@ -7,7 +7,7 @@ of a quantised folder are read as what their values stand for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.quantization import QuantizedFormat, read_quantization
 from fastserve.checkpoint.quantized import read_quantized
 from fastserve.core.errors import CheckpointError, ConfigError
+
+_PART = 1 << 22  # values that are looked at together
 
 
 class Network:
@@ -94,15 +96,47 @@ class Network:
         if not block:
             self.model.tie_weights()
 
+    def fill_for_blocks(self) -> None:
+        """Give what lies outside of all blocks its values, as far as passes that end in a block need them: an
+        embedding reads the rows that are asked for from the folder, each time."""
+        self.model.tie_weights()
+        tables: dict[int, list[nn.Embedding]] = {}
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                tables.setdefault(id(module.weight), []).append(module)
+        for name in self.parameters_of(""):
+            values = self.model.get_parameter(name)
+            users = tables.get(id(values), [])
+            if not users or self.is_compressed(name) or any(type(module) is not nn.Embedding for module in users):
+                self.set(name, self.read(name))
+                continue
+            self.set(name, torch.full((1, 1), torch.nan).expand(values.shape))  # of the right kind, and no memory
+            for module in users:
+                module.forward = self._rows(self._tensor_of[name])  # type: ignore[method-assign]
+        self.model.tie_weights()
+
+    def _rows(self, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            rows = nn.functional.embedding(ids, self._reader.view(name, self._reader.shape(name))).float()
+            self._reader.release(name)
+            return rows
+
+        return forward
+
     def set(self, parameter: str, values: Tensor) -> None:
         module, _, own = parameter.rpartition(".")
         setattr(self.model.get_submodule(module), own, nn.Parameter(values, requires_grad=False))
 
     def drop(self, block: str) -> None:
-        """Give the block's memory back."""
+        """Give the memory of the block (or, for "", of what lies outside) back."""
         for name in self.parameters_of(block):
             values = self.model.get_parameter(name)
             self.set(name, torch.empty_like(values, device="meta"))
+        if not block:
+            self.model.tie_weights()
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    vars(module).pop("forward", None)
 
     def check_finite(self) -> Iterator[str]:
         """Look for values that are no numbers, tensor by tensor; yields each name before it is read.
@@ -112,8 +146,8 @@ class Network:
         """
         for name in self._reader.names():
             yield name
-            values = self._reader.view(name, self._reader.shape(name))
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            values = self._reader.view(name, self._reader.shape(name)).flatten()
+            if values.is_floating_point() and not all(bool(part.isfinite().all()) for part in values.split(_PART)):
                 raise CheckpointError(
                     f"{name} holds values that are not finite (NaN or infinity); the folder {self.folder.path} is "
                     "damaged or its training diverged: copy it again, or go back to an earlier checkpoint"

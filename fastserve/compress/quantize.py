@@ -170,9 +170,10 @@ def _quantize_block(
     network: Network, visit: Visit, plan: Plan, is_calibrated: bool, errors: dict[str, float]
 ) -> dict[str, Tensor]:
     linears = {name: linear for name, linear in network.linears(visit.block).items() if name in plan.schemes}
-    statistics = observe(visit, network.linears(visit.block))
-    if _smooth(network, visit, plan, linears, statistics) and plan.step.activations == "static":
-        statistics = observe(visit, network.linears(visit.block))  # ranges of single values are not known otherwise
+    is_static = plan.step.activations == "static"
+    statistics = observe(visit, network.linears(visit.block), is_static)
+    if _smooth(network, visit, plan, linears, statistics) and is_static:
+        statistics = observe(visit, network.linears(visit.block), True)  # of single values, which are others now
     found: dict[str, Tensor] = {}
     for group in siblings(statistics):
         names = [name for name in group if name in linears]

@@ -38,8 +38,10 @@ from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
 from fastserve.core.errors import ConfigError
+from fastserve.engine.memory import keep_freed_memory
 
 REPORT_FILE = "report.html"
+_KEPT_MEMORY = 4 << 20  # matrices of a layer lie in pieces between what stays, and would keep a multiple of them
 Score = Callable[[str], dict[str, float]]  # a model folder -> figures by name
 
 
@@ -61,6 +63,7 @@ def compress(
     say = progress or (lambda *_: None)
     if recipe.evaluation.task and score is None:
         raise ConfigError("evaluation.task needs a function that scores a folder: compress(..., score=...)")
+    keep_freed_memory(_KEPT_MEMORY)
     source = ModelFolder.open(model)
     _check(source, recipe, say)
     started = time.perf_counter()

@@ -38,7 +38,7 @@ def wanda(weight: Tensor, sizes: Tensor, ratio: float, is_2_of_4: bool = False) 
 def sparsegpt(weight: Tensor, moments: Tensor, ratio: float, is_2_of_4: bool = False, damping: float = 0.01) -> Tensor:
     """weight [N, K] with zeros, the rest changed to make up for them; moments [K, K]: mean of x x^T."""
     weight = weight.float().clone()
-    inverse = inverse_factor(moments, damping)
+    inverse = inverse_factor(moments.float().clone(), damping)
     diagonal = torch.diagonal(inverse)
     for start in range(0, weight.shape[1], _BLOCK):
         end = min(start + _BLOCK, weight.shape[1])
@@ -53,7 +53,7 @@ def sparsegpt(weight: Tensor, moments: Tensor, ratio: float, is_2_of_4: bool = F
                 kept[:, column - start : column - start + 4] = _keep_2_of_4((weight[:, four] / diagonal[four]).abs())
             target = weight[:, column] * kept[:, column - start]
             error = (weight[:, column] - target) / diagonal[column]
-            weight[:, column:end] -= error.unsqueeze(1) * inverse[column, column:end]
+            weight[:, column:end].addcmul_(error.unsqueeze(1), inverse[column, column:end], value=-1)
             weight[:, column] = target
             errors[:, column - start] = error
         weight[:, end:] -= errors @ inverse[start:end, end:]

@@ -44,6 +44,15 @@ class Visit:
             with torch.no_grad():
                 yield self.module(*args, **kwargs)
 
+    def take_outputs(self) -> Iterator[Any]:
+        """The same, and each batch's inputs are let go of, so that activations are not held twice."""
+        while self.inputs:
+            args, kwargs = self.inputs.pop(0)
+            with torch.no_grad():
+                output = self.module(*args, **kwargs)
+            del args, kwargs
+            yield output
+
 
 class _Batch:
     """One batch's forward, stopped at the block that it reached."""
@@ -103,7 +112,7 @@ def walk(network: Network, batches: list[Mapping[str, Tensor]]) -> Iterator[Visi
     The parameters outside of all blocks are filled before the first visit, a block's own before its visit and dropped
     after it. What the caller leaves in the block decides what the next blocks are given.
     """
-    network.fill("")
+    network.fill_for_blocks()
     runs = [_Batch(lambda inputs=inputs: network.model(**inputs)) for inputs in batches]  # type: ignore[misc]
     try:
         for name in network.blocks:
@@ -116,17 +125,21 @@ def walk(network: Network, batches: list[Mapping[str, Tensor]]) -> Iterator[Visi
             del block.forward
             network.fill(name)
             visit = Visit(name, block, [(args, kwargs) for _, args, kwargs in waiting])
+            waiting.clear()
             yield visit
             if number < len(network.blocks):
-                outputs = list(visit.outputs())
+                for run, output in zip(runs, visit.take_outputs(), strict=True):
+                    block.forward = _shared(name)
+                    waiting.append(run.go_on(output))
+                    del block.forward
                 block.forward = _shared(name)
-                waiting = [run.go_on(output) for run, output in zip(runs, outputs, strict=True)]
             network.drop(name)
     finally:
         for run in runs:
             run.end()
         for name in network.blocks:
             vars(network.block(name)).pop("forward", None)
+        network.drop("")
 
 
 def _stopping(name: str) -> Callable[..., Any]:

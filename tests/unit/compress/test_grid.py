@@ -135,12 +135,12 @@ def test_what_is_no_grid(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
 def test_static_ranges(observer: str) -> None:
     """Bulk of spread 1 and one value of 30: only minmax keeps that, the others serve the bulk."""
-    statistics = InputStatistics(16)
+    statistics = InputStatistics(16, has_ranges=True)
     x = torch.randn(40000, 16, generator=GENERATOR)
     x[7, 3] = 30.0
     statistics.add(x)
     scale = statistics.static_scale(observer)
     assert scale * 127 == pytest.approx(30.0) if observer == "minmax" else 3.0 < scale * 127 < 9.0
-    statistics = InputStatistics(4)
+    statistics = InputStatistics(4, has_ranges=True)
     statistics.add(torch.zeros(3, 4))
     assert statistics.static_scale(observer) > 0

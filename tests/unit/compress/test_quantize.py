@@ -122,11 +122,17 @@ def test_a_walk_sees_what_a_forward_sees(models: dict[str, Path], kind: str) -> 
         seen[visit.block] = [first(output) for output in visit.outputs()]
         filled = [name for name in network.blocks if not next(network.block(name).parameters()).is_meta]
         assert filled == [visit.block]  # one block in memory
+        words = network.model.get_input_embeddings()
+        assert words.weight.untyped_storage().nbytes() <= 4  # and no table of all tokens
     assert list(seen) == network.blocks
     for name, outputs in seen.items():
         for mine, other in zip(outputs, expected[name], strict=True):
             assert torch.allclose(mine, other, atol=1e-4)
-    assert all(values.is_meta for name in network.blocks for values in network.block(name).parameters())
+    assert all(values.is_meta for values in network.model.parameters())
+    for name in ("", *network.blocks):
+        network.fill(name)
+    with torch.no_grad():
+        torch.testing.assert_close(network.model(**batches[0]).logits, whole(**batches[0]).logits)
 
 
 def first(output: Any) -> Tensor:

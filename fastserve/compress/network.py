@@ -112,7 +112,7 @@ class Network:
                 continue
             self.set(name, torch.full((1, 1), torch.nan).expand(values.shape))  # of the right kind, and no memory
             for module in users:
-                module.forward = self._rows(self._tensor_of[name])  # type: ignore[method-assign]
+                module.forward = self._rows(self._tensor_of[name])  # type: ignore[method-assign, assignment]
         self.model.tie_weights()
 
     def _rows(self, name: str) -> Callable[[Tensor], Tensor]:

@@ -22,18 +22,25 @@ _RATE = "peak_learning_rate"
 
 
 def make_optimizers(network: Any, section: OptimizerSection) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or Muon and AdamW. Norms, biases and embeddings do not decay; the head is no hidden matrix."""
+    """AdamW alone, or Muon and AdamW. Norms, biases and embeddings do not decay; heads are no hidden matrices."""
     import torch
 
     embeddings = {id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Embedding)}
-    output = getattr(network.get_output_embeddings(), "weight", None) if section.kind == "muon" else None
+    body = {id(parameter) for parameter in network.base_model.parameters()}
+    heads = {
+        id(module.weight)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Linear)
+        and id(module.weight) not in body
+        and module.in_features != module.out_features
+    }
     matrices, others, free = [], [], []
     for parameter in network.parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             free.append(parameter)
-        elif parameter.ndim == 2 and parameter is not output:
+        elif parameter.ndim == 2 and id(parameter) not in heads:
             matrices.append(parameter)
         else:
             others.append(parameter)

@@ -158,7 +158,9 @@ class Tuning:
 
     def optimizer_section(self) -> OptimizerSection:
         return OptimizerSection(
+            kind=self._settings.optimizer,
             learning_rate=self._settings.learning_rate,
+            muon_learning_rate=self._settings.muon_learning_rate or self._settings.learning_rate,
             weight_decay=self._settings.weight_decay,
             beta_2=0.999,
             schedule="linear",

@@ -32,7 +32,9 @@ class FinetuneSettings:
         group_by_length: put examples of like length into a batch, which leaves little padding; where the length tells
             the label, batches become one-sided.
         max_length: longest input in tokens.
+        optimizer: adamw, or muon (of the hidden matrices; AdamW moves the rest), for networks that saw little before.
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
+        muon_learning_rate: the peak of what Muon moves; 0: the same.
         weight_decay: of the matrices.
         warmup_share: share of the steps in which the rate rises.
         precision: float32, bfloat16, or float16 with a scaled loss.
@@ -66,7 +68,9 @@ class FinetuneSettings:
     micro_batch_size: int = 0
     group_by_length: bool = False
     max_length: int = 512
+    optimizer: str = "adamw"
     learning_rate: float = 5e-5
+    muon_learning_rate: float = 0.0
     weight_decay: float = 0.01
     warmup_share: float = 0.06
     precision: str = "bfloat16"
@@ -93,7 +97,11 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", ("float32", "bfloat16", "float16")), ("dtype", ("float32", "bfloat16"))):
+        for name, allowed in (
+            ("precision", ("float32", "bfloat16", "float16")),
+            ("dtype", ("float32", "bfloat16")),
+            ("optimizer", ("adamw", "muon")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name, low in (("batch_size", 1), ("max_length", 8), ("epochs", 0), ("steps", 0), ("lora_rank", 0)):

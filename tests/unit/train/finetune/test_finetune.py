@@ -89,10 +89,13 @@ def score_of_folder(
         return kind.score(network, rows)
 
 
-def test_classification_is_learnt_and_kept_in_the_folder(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_classification_is_learnt_and_kept_in_the_folder(bert: Path, tmp_path: Path, optimizer: str) -> None:
     rows = [{"text": fact["text"], "intent": fact["place"]} for fact in facts(120)]
     settings = FinetuneSettings(
         **{**FAST, "learning_rate": 5e-3},
+        optimizer=optimizer,
+        muon_learning_rate=6e-2,
         steps=80,
         label_key="intent",
         validation=str(write(tmp_path / "val.jsonl", rows[:30])),

@@ -121,7 +121,7 @@ SETS = {
     "clinc150": TaskSet(clinc150, "classification", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 1000),
     "fairytaleqa": TaskSet(fairytaleqa, "question-answering", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 300, {**_WINDOW}),
     "cmrc2018": TaskSet(cmrc2018, "question-answering", {"bert": (0, 3.0)}, 300, {**_WINDOW}),
-    "tatoeba": TaskSet(tatoeba, "seq2seq", {"t5": (0, 10.0)}, 300, {"max_answer_tokens": 32}),
+    "tatoeba": TaskSet(tatoeba, "seq2seq", {"t5": (0, 5.0)}, 300, {"max_answer_tokens": 32}),
     "scitldr": TaskSet(scitldr, "seq2seq", {"t5": (0, 4.0)}, 100, {"max_answer_tokens": 40}),
 }
 _TEXTS_OF = {

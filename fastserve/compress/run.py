@@ -63,7 +63,7 @@ def compress(
     say = progress or (lambda *_: None)
     if recipe.evaluation.task and score is None:
         raise ConfigError("evaluation.task needs a function that scores a folder: compress(..., score=...)")
-    keep_freed_memory(_KEPT_MEMORY, is_shared=True)
+    keep_freed_memory(_KEPT_MEMORY)
     source = ModelFolder.open(model)
     _check(source, recipe, say)
     started = time.perf_counter()

@@ -21,7 +21,7 @@ from fastserve.models.model import ModelShape
 _CPU_SHARE = 0.5  # of the free memory, at most, without being asked: other programs run on the same machine
 _CPU_LIMIT = 2 << 30  # it is touched at start, which takes time; a longer max_model_len asks for more
 _GPU_SHARE = 0.9
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,8 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
-def keep_freed_memory(num_bytes: int, is_shared: bool = False) -> None:
+def keep_freed_memory(num_bytes: int) -> None:
     """Have the C library keep up to so much of what is freed for later, where it can be told so (glibc).
-
-    is_shared: what one thread freed is for the others too; slower where several allocate at once.
 
     An encoder's tensors of tens of megabytes come and go with every operation. Fetched from the system each time, which
     clears their pages, they take 2 % of a step in float32.
@@ -110,8 +108,6 @@ def keep_freed_memory(num_bytes: int, is_shared: bool = False) -> None:
     # Old versions refuse so high a first one, and the second alone would pin it to the lowest.
     if tell is not None and tell(_M_MMAP_THRESHOLD, num_bytes):
         tell(_M_TRIM_THRESHOLD, num_bytes)
-    if tell is not None and is_shared:
-        tell(_M_ARENA_MAX, 1)
 
 
 def plan_memory(

@@ -16,7 +16,7 @@ from fastserve.core.errors import ConfigError
 
 _SHRINKS = [1.0 - step / 20 for step in range(13)]  # factors on the widest range that a search tries
 FLOAT8_MAX = 448.0
-_MOST_AT_ONCE = 1 << 22  # weights that are looked at together: what bounds the memory for large embeddings
+_MOST_AT_ONCE = 1 << 19  # weights that are looked at together: what bounds the memory for large embeddings
 
 
 @dataclass(frozen=True, slots=True)

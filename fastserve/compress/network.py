@@ -18,7 +18,7 @@ from fastserve.checkpoint.quantization import QuantizedFormat, read_quantization
 from fastserve.checkpoint.quantized import read_quantized
 from fastserve.core.errors import CheckpointError, ConfigError
 
-_PART = 1 << 22  # values that are looked at together
+_PART = 1 << 20  # values that are looked at together
 
 
 class Network:

@@ -1,6 +1,6 @@
 """Real task sets: networks pretrained here, tuned by the commands, scored before and after, and again when served.
 
-    python benchmarks/task_sets.py                      all stages; about twenty minutes of one core
+    python benchmarks/task_sets.py                      all stages; about an hour and a half of one core
     python benchmarks/task_sets.py --only bert --only banking77-bert
     python benchmarks/task_sets.py --times 10           ten times the steps
     python benchmarks/task_sets.py --smoke              a few steps of each, to see that it runs; scores mean nothing

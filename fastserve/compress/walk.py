@@ -45,7 +45,7 @@ class Visit:
                 yield self.module(*args, **kwargs)
 
     def take_outputs(self) -> Iterator[Any]:
-        """The same, and each batch's inputs are let go of, so that activations are not held twice."""
+        """The same, and each batch's inputs are let go of when they were used."""
         while self.inputs:
             args, kwargs = self.inputs.pop(0)
             with torch.no_grad():
@@ -109,8 +109,8 @@ _current = threading.local()  # .batch: whose thread this is
 def walk(network: Network, batches: list[Mapping[str, Tensor]]) -> Iterator[Visit]:
     """Visit the blocks in the order in which the network's forward reaches them.
 
-    The parameters outside of all blocks are filled before the first visit, a block's own before its visit and dropped
-    after it. What the caller leaves in the block decides what the next blocks are given.
+    What lies outside of all blocks is filled as far as the blocks need it until the walk ends, a block's own parameters
+    before its visit and dropped after it. What the caller leaves in the block decides what the next blocks are given.
     """
     network.fill_for_blocks()
     runs = [_Batch(lambda inputs=inputs: network.model(**inputs)) for inputs in batches]  # type: ignore[misc]

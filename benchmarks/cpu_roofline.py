@@ -54,16 +54,18 @@ class Shape:
         self.kv_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
     def prefill_operations(self, num_tokens: int) -> int:
-        """Multiplications and additions of the products and of causal attention; the head for one row."""
+        """Multiplications and additions of the products and of causal attention.
+
+        What comes after the last layer's attention is for one row, like the head: nobody reads more of it.
+        """
         config = self.config
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         queries = config["num_attention_heads"] * config["head_dim"]
         keys = config["num_key_value_heads"] * config["head_dim"]
-        layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
-        pairs = num_tokens * (num_tokens + 1) // 2
-        return 2 * (
-            config["num_hidden_layers"] * (layer * num_tokens + 2 * queries * pairs) + config["vocab_size"] * hidden
-        )
+        before, after = hidden * (queries + 2 * keys), queries * hidden + 3 * hidden * inner
+        pairs, layers = num_tokens * (num_tokens + 1) // 2, config["num_hidden_layers"]
+        attention = layers * (before * num_tokens + 2 * queries * pairs)
+        return 2 * (attention + after * ((layers - 1) * num_tokens + 1) + config["vocab_size"] * hidden)
 
 
 def stored_bytes(folder: Path) -> int:

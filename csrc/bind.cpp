@@ -301,7 +301,8 @@ public:
     std::vector<int64_t> run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs,
                              const std::vector<int64_t>& query_starts, const std::vector<int64_t>& context_lens,
                              const std::vector<uintptr_t>& block_tables, const std::vector<int64_t>& source_lens,
-                             const std::vector<uintptr_t>& source_tables, uintptr_t adapter_slots, bool choose) {
+                             const std::vector<uintptr_t>& source_tables, const std::vector<uintptr_t>& adapter_slots,
+                             bool choose) {
         std::vector<const int64_t*> tables, sources;
         for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
         for (uintptr_t address : source_tables) sources.push_back(at<const int64_t>(address));
@@ -311,7 +312,8 @@ public:
                         at<const int64_t>(inputs.at(1)),
                         at<const int64_t>(inputs.at(2)),
                         at<const int64_t>(inputs.at(3)),
-                        at<const int64_t>(adapter_slots),
+                        at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(0)),
+                        at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(1)),
                         static_cast<int64_t>(context_lens.size()),
                         query_starts.data(),
                         context_lens.data(),

@@ -100,9 +100,6 @@ void Plan::add(Op op) {
                     throw NotRecordable("an operation has " + std::to_string(rows) + " rows, neither tokens nor results");
                 }
                 entry.per_token = rows == probe_tokens_;
-                if constexpr (std::is_same_v<std::decay_t<decltype(args)>, LinearArgs>) {
-                    if (args.adapters && !entry.per_token) throw NotRecordable("its head has adapters");
-                }
             }
             int index = 0;
             for_pointers(args, [&](auto& pointer) {
@@ -216,7 +213,8 @@ void Plan::set_step(const StepInputs& step) {
                 } else {
                     rows_of(args) = entry.per_token ? step.tokens : step.rows;
                     if constexpr (std::is_same_v<std::decay_t<decltype(args)>, LinearArgs>) {
-                        args.adapter_slots = args.adapters ? step.adapter_slots : nullptr;
+                        const int64_t* slots = entry.per_token ? step.adapter_slots : step.row_adapter_slots;
+                        args.adapter_slots = args.adapters ? slots : nullptr;
                     }
                 }
             },

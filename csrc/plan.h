@@ -34,7 +34,7 @@ struct StepInputs {
     int64_t tokens, rows;
     const int64_t *input_ids, *positions, *slots;  // [tokens]
     const int64_t* logit_rows;                     // [rows]
-    const int64_t* adapter_slots;                  // [tokens], or null: no token has an adapter
+    const int64_t *adapter_slots, *row_adapter_slots;  // [tokens], [rows], or null: no token has an adapter
     int64_t num_sequences;
     const int64_t* query_starts;
     const int64_t* context_lens;

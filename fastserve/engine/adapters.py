@@ -38,7 +38,7 @@ class Adapters:
     ) -> None:
         if max_loras and not linears:
             raise ConfigError("LoRA adapters need a model that FastServe computes itself; leave out lora and max_loras")
-        self.step: list[Tensor | None] = [None]
+        self.step: list[Tensor] = []
         self._linears = linears
         self._kernels = kernels
         self._dtype = dtype

@@ -73,6 +73,7 @@ def make_batch(
     if adapter_slots:
         adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
     device = tables.device
+    adapted = [adapters, [adapters[row] for row in logit_rows]] if max(adapters, default=-1) >= 0 else []
     batch = Batch(
         input_ids=_as_tensor(input_ids, device),
         positions=_as_tensor(positions, device),
@@ -82,7 +83,7 @@ def make_batch(
         block_tables=block_tables,
         logit_rows=_as_tensor(logit_rows, device),
         request_ids=[entry.request_id for entry in plan.entries],
-        adapter_slots=_as_tensor(adapters, device) if max(adapters, default=-1) >= 0 else None,
+        adapter_slots=[_as_tensor(slots, device) for slots in adapted],
     )
     return batch, row_ranges
 

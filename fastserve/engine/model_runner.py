@@ -111,19 +111,19 @@ class ModelRunner:
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
         """A whole step: [R, V] of the batch's logit rows, to be finished."""
-        hidden = self._hidden(kernels, batch)
-        return self._model.head(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+        return self._model.head(self._hidden(kernels, batch), kernels)
 
     def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
+        """[R, hidden_size] of the batch's logit rows."""
         context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
-        self._adapters.step[0] = batch.adapter_slots
-        return self._model.forward(batch.input_ids, batch.positions, context)
+        self._adapters.step[:] = batch.adapter_slots
+        return self._model.forward(batch.input_ids, batch.positions, context, batch.logit_rows)
 
     def _run_scoring(
         self, plan: StepPlan, batch: Batch, row_ranges: list[tuple[int, int]], result: StepResult
     ) -> Tensor:
         """A step operation by operation, which scores prompts where asked; logits of the entries that sample."""
-        hidden = self._hidden(self._kernels, batch)[batch.logit_rows]
+        hidden = self._hidden(self._kernels, batch)
         for entry, (first, last) in zip(plan.entries, row_ranges, strict=True):
             if entry.request_id in self._prompts:
                 result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])

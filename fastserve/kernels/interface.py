@@ -41,7 +41,8 @@ class Batch:
         block_tables: per sequence the int64 tensor of its block ids, in order.
         logit_rows: [R] int64, rows of the hidden states that need logits.
         request_ids: the B sequences, for models that keep a cache of their own.
-        adapter_slots: [T] int64, the slot of each token's adapter or -1; None when no sequence has one.
+        adapter_slots: [T] and [R] int64, the slots of the adapters of tokens and of logit rows, -1 for none; empty when
+            no sequence has one.
         source_lens, source_tables: of encoder-decoders, tokens of each sequence's source and the blocks that hold its
             keys and values.
     """
@@ -54,7 +55,7 @@ class Batch:
     block_tables: list[Tensor]
     logit_rows: Tensor
     request_ids: list[str] = field(default_factory=list)
-    adapter_slots: Tensor | None = None
+    adapter_slots: list[Tensor] = field(default_factory=list)
     source_lens: list[int] = field(default_factory=list)
     source_tables: list[Tensor] = field(default_factory=list)
 
@@ -131,15 +132,19 @@ class LinearAdapters:
     """Low-rank adapters of one linear: B A x is added to x W^T (LoRA, Hu et al., 2021), with other A, B in each slot.
 
     Attributes:
-        step: Batch.adapter_slots of the step, in a list of one that all linears of a network share; whoever runs the
-            network sets it before.
+        step: Batch.adapter_slots of the step, in a list that all linears of a network share; whoever runs the network
+            sets its items before.
         weights: slot -> A [R, K] and B [N, R], in the reference.
         native: a backend's own object.
     """
 
-    step: list[Tensor | None]
+    step: list[Tensor]
     weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     native: Any = None
+
+    def slots(self, num_rows: int) -> Tensor | None:
+        """[num_rows] int64 for inputs that have a row per token, or per logit row; None when no row has an adapter."""
+        return next((slots for slots in self.step if len(slots) == num_rows), None)
 
 
 @dataclass(slots=True)

@@ -79,8 +79,8 @@ class Kernels:
         the other rows (docs/decisions/0002). is_wide: float32 out.
         """
         result = self._product(packed, x)
-        if packed.adapters is not None and packed.adapters.step[0] is not None:
-            result = _adapted(result, x, packed.adapters.weights, packed.adapters.step[0])
+        if packed.adapters is not None and (slots := packed.adapters.slots(len(x))) is not None:
+            result = _adapted(result, x, packed.adapters.weights, slots)
         if is_wide:
             result = result.float()
         if packed.is_gated:
@@ -100,7 +100,7 @@ class Kernels:
         result = _multiply(x, weight) * scales
         return (result if bias is None else result + bias).to(dtype)
 
-    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor], num_slots: int) -> None:
         """Make room for the adapters of a linear, before its network is recorded. See `LinearAdapters.step`."""
         packed.adapters = LinearAdapters(step)
 

@@ -105,16 +105,29 @@ class DecoderLayer:
         self._is_parallel = config.is_parallel
         self._scale = config.residual_scale
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        positions: Tensor,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden], or [R, hidden] of the tokens `rows`, whose attention sees all the same."""
         kernels = context.kernels
-
-        def attend(residual: Tensor | None) -> Tensor:
-            return self._attention(normed, residual, rotation, positions, context)
-
         normed = x if self._attention_norm is None else self._attention_norm(x, kernels)
+
+        def wanted(part: Tensor) -> Tensor:
+            return part if rows is None else kernels.embed(part, rows, part.dtype)
+
+        def project(residual: Tensor | None) -> Tensor:
+            return self._attention.project(attended, residual, kernels)
+
+        attended, x = wanted(self._attention.attend(normed, rotation, positions, context)), wanted(x)
         if self._is_parallel:
-            return self._mlp(normed if self._mlp_norm is None else self._mlp_norm(x, kernels), attend(x), kernels)
-        x = self._add(x, attend, self._attention_output_norm, kernels)
+            inner = wanted(normed) if self._mlp_norm is None else self._mlp_norm(x, kernels)
+            return self._mlp(inner, project(x), kernels)
+        x = self._add(x, project, self._attention_output_norm, kernels)
         inner = x if self._mlp_norm is None else self._mlp_norm(x, kernels)
         return self._add(x, lambda residual: self._mlp(inner, residual, kernels), self._mlp_output_norm, kernels)
 
@@ -153,14 +166,18 @@ class Decoder(ServingModel):
         self.shape = parameters.shape(config, config.num_kv_heads)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
+    ) -> Tensor:
         kernels = context.kernels
         x = kernels.embed(self._embedding, input_ids, self._dtype, scale=self._embedding_scale)
         if self._positions is not None:
             x = kernels.embed(self._positions, positions, self._dtype, residual=x)
         rotations = [*(table.rotation(context.longest) for table in self._tables), None]
         for layer, rotation in zip(self._layers, self._rotation_of_layer, strict=True):
-            x = layer(x, rotations[rotation], positions, context)
+            # Of other tokens the last layer leaves keys and values, and nothing else that anybody reads.
+            wanted = rows if layer is self._layers[-1] else None
+            x = layer(x, rotations[rotation], positions, context, wanted)
         return self._norm(x, kernels)
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:

@@ -135,8 +135,10 @@ class EncoderDecoder(ServingModel):
             yield layer.source.keys_values(encoded, self.kernels)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 of the decoder -> hidden states [T, K], after the last norm."""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
+    ) -> Tensor:
+        """input_ids and positions [T] int64 of the decoder -> hidden states after the last norm, [T, K] or [R, K]."""
         assert isinstance(context, PagedContext)
         kernels = context.kernels
         x = kernels.embed(self._embedding, input_ids, self._dtype, scale=self._stack.embedding_scale)
@@ -146,6 +148,8 @@ class EncoderDecoder(ServingModel):
             x = self._norm(x, kernels)
         for layer in self._layers:
             x = layer(x, positions, context)
+        if rows is not None:
+            x = kernels.embed(x, rows, x.dtype)
         return x if self._final_norm is None else self._final_norm(x, kernels)
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:

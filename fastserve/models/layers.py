@@ -116,6 +116,10 @@ class Attention:
         context: AttentionContext,
     ) -> Tensor:
         """x [T, hidden] -> attention(x) + residual, [T, hidden]."""
+        return self.project(self.attend(x, rotation, positions, context), residual, context.kernels)
+
+    def attend(self, x: Tensor, rotation: Rotation | None, positions: Tensor, context: AttentionContext) -> Tensor:
+        """x [T, hidden] -> what each token's heads gathered, [T, H * D], for `project`."""
         kernels = context.kernels
         heads = kernels.linear(self._qkv, x).view(x.shape[0], -1, self._head_size)  # [T, H + 2G, D]
         query, key, value = heads.split(self._heads, dim=1)
@@ -129,8 +133,11 @@ class Attention:
             cos, sin = rotation or (None, None)
             query_weight, key_weight = (None if norm is None else norm.weight for norm in (query_norm, key_norm))
             transform = HeadTransform(query_weight, key_weight, self._norm_epsilon, cos, sin, positions)
-        attended = context.attend(self._layer, query, key, value, self._scores, transform)
-        return kernels.linear(self._output, attended.reshape(x.shape[0], -1), residual=residual)
+        return context.attend(self._layer, query, key, value, self._scores, transform).reshape(x.shape[0], -1)
+
+    def project(self, attended: Tensor, residual: Tensor | None, kernels: Kernels) -> Tensor:
+        """attended [T, H * D] -> [T, hidden], plus residual."""
+        return kernels.linear(self._output, attended, residual=residual)
 
 
 def _merged_order(heads: int, kv_heads: int, size: int, groups: int) -> Tensor | None:

@@ -63,8 +63,13 @@ class ServingModel(Protocol):
     kernels: Kernels
     has_own_cache: bool = False
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm."""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
+    ) -> Tensor:
+        """input_ids and positions [T] int64 -> hidden states [T, hidden_size], after the last norm.
+
+        rows [R] int64: the tokens whose hidden states are wanted, [R, hidden_size]; None: all.
+        """
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

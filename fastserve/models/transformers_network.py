@@ -140,8 +140,11 @@ class TransformersModel(ServingModel):
         self._network = network
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        return run_body(self._network, input_ids, positions, context)
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
+    ) -> Tensor:
+        hidden = run_body(self._network, input_ids, positions, context)
+        return hidden if rows is None else hidden[rows]
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         return self._network.logits(hidden)

@@ -77,8 +77,13 @@ class Cached:
 
     def network(self, kernels: Kernels, batch: Batch) -> Tensor:
         context = PagedContext(kernels, self.keys, self.values, batch)
+        return self.model.head(self.model.forward(batch.input_ids, batch.positions, context, batch.logit_rows), kernels)
+
+    def of_all_tokens(self, batch: Batch) -> Tensor:
+        """The same operation by operation, every token going through every layer."""
+        context = PagedContext(self.kernels, self.keys, self.values, batch)
         hidden = self.model.forward(batch.input_ids, batch.positions, context)
-        return self.model.head(kernels.embed(hidden, batch.logit_rows, hidden.dtype), kernels)
+        return self.model.head(hidden[batch.logit_rows], self.kernels)
 
 
 def make_step(spans: list[tuple[int, int, int]], seed: int, logit_rows: list[int] | None = None) -> Batch:
@@ -97,7 +102,9 @@ def make_step(spans: list[tuple[int, int, int]], seed: int, logit_rows: list[int
         query_starts=starts,
         context_lens=[start + count for _, start, count in spans],
         block_tables=[blocks[index] for index, _, _ in spans],
-        logit_rows=torch.tensor([start - 1 for start in starts[1:]] if logit_rows is None else logit_rows),
+        logit_rows=torch.tensor(
+            [start - 1 for start in starts[1:]] if logit_rows is None else logit_rows, dtype=torch.int64
+        ),
     )
 
 
@@ -144,7 +151,7 @@ def test_a_recorded_step_is_the_operations_one_by_one(
     assert not isinstance(recorded, str), recorded
     with torch.inference_mode():
         for step in STEPS:
-            expected = one_by_one.network(loaded.kernels, step)
+            expected = one_by_one.of_all_tokens(step)
             logits, chosen = recorded.run(step, choose=True)
             assert torch.equal(logits, expected)
             assert chosen == loaded.kernels.argmax(expected).tolist()

@@ -113,11 +113,11 @@ class CPUKernels(Kernels):
             weight, x.shape[0], x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
             out.data_ptr(), _DTYPES[out.dtype], out.stride(0),
             _address(residual), 0 if residual is None else residual.stride(0),
-            _activation_code(activation), packed.activation_bits == 8, *_adapter_arguments(packed.adapters),
+            _activation_code(activation), packed.activation_bits == 8, *_adapter_arguments(packed.adapters, len(x)),
         )  # fmt: skip
         return out
 
-    def allow_adapters(self, packed: PackedLinear, step: list[Tensor | None], num_slots: int) -> None:
+    def allow_adapters(self, packed: PackedLinear, step: list[Tensor], num_slots: int) -> None:
         native = importlib.import_module("fastserve.kernels.cpu._native")
         packed.adapters = LinearAdapters(step, native=native.Adapters(packed.native, num_slots))
 
@@ -285,8 +285,8 @@ class CPUKernels(Kernels):
         return out.tolist()
 
 
-def _adapter_arguments(adapters: LinearAdapters | None) -> tuple[Any, int]:
-    return (None, 0) if adapters is None else (adapters.native, _address(adapters.step[0]))
+def _adapter_arguments(adapters: LinearAdapters | None, num_rows: int) -> tuple[Any, int]:
+    return (None, 0) if adapters is None else (adapters.native, _address(adapters.slots(num_rows)))
 
 
 def _address(tensor: Tensor | None) -> int:

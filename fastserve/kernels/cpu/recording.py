@@ -42,7 +42,7 @@ class NativeStep:
             batch.input_ids.shape[0], num_rows, [tensor.data_ptr() for tensor in inputs], batch.query_starts,
             batch.context_lens, [table.data_ptr() for table in batch.block_tables],
             batch.source_lens, [table.data_ptr() for table in batch.source_tables],
-            0 if batch.adapter_slots is None else batch.adapter_slots.data_ptr(), choose,
+            [slots.data_ptr() for slots in batch.adapter_slots], choose,
         )  # fmt: skip
         if not num_rows:
             return torch.empty(0, self._vocab_size), chosen
@@ -95,7 +95,7 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
         source_lens=[longest],
         source_tables=[block_table],
         logit_rows=torch.zeros(_PROBE_ROWS, dtype=torch.int64),
-        adapter_slots=ids,
+        adapter_slots=[ids, torch.zeros(_PROBE_ROWS, dtype=torch.int64)],
     )
     for number, tensor in enumerate((ids, positions, slots, probe.logit_rows)):
         plan.input(number, tensor.data_ptr(), tensor.nbytes, tensor.shape[0])

@@ -153,7 +153,7 @@ def clozes(texts: Iterable[str], number: int, is_spaced: bool, rng: random.Rando
     """Questions that nobody had to ask: a sentence of a passage without some of its words; those next to each other are
     the answer, others are left out for difficulty (after Dhingra et al., 2018, arXiv:1804.00720).
 
-    is_spaced: words stand between spaces, up to 140 in a passage; else two characters are taken for one, up to 100.
+    is_spaced: words stand between spaces, up to 80 in a passage; else two characters are taken for one, up to 60.
     """
     rows = []
     for text in texts:
@@ -162,10 +162,10 @@ def clozes(texts: Iterable[str], number: int, is_spaced: bool, rng: random.Rando
         first, size = 0, 0
         for last in range(len(pieces)):
             size += len(words[last])
-            if size < (90 if is_spaced else 60) and last + 1 < len(pieces):
+            if size < (50 if is_spaced else 35) and last + 1 < len(pieces):
                 continue
             asked = [place for place in range(first, last + 1) if 6 <= len(words[place]) <= 40]
-            if asked and size <= (140 if is_spaced else 100):
+            if asked and size <= (80 if is_spaced else 60):
                 rows.append(_cloze(words[first : last + 1], rng.choice(asked) - first, rng))
             first, size = last + 1, 0
     return rng.sample(rows, min(number, len(rows)))
@@ -175,7 +175,7 @@ def _cloze(passage: list[list[str]], place: int, rng: random.Random) -> Row:
     sentence, joined = passage[place], ["".join(words) for words in passage]
     count = rng.randint(1, min(6, len(sentence) // 2))
     start = rng.randrange(len(sentence) - count)  # not the last: its full stop is no answer
-    left = [word for index, word in enumerate(sentence) if not start <= index < start + count and rng.random() < 0.6]
+    left = [word for index, word in enumerate(sentence) if not start <= index < start + count and rng.random() < 0.75]
     answer, before = "".join(sentence[start : start + count]), "".join([*joined[:place], *sentence[:start]])
     offset = len(before) + len(answer) - len(answer.lstrip())
     answers = {"text": [answer.strip()], "answer_start": [offset]}

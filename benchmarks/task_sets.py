@@ -8,8 +8,8 @@
 Stages: bert, t5, decoder (pretraining), clozes (the small BERT learns what a question is from sentences with gaps),
 SET-NETWORK (tuning), serve. Each keeps its folder and its result under --out; what is there is not made again, and a
 stage that was stopped goes on. The JSON has all that is there. Scores are in percent on examples that were not learnt
-from (Banking77 and CMRC2018 divided here, the others' own validation sets). `_before` is the same network with a new head
-and not tuned; `_clozes`: after clozes alone; `_served` is asked over HTTP of one server that holds all.
+from (Banking77 and CMRC2018 divided here, the others' own validation sets). `_before` is the same network with a new
+head and not tuned; `_clozes`: after clozes alone; `_served` is asked over HTTP of one server that holds all.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _TUNING: dict[str, dict[str, Any]] = {
     "t5": {"optimizer": "muon", "learning_rate": 1e-2, "muon_learning_rate": 2e-3},
 }
 _BATCH_TOKENS = 4096
-_CLOZES = {"english": 10_000, "chinese": 6_000}
+_CLOZES = {"english": 20_000, "chinese": 12_000}
 _PERPLEXITY_TEXTS, _PERPLEXITY_CHARACTERS = 40, 300
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,43 +142,6 @@ def collect(language: str, shared: Path, path: Path, is_smoke: bool) -> Path:
     documents: Iterable[str] = texts_of([str(corpora / name) for name in CORPORA[language]])
     texts = [text for index, text in enumerate(documents) if index % _EVERY[language] == 0] + joined
     return write(path, [{"text": text} for text in texts[:: 50 if is_smoke else 1]])
-
-
-_ENDS = r".!?\n\u3002\uff01\uff1f\uff1b"
-_SENTENCES = re.compile(f"[^{_ENDS}]+[{_ENDS}]*")
-
-
-def clozes(texts: Iterable[str], number: int, is_spaced: bool, rng: random.Random) -> list[Row]:
-    """Questions that nobody had to ask: a sentence of a passage without some of its words; those next to each other are
-    the answer, others are left out for difficulty (after Dhingra et al., 2018, arXiv:1804.00720).
-
-    is_spaced: words stand between spaces, up to 80 in a passage; else two characters are taken for one, up to 60.
-    """
-    rows = []
-    for text in texts:
-        pieces = [piece for piece in _SENTENCES.findall(text) if piece.strip()]
-        words = [re.findall(r"\s*\S+" if is_spaced else r"(?s).{1,2}", piece) for piece in pieces]
-        first, size = 0, 0
-        for last in range(len(pieces)):
-            size += len(words[last])
-            if size < (50 if is_spaced else 35) and last + 1 < len(pieces):
-                continue
-            asked = [place for place in range(first, last + 1) if 6 <= len(words[place]) <= 40]
-            if asked and size <= (80 if is_spaced else 60):
-                rows.append(_cloze(words[first : last + 1], rng.choice(asked) - first, rng))
-            first, size = last + 1, 0
-    return rng.sample(rows, min(number, len(rows)))
-
-
-def _cloze(passage: list[list[str]], place: int, rng: random.Random) -> Row:
-    sentence, joined = passage[place], ["".join(words) for words in passage]
-    count = rng.randint(1, min(6, len(sentence) // 2))
-    start = rng.randrange(len(sentence) - count)  # not the last: its full stop is no answer
-    left = [word for index, word in enumerate(sentence) if not start <= index < start + count and rng.random() < 0.75]
-    answer, before = "".join(sentence[start : start + count]), "".join([*joined[:place], *sentence[:start]])
-    offset = len(before) + len(answer) - len(answer.lstrip())
-    answers = {"text": [answer.strip()], "answer_start": [offset]}
-    return {"question": "".join(left).strip() or "?", "context": "".join(joined), "answers": answers}
 
 
 def write(path: Path, rows: list[Row]) -> Path:

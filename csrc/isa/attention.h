@@ -395,8 +395,10 @@ private:
     // Scores [rows, 64] = queries x keys.
     void multiply_keys(Range rows, int64_t keys) {
 #if defined(__AVX512BF16__)
-        if (reads_directly() && !is_s8() && args_.block_size % W == 0) {
-            return for_four_rows(rows, [&](auto count, int64_t row) { score_keys<count.value>(row, keys); });
+        if (reads_directly() && args_.block_size % W == 0) {
+            return for_four_rows(rows, [&](auto count, int64_t row) {
+                is_s8() ? score_keys<count.value, S8Words>(row, keys) : score_keys<count.value, PairBf16>(row, keys);
+            });
         }
 #endif
         load_keys(keys);
@@ -421,16 +423,23 @@ private:
         }
     }
 
+    // Words of four signed bytes as two parts of two bfloat16.
+    struct S8Words : PairU8 {
+        using PairU8::PairU8;
+        template <int P> I part(I word) const { return PairU8::part<P>(i_xor(word, i_set(static_cast<int>(0x80808080)))); }
+    };
+
     // Scores of R rows, the keys read where they lie; the same products in the same order as over a panel.
-    template <int R> void score_keys(int64_t row, int64_t keys) {
-        constexpr int kVectors = kKeyBlock / W;
-        const int64_t words = args_.head_size / 2, row_bytes = sizes_.depth * 2, stride = 4 * args_.block_size;
+    template <int R, class Words> void score_keys(int64_t row, int64_t keys) {
+        constexpr int kVectors = kKeyBlock / W, kParts = Words::kParts;
+        const Words unpack(kNoWeight);
+        const int64_t words = args_.head_size / 2 / kParts, row_bytes = sizes_.depth * 2, stride = 4 * args_.block_size;
         const char* panels[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             panels[v] = static_cast<const char*>(args_.keys) + places_.keys[v * W < keys ? v * W : 0];
         }
         const char* queries = s_.queries + row * row_bytes;
-        ahead_.divide(ceil_div(tile_.rows, 4) * words / 4);
+        ahead_.divide(ceil_div(tile_.rows, 4) * words * kParts / 4);
         F acc[R][kVectors];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -438,18 +447,25 @@ private:
             for (int v = 0; v < kVectors; ++v) acc[r][v] = f_zero();
         }
         for (int64_t word = 0; word < words; ++word) {
-            if (word % 4 == 0) ahead_.fetch();
-            I panel[kVectors];
+            if (word % (4 / kParts) == 0) ahead_.fetch();
+            I loaded[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) panel[v] = i_load(panels[v] + word * stride);
+            for (int v = 0; v < kVectors; ++v) loaded[v] = i_load(panels[v] + word * stride);
+            const auto multiply = [&](auto part) {
+                I panel[kVectors];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                int32_t two;
-                std::memcpy(&two, queries + r * row_bytes + word * 4, 4);
-                const I a = i_set(two);
+                for (int v = 0; v < kVectors; ++v) panel[v] = unpack.template part<part.value>(loaded[v]);
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) acc[r][v] = f_dot(acc[r][v], panel[v], a);
-            }
+                for (int r = 0; r < R; ++r) {
+                    int32_t two;
+                    std::memcpy(&two, queries + r * row_bytes + (word * kParts + part.value) * 4, 4);
+                    const I a = i_set(two);
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) acc[r][v] = f_dot(acc[r][v], panel[v], a);
+                }
+            };
+            multiply(std::integral_constant<int, 0>{});
+            if constexpr (kParts == 2) multiply(std::integral_constant<int, 1>{});
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -510,7 +526,8 @@ private:
         }
 #pragma GCC unroll 4
         for (int v = 0; v < kPanelColumns / W; ++v) {
-            words[v] = i_or(i_shr<16>(i_bits(value_lanes(first, column + v * W))), i_bits(value_lanes(second, column + v * W)));
+            const F a = value_lanes(first, column + v * W), b = value_lanes(second, column + v * W);
+            words[v] = PairU8::upper_halves(i_bits(a), i_bits(b));
         }
     }
 #endif
@@ -631,12 +648,25 @@ private:
     // Of the block's keys and values; 0 where there are none.
     void load_scales(int64_t keys) {
         const Places& now = places_;
+        const char *of_keys = static_cast<const char*>(args_.keys), *of_values = static_cast<const char*>(args_.values);
+        if (args_.block_size % W == 0) {
+            for (int64_t i = 0; i < kKeyBlock; i += W) {
+                const F there = f_load(kBounds.to + kKeyBlock - keys + i);  // a block's last ones may be anything
+                f_store(s_.key_scales + i, f_zero_below(there, f_zero(), f_load_at(of_keys, i < keys ? now.scales[i] : -1)));
+                f_store(s_.value_scales + i, f_zero_below(there, f_zero(), f_load_at(of_values, i < keys ? now.scales[i] : -1)));
+            }
+            return;
+        }
         for (int64_t i = 0; i < kKeyBlock; ++i) {
             s_.key_scales[i] = s_.value_scales[i] = 0.0f;
             if (i >= keys) continue;
-            std::memcpy(s_.key_scales + i, static_cast<const char*>(args_.keys) + now.scales[i], 4);
-            std::memcpy(s_.value_scales + i, static_cast<const char*>(args_.values) + now.scales[i], 4);
+            std::memcpy(s_.key_scales + i, of_keys + now.scales[i], 4);
+            std::memcpy(s_.value_scales + i, of_values + now.scales[i], 4);
         }
+    }
+
+    static F f_load_at(const char* base, int64_t at) {
+        return at < 0 ? f_zero() : f_load(reinterpret_cast<const float*>(base + at));
     }
 
     bool is_s8() const { return args_.cache_type == DType::s8; }
@@ -701,7 +731,8 @@ private:
             std::memcpy(some, from, left);
             from = some;
         }
-        return f_convert(i_sra<24>(i_shl<24>(i_from_u8(from))));
+        // A float of the byte + 128 below the bits of 2^23, less both.
+        return f_sub(f_bits(i_xor(i_from_u8(from), i_set(0x4b000080))), f_set(8388608.0f + 128.0f));
     }
 
     const AttentionArgs& args_;

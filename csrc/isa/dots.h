@@ -130,6 +130,10 @@ struct PairU8 : PairDot {
         const F even = centred(widen<2 * P>(word)), odd = centred(widen<2 * P + 1>(word));
         return upper_halves(i_bits(even), i_bits(odd));
     }
+    // Two floats as two bfloat16 in a word; what lies below is lost.
+    static I upper_halves(I low, I high) {
+        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333u, low, i_add(byte_places(), i_set(0x0302)));
+    }
 
 private:
     static F centred(I bits) { return f_sub(f_bits(bits), f_set(8388608.0f + 128.0f)); }
@@ -137,9 +141,6 @@ private:
     template <int N> static I widen(I word) {
         const I from = i_add(byte_places(), i_set(N));
         return _mm512_mask_shuffle_epi8(i_set(0x4b000000), 0x1111111111111111u, word, from);
-    }
-    static I upper_halves(I low, I high) {
-        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333u, low, i_add(byte_places(), i_set(0x0302)));
     }
     // In every word the index of its first byte, among the sixteen that a shuffle reaches.
     static I byte_places() { return _mm512_set4_epi32(0x0c0c, 0x0808, 0x0404, 0x0000); }

@@ -141,8 +141,11 @@ def _new_config(section: ModelSection, tokenizer: Any) -> Any:
     }
     if section.type == "t5":
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    defaults = kind().to_dict()
+    # ModernBERT's lie beyond a small vocabulary.
+    ids |= {name: getattr(tokenizer, name) for name in ("cls_token_id", "sep_token_id") if name in defaults}
     # transformers' gelu_new takes eight operations for what this name computes in one.
-    fused = {name: "gelu_pytorch_tanh" for name, value in kind().to_dict().items() if value == "gelu_new"}
+    fused = {name: "gelu_pytorch_tanh" for name, value in defaults.items() if value == "gelu_new"}
     values = {"vocab_size": len(tokenizer), **ids, **fused, **section.config}
     try:
         return kind(**values, attn_implementation=section.attention)

@@ -6,10 +6,11 @@
 
 Three cases: decode (tokens per second of one request, 128 prompt + 128 output tokens), prefill (seconds to the first
 token of 1,024), throughput (output tokens per second of 32 requests at once, prompts 64-512, outputs 32-128), and the
-largest resident memory during the third. Greedy, end tokens ignored, prefix reuse off, all processors. Ours and the
-peer have a process each and take turns in every repeat, each repeat swapping who goes first; the first run of a case
-is not counted; values are medians. The machine's limits are measured between the repeats. A ratio above 1 means that
-ours is better; pairs are measured in different minutes, which is why each pair has figures of ours beside it.
+largest resident memory during the third. Our keys and values have as many bits as the peer's. Greedy, end tokens
+ignored, prefix reuse off, all processors. Ours and the peer have a process each and take turns in every repeat, each
+repeat swapping who goes first; the first run of a case is not counted; values are medians. The machine's limits are
+measured between the repeats. A ratio above 1 means that ours is better; pairs are measured in different minutes, which is
+why each pair has figures of ours beside it.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def run_pair(name: str, precision: str, cases: list[str], arguments: argparse.Na
     engines: list[EngineProcess] = []
     try:
         for engine, make in makers:
-            engines.append(EngineProcess(engine, make(), precision))
+            engines.append(EngineProcess(engine, make(), precision, peers.PEERS[name].our_kv_cache))
         for case in cases:
             found, moments = measure_case(engines, case, arguments.repeats, arguments.small, limits)
             about = {

@@ -43,6 +43,7 @@ class Peer:
         remove: packages to take out again.
         needs: another environment that its conversion uses.
         note: what to know before using it.
+        our_kv_cache: our `kv_cache_dtype` beside it: what it keeps keys and values in.
     """
 
     install: tuple[str, ...]
@@ -51,6 +52,7 @@ class Peer:
     remove: tuple[str, ...] = ()
     needs: str = ""
     note: str = ""
+    our_kv_cache: str = "auto"
 
 
 PEERS = {
@@ -73,6 +75,7 @@ PEERS = {
         "openvino_genai",
         ("bf16", "int8", "int4"),
         needs="openvino-convert",
+        our_kv_cache="int8",  # its default is u8
     ),
     "openvino-convert": Peer(
         (TORCH, "torchvision==0.28.0", "optimum-intel[openvino]==2.2.0"),

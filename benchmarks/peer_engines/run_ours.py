@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ class Ours(Engine):
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         settings: dict[str, Any] = {"max_model_len": 2048, "kv_cache_memory": KV_GIB << 30, "prefix_caching": False}
         settings["speculation"] = "off"  # a random network repeats itself
+        settings["kv_cache_dtype"] = kv_cache = os.environ.get("OUR_KV_CACHE", "auto")
         self._llm = LLM(folder, dtype="bfloat16", **settings)
         is_whole = "quantization_config" not in config
         self.precision = {
             "weights": "bfloat16" if is_whole else WEIGHTS[precision],
-            "kv_cache": "bfloat16",
+            "kv_cache": "bfloat16" if kv_cache == "auto" else f"{kv_cache} per token and head",
             "lm_head": "bfloat16" if is_whole else "int8 per channel",
             "activations": "bfloat16" if is_whole else "int8 per token in the products",
         }

@@ -9,8 +9,8 @@ token of 1,024), throughput (output tokens per second of 32 requests at once, pr
 largest resident memory during the third. Our keys and values have as many bits as the peer's. Greedy, end tokens
 ignored, prefix reuse off, all processors. Ours and the peer have a process each and take turns in every repeat, each
 repeat swapping who goes first; the first run of a case is not counted; values are medians. The machine's limits are
-measured between the repeats. A ratio above 1 means that ours is better; pairs are measured in different minutes, which is
-why each pair has figures of ours beside it.
+measured between the repeats. A ratio above 1 means that ours is better; pairs are measured in different minutes, which
+is why each pair has figures of ours beside it.
 """
 
 from __future__ import annotations

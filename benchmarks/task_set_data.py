@@ -120,7 +120,7 @@ SETS = {
     "banking77": TaskSet(banking77, "classification", {"bert": (0, 5.0), "minilm": (0, 1.5)}, 1000),
     "clinc150": TaskSet(clinc150, "classification", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 1000),
     "fairytaleqa": TaskSet(fairytaleqa, "question-answering", {"bert": (0, 3.0), "minilm": (0, 1.0)}, 300, {**_WINDOW}),
-    "cmrc2018": TaskSet(cmrc2018, "question-answering", {"bert": (0, 3.0)}, 300, {**_WINDOW}),
+    "cmrc2018": TaskSet(cmrc2018, "question-answering", {"bert": (0, 8.0)}, 300, {**_WINDOW}),
     "tatoeba": TaskSet(tatoeba, "seq2seq", {"t5": (0, 5.0)}, 300, {"max_answer_tokens": 32}),
     "scitldr": TaskSet(scitldr, "seq2seq", {"t5": (0, 4.0)}, 100, {"max_answer_tokens": 40}),
 }

@@ -46,12 +46,13 @@ def test_every_token_reads_the_head_but_not_a_separate_embedding(load, tmp_path,
     assert shape.kv_bytes == 2 * 2 * 2 * 1 * 2
 
 
-def test_prefill_operations_count_products_attention_and_one_row_of_the_head(load, tmp_path):
+def test_prefill_operations_count_what_must_be_done_for_one_row_of_logits(load, tmp_path):
     shape = load("cpu_roofline").Shape(make_folder(tmp_path, tied=True))
-    layer_weights = 4 * (4 + 2 + 2) + 4 * 4 + 3 * 4 * 6
+    projections, rest = 4 * (4 + 2 + 2), 4 * 4 + 3 * 4 * 6  # of a layer: until attention, and after it
     pairs = 1 + 2 + 3
     attention = 2 * (2 * 2) * pairs  # scores and values, both of num_heads * head_dim
-    assert shape.prefill_operations(3) == 2 * (2 * (layer_weights * 3 + attention) + 10 * 4)
+    first, last = (projections + rest) * 3 + attention, projections * 3 + attention + rest
+    assert shape.prefill_operations(3) == 2 * (first + last + 10 * 4)
 
 
 def test_batches_pad_on_the_left_and_cut_what_was_not_asked_for(load):

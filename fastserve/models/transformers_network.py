@@ -143,8 +143,12 @@ class TransformersModel(ServingModel):
     def forward(
         self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
     ) -> Tensor:
-        hidden = run_body(self._network, input_ids, positions, context)
+        hidden = self._hidden(input_ids, positions, context)
         return hidden if rows is None else hidden[rows]
+
+    def _hidden(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """Hidden states [T, hidden_size] of all tokens."""
+        return run_body(self._network, input_ids, positions, context)
 
     def head(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         return self._network.logits(hidden)

@@ -42,20 +42,16 @@ class OwnCacheModel(TransformersModel):
         if problem:
             raise CheckpointError(f"this model cannot be served with its own cache: {problem}")
 
-    @torch.inference_mode()
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None
-    ) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         assert isinstance(context, PagedContext), "which request a token belongs to is in the batch"
         batch = context.batch
         assert len(batch.request_ids) == len(batch.context_lens), "models with their own cache need request ids"
-        parts = []
+        rows = []
         for index, request_id in enumerate(batch.request_ids):
             start, end = batch.query_starts[index], batch.query_starts[index + 1]
             first_position = batch.context_lens[index] - (end - start)
-            parts.append(self._run(request_id, input_ids[start:end], first_position))
-        hidden = torch.cat(parts)
-        return hidden if rows is None else hidden[rows]
+            rows.append(self._run(request_id, input_ids[start:end], first_position))
+        return torch.cat(rows)
 
     def release(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

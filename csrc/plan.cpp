@@ -119,6 +119,7 @@ void Plan::finish(const void* logits, const void* chosen) {
     if (logits_.tensor < 0 || chosen_.tensor < 0) throw NotRecordable("its logits are not made by an operation");
     tensors_[logits_.tensor].last_use = tensors_[chosen_.tensor].last_use = num_ops();
     join_norms();
+    join_heads();
     share_buffers();
 }
 
@@ -133,10 +134,40 @@ void Plan::join_norms() {
         if (norm->inner != 1 || linear->x_stride != norm->size || tensors_[made.tensor].last_use != i + 1) continue;
         ops_[i].joins_next = true;
         largest_norm_ = max_of(largest_norm_, tensors_[made.tensor].row_bytes);
-        // A thread may write the product while another still reads what is normed.
-        for (const Place& where : ops_[i].places) {
-            if (where.tensor >= 0) tensors_[where.tensor].last_use = max_of(tensors_[where.tensor].last_use, i + 1);
+        keep(i, i + 1);  // a thread may write the product while another still reads what is normed
+    }
+}
+
+// Of few rows, a thread makes whole heads of a merged projection, and the same ones ready for attention.
+void Plan::join_heads() {
+    for (int64_t i = 0; i + 1 < num_ops(); ++i) {
+        const auto* linear = std::get_if<LinearArgs>(&ops_[i].op);
+        const auto* heads = std::get_if<HeadsArgs>(&ops_[i + 1].op);
+        if (!linear || !heads || !ops_[i].per_token || linear->weight->gated) continue;
+        const StoreArgs& store = heads->store;
+        const int64_t size = store.size, all = heads->num_heads + 2 * store.heads, row = all * size;
+        if (size % kPanelColumns || all % pool_.size() || linear->weight->n != row || linear->out_stride != row) continue;
+        const int64_t strides[] = {heads->query_head_stride, store.key_head_stride, store.value_head_stride};
+        const int64_t row_strides[] = {heads->query_stride, store.key_stride, store.value_stride};
+        const int64_t first[] = {0, heads->num_heads, heads->num_heads + store.heads}, places[] = {0, 5, 6};
+        const Place& made = ops_[i].places[1];
+        bool fits = made.tensor >= 0;
+        for (int part = 0; part < 3; ++part) {
+            const Place& read = ops_[i + 1].places[places[part]];
+            fits = fits && strides[part] == size && row_strides[part] == row && read.tensor == made.tensor &&
+                   read.offset == made.offset + first[part] * size * element_bytes(store.type);
         }
+        if (!fits) continue;
+        ops_[i].joins_next = true;
+        keep(i, i + 1);  // a thread may write heads while another still multiplies
+        if (i > 0 && ops_[i - 1].joins_next) keep(i - 1, i + 1);
+    }
+}
+
+// What an operation reads or writes stays until a later one is done.
+void Plan::keep(int64_t op, int64_t until) {
+    for (const Place& where : ops_[op].places) {
+        if (where.tensor >= 0) tensors_[where.tensor].last_use = max_of(tensors_[where.tensor].last_use, until);
     }
 }
 
@@ -244,13 +275,14 @@ void Plan::run(const StepInputs& step, bool choose) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t rows = ops_[i].per_token ? step.tokens : step.rows;
             if (!rows) continue;
-            if (ops_[i].joins_next && rows <= kPrivateRows) {
+            const bool few = rows <= kPrivateRows;
+            if (few && ops_[i].joins_next && std::holds_alternative<NormArgs>(ops_[i].op)) {
                 run_joined(std::get<NormArgs>(ops_[i].op), std::get<LinearArgs>(ops_[i + 1].op), worker, worker.scratch + own);
                 ++i;
             } else {
                 run_op(ops_[i].op, table_, worker);
             }
-            if (i + 1 < count) worker.barrier();
+            if (i + 1 < count && !(few && ops_[i].joins_next)) worker.barrier();
         }
     });
 }

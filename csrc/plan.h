@@ -89,12 +89,14 @@ private:
         Op op;
         bool per_token;
         std::array<Place, kMaxPointers> places;
-        bool joins_next = false;  // a norm that only the product after it reads
+        bool joins_next = false;  // of few rows, nobody waits between this one and the next
     };
 
     Place find(const void* address) const;
     const void* place(const Place& where) const;
     void join_norms();
+    void join_heads();
+    void keep(int64_t op, int64_t until);
     void share_buffers();
     void relocate();
     void set_step(const StepInputs& step);

@@ -174,7 +174,6 @@ public:
         const int64_t begin = max_of(split * kSplitKeys, keys.begin / kKeyBlock * kKeyBlock);
         const int64_t end = min_of((split + 1) * kSplitKeys, keys.end);
         for (int64_t block = begin; block < end; block += kKeyBlock) {
-            look_ahead(block);
             for_heads([&](int64_t) { attend_block(block); });
         }
     }
@@ -321,45 +320,45 @@ private:
         now.kv_head = tile_.kv_head;
     }
 
-    // What is worked on next is fetched meanwhile, from front to back as it lies in memory.
+    // What is read next is fetched meanwhile.
     struct Ahead {
-        const char* pieces[2 * kKeyBlock];
-        int64_t count = 0, bytes = 0, piece = 0, at = 0;
-        int64_t share = 0;  // lines for the keys of one head, or for its values
-        int64_t lines = 0;  // at a time
+        const char* pieces[kKeyBlock];
+        int64_t count = 0, bytes = 0;  // of each piece
+        int64_t at = 0, step = 0;
 
-        // The next `times` calls of `fetch` bring a share.
-        void divide(int64_t times) { lines = ceil_div(share, times); }
+        // The next `times` calls of `fetch` bring everything.
+        void divide(int64_t times) { step = round_up(ceil_div(bytes, times), 64); }
         FASTSERVE_INLINE void fetch() {
-            for (int64_t i = 0; i < lines && piece < count; ++i) {
-                __builtin_prefetch(pieces[piece] + at, 0, 2);
-                at += 64;
-                if (at >= bytes) at = 0, ++piece;
+            const int64_t end = min_of(at + step, bytes);
+            for (; at < end; at += 64) {
+                for (int64_t i = 0; i < count; ++i) __builtin_prefetch(pieces[i] + at, 0, 3);
             }
         }
     };
 
-    // Prepare to fetch the block after this one, of this tile or of the next.
-    void look_ahead(int64_t first_key) {
-        ahead_.count = ahead_.piece = ahead_.at = 0;
-        if (args_.block_size > kKeyBlock) return;  // the next keys may lie in this very block
-        const QueryTile* tile = &tile_;
-        int64_t head = first_head_, begin = first_key + kKeyBlock, end = visible().end;
-        if (begin >= end) {
-            if (!next_tile_) return;
-            tile = next_tile_, head = tile->kv_head;
-            end = min_of(tile->first_position + tile->num_queries + sizes_.ahead, args_.context_lens[tile->sequence]);
-            begin = args_.window ? max_of(0, tile->first_position - args_.window + 1) / kKeyBlock * kKeyBlock : 0;
+    // Prepare to fetch the keys (or values) of one head in a block of keys.
+    void look_ahead(const void* cache, const QueryTile& tile, int64_t kv_head, int64_t first_key, int64_t end) {
+        ahead_.count = ahead_.at = 0;
+        if (args_.block_size > kKeyBlock) return;  // a piece is more than what is read next
+        end = min_of(end, first_key + kKeyBlock);
+        for (int64_t index = first_key / args_.block_size; index * args_.block_size < end; ++index) {
+            const int64_t block = args_.block_tables[tile.sequence][index];
+            ahead_.pieces[ahead_.count++] = static_cast<const char*>(cache) + block * layout_.block() + kv_head * layout_.head();
         }
-        end = min_of(end, begin + kKeyBlock);
-        for (const void* cache : {args_.keys, args_.values}) {
-            for (int64_t index = begin / args_.block_size; index * args_.block_size < end; ++index) {
-                const int64_t block = args_.block_tables[tile->sequence][index];
-                ahead_.pieces[ahead_.count++] = static_cast<const char*>(cache) + block * layout_.block() + head * layout_.head();
-            }
-        }
-        ahead_.bytes = tile->num_heads * layout_.head();
-        ahead_.share = ceil_div(ceil_div(ahead_.count * ahead_.bytes, 64), 2 * tile_.num_heads);
+        ahead_.bytes = layout_.head();
+    }
+
+    // The keys of the next head, or of the next block of keys, of this tile or of the next.
+    void look_ahead_at_keys(int64_t first_key) {
+        const int64_t end = visible().end;
+        if (tile_.kv_head + 1 < first_head_ + tile_.num_heads) return look_ahead(args_.keys, tile_, tile_.kv_head + 1, first_key, end);
+        if (first_key + kKeyBlock < end) return look_ahead(args_.keys, tile_, first_head_, first_key + kKeyBlock, end);
+        ahead_.count = 0;
+        if (!next_tile_) return;
+        const QueryTile& next = *next_tile_;
+        const int64_t begin = args_.window ? max_of(0, next.first_position - args_.window + 1) / kKeyBlock * kKeyBlock : 0;
+        look_ahead(args_.keys, next, next.kv_head, begin,
+                   min_of(next.first_position + next.num_queries + sizes_.ahead, args_.context_lens[next.sequence]));
     }
 
     void attend_block(int64_t first_key) {
@@ -374,7 +373,9 @@ private:
         if (rows.begin >= rows.end) return;
         find_block(first_key, keys);
         if (is_s8()) load_scales(keys);
+        look_ahead(args_.values, tile_, tile_.kv_head, first_key, first_key + keys);
         multiply_keys(rows, keys);
+        look_ahead_at_keys(first_key);
         for (int64_t row = rows.begin; row < rows.end; ++row) soften(row, first_key, keys);
 #if defined(__AVX512BF16__)
         if (reads_directly()) {
@@ -439,7 +440,7 @@ private:
             panels[v] = static_cast<const char*>(args_.keys) + places_.keys[v * W < keys ? v * W : 0];
         }
         const char* queries = s_.queries + row * row_bytes;
-        ahead_.divide(ceil_div(tile_.rows, 4) * words * kParts / 4);
+        ahead_.divide(ceil_div(tile_.rows, 4) * words);
         F acc[R][kVectors];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -447,7 +448,7 @@ private:
             for (int v = 0; v < kVectors; ++v) acc[r][v] = f_zero();
         }
         for (int64_t word = 0; word < words; ++word) {
-            if (word % (4 / kParts) == 0) ahead_.fetch();
+            ahead_.fetch();
             I loaded[kVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) loaded[v] = i_load(panels[v] + word * stride);
@@ -476,39 +477,47 @@ private:
 
     // out += probabilities x values, read where they lie; the same products in the same order as over a panel.
     template <int R> void add_values(int64_t row, int64_t keys) {
+        if (R <= 2 && panels() % 2 == 0) add_panels<R, R <= 2 ? 2 : 1>(row, keys);
+        else add_panels<R, 1>(row, keys);
+    }
+
+    // P panels at a time: independent sums enough to keep the units busy.
+    template <int R, int P> void add_panels(int64_t row, int64_t keys) {
         constexpr int kVectors = kPanelColumns / W;
-        const int64_t* places = places_.values;
         const char* probs = s_.probs + row * kKeyBlock * 2;
-        for (int64_t panel = 0; panel < panels(); ++panel) {
+        const int64_t whole = keys / 2;
+        ahead_.divide(panels() / P * ceil_div(tile_.rows, 4) * max_of(whole, 1));
+        for (int64_t panel = 0; panel < panels(); panel += P) {
             float* out = s_.out + panel * panel_stride() + row * kPanelColumns;
-            F acc[R][kVectors];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) acc[r][v] = f_load(out + r * kPanelColumns + v * W);
-            }
-            // A pair without keys adds zero, and once is as good as often.
-            const int64_t pairs = min_of(kKeyBlock / 2, (keys + 1) / 2 + 1);
-            ahead_.divide(panels() * ceil_div(tile_.rows, 4) * ceil_div(pairs, 4));
-            for (int64_t pair = 0; pair < pairs; ++pair) {
-                const int64_t first = 2 * pair < keys ? places[2 * pair] : -1;
-                const int64_t second = 2 * pair + 1 < keys ? places[2 * pair + 1] : -1;
-                if (pair % 4 == 0) ahead_.fetch();
-                I words[kVectors];
-                value_words(first, second, panel * kPanelColumns, words);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
+            F acc[P][R][kVectors];
+            for_vectors<P, R>([&](int p, int r, int v) { acc[p][r][v] = f_load(out + p * panel_stride() + r * kPanelColumns + v * W); });
+            const auto multiply = [&](int64_t pair, int64_t first, int64_t second) {
+                I words[P][kVectors];
+#pragma GCC unroll 2
+                for (int p = 0; p < P; ++p) value_words(first, second, (panel + p) * kPanelColumns, words[p]);
+                for_vectors<P, R>([&](int p, int r, int v) {
                     int32_t two;
                     std::memcpy(&two, probs + r * kKeyBlock * 2 + pair * 4, 4);
-                    const I a = i_set(two);
-#pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v) acc[r][v] = f_dot(acc[r][v], words[v], a);
-                }
+                    acc[p][r][v] = f_dot(acc[p][r][v], words[p][v], i_set(two));
+                });
+            };
+            for (int64_t pair = 0; pair < whole; ++pair) {
+                ahead_.fetch();
+                multiply(pair, places_.values[2 * pair], places_.values[2 * pair + 1]);
             }
+            if (keys % 2) multiply(whole, places_.values[keys - 1], -1);
+            if (keys + 1 < kKeyBlock) multiply(kKeyBlock / 2 - 1, -1, -1);  // adds zero; once is as good as often
+            for_vectors<P, R>([&](int p, int r, int v) { f_store(out + p * panel_stride() + r * kPanelColumns + v * W, acc[p][r][v]); });
+        }
+    }
+
+    template <int P, int R, class Body> static FASTSERVE_INLINE void for_vectors(const Body& body) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) f_store(out + r * kPanelColumns + v * W, acc[r][v]);
+                for (int v = 0; v < kPanelColumns / W; ++v) body(p, r, v);
             }
         }
     }

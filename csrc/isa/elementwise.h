@@ -146,19 +146,15 @@ static void store_s8(const StoreArgs& args, const CacheLayout& layout, const voi
     std::memcpy(block + layout.scale(head, offset), &scale, 4);
 }
 
-// One key head, from `key` at `at`, and the value head that goes with it.
-static void store_row(const StoreArgs& args, int64_t token, int64_t head, const void* key, int64_t at) {
-    const CacheLayout layout{args.cache_type, args.heads, args.size, args.block_size};
-    const int64_t from = token * args.value_stride + head * args.value_head_stride;
-    const int64_t block = args.slots[token] / args.block_size * layout.block(), offset = args.slots[token] % args.block_size;
-    char *keys = static_cast<char*>(args.keys) + block, *values = static_cast<char*>(args.values) + block;
-    if (args.cache_type == DType::s8) {
-        store_s8(args, layout, key, at, keys, offset, head, true);
-        store_s8(args, layout, args.value, from, values, offset, head, false);
-        return;
-    }
-    keys += head * layout.head(), values += head * layout.head();
-    copy_row(args.value, args.type, from, values, args.cache_type, offset * args.size, args.size);
+static CacheLayout layout_of(const StoreArgs& args) { return {args.cache_type, args.heads, args.size, args.block_size}; }
+
+// One key head, from `key` at `at`.
+static void store_key(const StoreArgs& args, int64_t token, int64_t head, const void* key, int64_t at) {
+    const CacheLayout layout = layout_of(args);
+    const int64_t offset = args.slots[token] % args.block_size;
+    char* keys = static_cast<char*>(args.keys) + args.slots[token] / args.block_size * layout.block();
+    if (args.cache_type == DType::s8) return store_s8(args, layout, key, at, keys, offset, head, true);
+    keys += head * layout.head();
     if (args.type == args.cache_type) {
         scatter_key(layout, keys, offset, 0, static_cast<const char*>(key) + at * layout.element(), args.size);
         return;
@@ -171,11 +167,20 @@ static void store_row(const StoreArgs& args, int64_t token, int64_t head, const 
     }
 }
 
+static void store_value(const StoreArgs& args, int64_t token, int64_t head) {
+    const CacheLayout layout = layout_of(args);
+    const int64_t from = token * args.value_stride + head * args.value_head_stride, offset = args.slots[token] % args.block_size;
+    char* values = static_cast<char*>(args.values) + args.slots[token] / args.block_size * layout.block();
+    if (args.cache_type == DType::s8) return store_s8(args, layout, args.value, from, values, offset, head, false);
+    copy_row(args.value, args.type, from, values + head * layout.head(), args.cache_type, offset * args.size, args.size);
+}
+
 static void store(const StoreArgs& args, const Worker& worker) {
     const Range rows = share_of(args.tokens * args.heads, worker.index, worker.count);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t token = row / args.heads, head = row % args.heads;
-        store_row(args, token, head, args.key, token * args.key_stride + head * args.key_head_stride);
+        store_key(args, token, head, args.key, token * args.key_stride + head * args.key_head_stride);
+        store_value(args, token, head);
     }
 }
 
@@ -196,22 +201,28 @@ static void prepare_head(const HeadsArgs& args, int64_t token, const void* x, in
     }
 }
 
+// Of few tokens a thread takes the same heads of all; of many, all heads of the same tokens. Heads are numbered as in a
+// merged projection: queries, keys, values.
 template <DType Type>
 static void heads_of(const HeadsArgs& args, const Worker& worker) {
     const StoreArgs& store = args.store;
+    const int64_t all = args.num_heads + 2 * store.heads;
+    const bool few = store.tokens <= kPrivateRows;
     void *normed = worker.scratch, *key = worker.scratch + round_up(store.size * 4, 64);
-    const Range queries = share_of(store.tokens * args.num_heads, worker.index, worker.count);
-    for (int64_t row = queries.begin; row < queries.end; ++row) {
-        const int64_t token = row / args.num_heads, head = row % args.num_heads;
-        prepare_head<Type>(args, token, args.query, token * args.query_stride + head * args.query_head_stride,
-                           args.query_norm, normed, args.out, row * store.size);
-    }
-    const Range keys = share_of(store.tokens * store.heads, worker.index, worker.count);
-    for (int64_t row = keys.begin; row < keys.end; ++row) {
-        const int64_t token = row / store.heads, head = row % store.heads;
-        prepare_head<Type>(args, token, store.key, token * store.key_stride + head * store.key_head_stride, args.key_norm,
-                           normed, key, 0);
-        store_row(store, token, head, key, 0);
+    const Range items = share_of(store.tokens * all, worker.index, worker.count);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+        const int64_t token = few ? item % store.tokens : item / all, head = few ? item / store.tokens : item % all;
+        if (head < args.num_heads) {
+            prepare_head<Type>(args, token, args.query, token * args.query_stride + head * args.query_head_stride,
+                               args.query_norm, normed, args.out, (token * args.num_heads + head) * store.size);
+        } else if (head < args.num_heads + store.heads) {
+            const int64_t of_keys = head - args.num_heads;
+            prepare_head<Type>(args, token, store.key, token * store.key_stride + of_keys * store.key_head_stride, args.key_norm,
+                               normed, key, 0);
+            store_key(store, token, of_keys, key, 0);
+        } else {
+            store_value(store, token, head - args.num_heads - store.heads);
+        }
     }
 }
 
@@ -236,33 +247,33 @@ static void gather(const GatherArgs& args, const Worker& worker) {
     }
 }
 
+static float element_of(const ArgmaxArgs& args, int64_t at) {
+    return args.type == DType::f32 ? static_cast<const float*>(args.x)[at] : bf16_to_f32(static_cast<const uint16_t*>(args.x)[at]);
+}
+
 static void argmax(const ArgmaxArgs& args, const Worker& worker) {
     struct Best {
         double value;
         int64_t index;
     };
     Best* best = reinterpret_cast<Best*>(worker.shared);
+    constexpr int64_t kPiece = 64 * W;  // the index is looked for in the piece that has the largest
     const Range part = share_of(args.size, worker.index, worker.count);
     for (int64_t row = 0; row < args.rows; ++row) {
         const int64_t at = row * args.stride;
-        F largest = f_set(-__builtin_inff());
-        int64_t i = part.begin;
-        for (; i + W <= part.end; i += W) largest = f_max(largest, load_as_float(args.x, args.type, at + i));
-        if (i < part.end) {
-            F rest = load_some(args.x, args.type, at + i, part.end - i);
-            alignas(64) float lanes[W];
-            f_store(lanes, rest);
-            for (int64_t lane = part.end - i; lane < W; ++lane) lanes[lane] = -__builtin_inff();
-            largest = f_max(largest, f_load(lanes));
+        float top = -__builtin_inff();
+        int64_t piece = part.begin;
+        for (int64_t begin = part.begin; begin < part.end; begin += kPiece) {
+            const int64_t end = min_of(begin + kPiece, part.end);
+            F largest = f_set(-__builtin_inff());
+            int64_t i = begin;
+            for (; i + W <= end; i += W) largest = f_max(largest, load_as_float(args.x, args.type, at + i));
+            float of_piece = f_largest(largest);
+            for (; i < end; ++i) of_piece = element_of(args, at + i) > of_piece ? element_of(args, at + i) : of_piece;
+            if (of_piece > top) top = of_piece, piece = begin;
         }
-        const float top = f_largest(largest);
-        int64_t index = part.begin;
-        while (index < part.end) {
-            float value = args.type == DType::f32 ? static_cast<const float*>(args.x)[at + index]
-                                                  : bf16_to_f32(static_cast<const uint16_t*>(args.x)[at + index]);
-            if (value == top) break;
-            ++index;
-        }
+        int64_t index = piece;
+        while (index < part.end && element_of(args, at + index) != top) ++index;
         best[row * worker.count + worker.index] = {top, index < part.end ? index : part.begin};
     }
     worker.barrier();

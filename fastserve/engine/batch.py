@@ -74,10 +74,11 @@ def make_batch(
         adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
     device = tables.device
     adapted = [adapters, [adapters[row] for row in logit_rows]] if max(adapters, default=-1) >= 0 else []
+    ids, places, mapping = _as_tensor([input_ids, positions, slots], device).unbind()
     batch = Batch(
-        input_ids=_as_tensor(input_ids, device),
-        positions=_as_tensor(positions, device),
-        slot_mapping=_as_tensor(slots, device),
+        input_ids=ids,
+        positions=places,
+        slot_mapping=mapping,
         query_starts=query_starts,
         context_lens=context_lens,
         block_tables=block_tables,
@@ -88,6 +89,6 @@ def make_batch(
     return batch, row_ranges
 
 
-def _as_tensor(values: list[int], device: torch.device) -> Tensor:
-    """[len(values)] int64; `torch.tensor` takes five times as long for a short list."""
+def _as_tensor(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    """[len(values)] int64, or a row for each list; `torch.tensor` takes five times as long for a short list."""
     return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)

@@ -94,6 +94,11 @@ class GrammarMasks:
         self._rows: dict[str, int] = {}
         self._pending: Future[NDArray[np.float32]] | None = None
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether some live sequence has a grammar."""
+        return bool(self._matchers)
+
     def admit(self, request_id: str, wanted: StructuredOutputs | None, output_ids: Sequence[int]) -> None:
         """A sequence begins, or is computed again after it had made `output_ids`."""
         if wanted is not None:
@@ -105,8 +110,6 @@ class GrammarMasks:
     def prepare(self, sampling: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Start on the masks of the sequences that sample in this step: (request id, draft tokens to be verified)."""
         self._rows.clear()
-        if not self._matchers:
-            return
         work: list[tuple[Any, int, list[int]]] = []
         num_rows = 0
         for request_id, drafts in sampling:

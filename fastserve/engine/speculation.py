@@ -16,7 +16,7 @@ from fastserve.kernels.reference import Kernels
 
 
 def sample_verified(
-    logits: Tensor, drafts: Sequence[list[int]], states: list[SamplingState], kernels: Kernels, greedy: list[int] | None
+    logits: Tensor, drafts: Sequence[list[int]], states: list[SamplingState], kernels: Kernels, greedy: list[int]
 ) -> list[list[int]]:
     """The new tokens of each sequence, at least one; they are counted in its state.
 
@@ -35,16 +35,14 @@ def sample_verified(
     row = 0
     for guesses, state in zip(drafts, states, strict=True):
         end = row + len(guesses) + 1
-        made.append(_verify(logits[row:end], guesses, state, kernels, greedy[row:end] if greedy else None))
+        made.append(_verify(logits[row:end], guesses, state, kernels, greedy[row:end]))
         row = end
     return made
 
 
-def _verify(
-    logits: Tensor, guesses: list[int], state: SamplingState, kernels: Kernels, greedy: list[int] | None
-) -> list[int]:
+def _verify(logits: Tensor, guesses: list[int], state: SamplingState, kernels: Kernels, greedy: list[int]) -> list[int]:
     tokens: list[int] = []
-    if greedy is None and state.is_plain_greedy:
+    if not greedy and state.is_plain_greedy:
         greedy = sample(logits, [state] * len(logits), kernels)
     for place in range(len(guesses) + 1):
         token_id = greedy[place] if greedy else sample(logits[place : place + 1], [state], kernels)[0]

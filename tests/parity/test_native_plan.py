@@ -122,6 +122,7 @@ FOLDERS = {
     "llama3": ("llama3", {}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
+    "wide-heads": ("qwen3", {"head_dim": 64}),  # a thread's part of a projection is whole heads
     "mistral": ("mistral", {"hidden_size": 72, "head_dim": 20}),  # odd sizes: padded K, a narrow last panel
     "gpt2": ("gpt2", {}),
     "gemma2": ("gemma2", {}),
@@ -134,7 +135,7 @@ FOLDERS = {
     "smollm3": ("smollm3", {}),
 }
 CASES = [(name, dtype) for name in FOLDERS for dtype in ("float32", "bfloat16")]
-CASES += [("qwen3", scheme) for scheme in SCHEMES] + [("gpt2", "w8a8")]
+CASES += [(name, scheme) for scheme in SCHEMES for name in ("qwen3", "wide-heads")] + [("gpt2", "w8a8")]
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)

@@ -94,9 +94,7 @@ class GrammarMasks:
         self._rows: dict[str, int] = {}
         self._pending: Future[NDArray[np.float32]] | None = None
 
-    @property
-    def are_needed(self) -> bool:
-        """Whether some live sequence has a grammar."""
+    def __bool__(self) -> bool:
         return bool(self._matchers)
 
     def admit(self, request_id: str, wanted: StructuredOutputs | None, output_ids: Sequence[int]) -> None:

@@ -85,7 +85,7 @@ class ModelRunner:
         if not plan.entries:
             return StepResult({})
         entries = [entry for entry in plan.entries if entry.samples]
-        if self._masks.are_needed:
+        if self._masks:
             self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in entries])
         size = self._kv_cache.block_size
         batch, row_ranges = make_batch(plan, size, self._tables, set(self._prompts), self._adapter_slots)
@@ -98,8 +98,7 @@ class ModelRunner:
             logits = self._model.finish(logits)
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), []
-        has_more = self._masks.are_needed or any(state.sampling.logprobs is not None for state in states)
-        if len(greedy) == len(entries) and not has_more:
+        if len(greedy) == len(entries) and not (self._masks or any(s.sampling.logprobs is not None for s in states)):
             for entry, state, token_id in zip(entries, states, greedy, strict=True):
                 state.count(token_id)
                 result.tokens[entry.request_id] = token_id

@@ -165,14 +165,17 @@ class BlockPool:
             hashes.append(hash_block(hashes[-1], sequence.token_ids[start : start + size]))
         return hashes[:num_blocks]
 
-    def free(self, block_ids: SequenceOf[int]) -> None:
-        """Give up one hold on each block. Later positions are evicted before earlier ones, which more prompts share."""
+    def free(self, block_ids: SequenceOf[int], ends: bool = False) -> None:
+        """Give up one hold on each block. Later positions are evicted before earlier ones, which more prompts share.
+        When their sequence ends, nobody asks for them again without prefix caching: no tier need keep them."""
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, "block freed twice"
             self._references[block_id] -= 1
             if self._references[block_id] > 0:
                 continue
             self.num_used -= 1
+            if ends and not self.prefix_caching:
+                self._forget(block_id, is_useless=True)
             if block_id >= self.num_blocks:
                 self._forget(block_id)
                 self._trim()
@@ -186,10 +189,10 @@ class BlockPool:
             self._references.pop()
             self._hashes.pop()
 
-    def _forget(self, block_id: int) -> None:
+    def _forget(self, block_id: int, is_useless: bool = False) -> None:
         block_hash = self._hashes[block_id]
         if block_hash is not None:
-            if self.tiers is not None:
+            if self.tiers is not None and not is_useless:
                 self.tiers.keep(block_id, block_hash)
             self._hashes[block_id] = None
             del self._by_hash[block_hash]

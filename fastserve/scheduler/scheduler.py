@@ -541,7 +541,7 @@ class Scheduler:
         self._away.pop(sequence.request_id, None)
         sequence.status = Status.FINISHED
         if sequence.residency is Residency.DEVICE:
-            self.block_pool.free(sequence.block_ids)
+            self.block_pool.free(sequence.block_ids, ends=True)
             sequence.block_ids = []
             sequence.residency = Residency.NONE
         self._policy.on_finish(sequence)

@@ -36,12 +36,12 @@ def test_a_full_tier_hands_down_before_it_is_overwritten() -> None:
     assert tiers.count([name(1)]) == tiers.count([name(2)]) == 1 and tiers.count([name(0)]) == 0
 
 
-def serve_twice(seconds_per_block: float) -> TierPool:
+def serve_twice(seconds_per_block: float, *, prefix_caching: bool = True) -> TierPool:
     """One prompt, then others that need all memory, then the first again."""
     tiers = TierPool([Tier(64, seconds_per_block)])
     cost = CostModel(STEP)
     scheduler = Scheduler(
-        BlockPool(8, 16, True, tiers),
+        BlockPool(8, 16, prefix_caching, tiers),
         SkipJoinMLFQ(PolicyContext(cost, 2)),
         max_batch_sequences=2,
         max_batch_tokens=256,
@@ -64,6 +64,11 @@ def serve_twice(seconds_per_block: float) -> TierPool:
 def test_blocks_are_read_when_that_is_quicker_than_computing() -> None:
     assert serve_twice(16 * STEP.prefill_token / 100).num_restored == 6
     assert serve_twice(16 * STEP.prefill_token * 2).num_restored == 0
+
+
+def test_what_nobody_will_ask_for_again_is_not_kept() -> None:
+    assert serve_twice(16 * STEP.prefill_token / 100).num_kept > 0
+    assert serve_twice(16 * STEP.prefill_token / 100, prefix_caching=False).num_kept == 0
 
 
 def test_blocks_above_a_smaller_size_go_when_they_are_given_up() -> None:

@@ -90,10 +90,10 @@ def attentions(kernels: CPUKernels, config: dict[str, Any]) -> Iterator[Operatio
         [torch.randn(blocks, BLOCK_SIZE, kv_heads, size).to(torch.bfloat16) for _ in range(2)]
         for _ in range(ROTATE_BYTES // 2 // kv_bytes)
     ]
-    table, empty = torch.arange(blocks), torch.empty(0, dtype=torch.int64)
+    table = list(range(blocks))
     for name, rows in (("attention.decode", 1), ("attention.prefill", context)):
         query = torch.randn(rows, heads, size).to(torch.bfloat16)
-        batch = Batch(empty, empty, empty, [0, rows], [context], [table], empty)
+        batch = Batch([], [], [], [0, rows], [context], [table], [])
         pairs = context if rows == 1 else context * (context + 1) // 2
         calls = [
             functools.partial(kernels.paged_attention, query, keys, values, batch, Scores(size**-0.5))

@@ -31,6 +31,13 @@ T* at(uintptr_t address) {
 }
 
 using WeightPart = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+using BlockTables = std::vector<std::vector<int64_t>>;  // of each sequence
+
+std::vector<const int64_t*> starts_of(const BlockTables& tables) {
+    std::vector<const int64_t*> starts;
+    for (const auto& table : tables) starts.push_back(table.data());
+    return starts;
+}
 
 // What Python calls for every operation: addresses become arguments. What is done with them differs.
 class Operations {
@@ -64,11 +71,10 @@ public:
     void attention(uintptr_t query, int x_type, int64_t query_stride, int64_t query_head_stride, uintptr_t out,
                    int64_t num_heads, int64_t num_kv_heads, int64_t head_size, uintptr_t keys, uintptr_t values,
                    int cache_type, int64_t block_size, const std::vector<int64_t>& query_starts,
-                   const std::vector<int64_t>& context_lens, const std::vector<uintptr_t>& block_tables, float scale,
+                   const std::vector<int64_t>& context_lens, const BlockTables& block_tables, float scale,
                    float softcap, int64_t window, bool causal, uintptr_t bias, int64_t bias_stride,
                    int64_t bias_origin) {
-        std::vector<const int64_t*> tables;
-        for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
+        const std::vector<const int64_t*> tables = starts_of(block_tables);
         AttentionArgs args{};
         args.query = at<void>(query);
         args.x_type = static_cast<DType>(x_type);
@@ -298,20 +304,18 @@ public:
     void finish(uintptr_t logits, uintptr_t chosen) { plan_.finish(at<void>(logits), at<void>(chosen)); }
 
     // The index of the largest logit of each row, if `choose`.
-    std::vector<int64_t> run(int64_t tokens, int64_t rows, const std::vector<uintptr_t>& inputs,
+    std::vector<int64_t> run(const std::vector<int64_t>& input_ids, const std::vector<int64_t>& positions,
+                             const std::vector<int64_t>& slots, const std::vector<int64_t>& logit_rows,
                              const std::vector<int64_t>& query_starts, const std::vector<int64_t>& context_lens,
-                             const std::vector<uintptr_t>& block_tables, const std::vector<int64_t>& source_lens,
-                             const std::vector<uintptr_t>& source_tables, const std::vector<uintptr_t>& adapter_slots,
-                             bool choose) {
-        std::vector<const int64_t*> tables, sources;
-        for (uintptr_t address : block_tables) tables.push_back(at<const int64_t>(address));
-        for (uintptr_t address : source_tables) sources.push_back(at<const int64_t>(address));
-        StepInputs step{tokens,
-                        rows,
-                        at<const int64_t>(inputs.at(0)),
-                        at<const int64_t>(inputs.at(1)),
-                        at<const int64_t>(inputs.at(2)),
-                        at<const int64_t>(inputs.at(3)),
+                             const BlockTables& block_tables, const std::vector<int64_t>& source_lens,
+                             const BlockTables& source_tables, const std::vector<uintptr_t>& adapter_slots, bool choose) {
+        const std::vector<const int64_t*> tables = starts_of(block_tables), sources = starts_of(source_tables);
+        StepInputs step{static_cast<int64_t>(input_ids.size()),
+                        static_cast<int64_t>(logit_rows.size()),
+                        input_ids.data(),
+                        positions.data(),
+                        slots.data(),
+                        logit_rows.data(),
                         at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(0)),
                         at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(1)),
                         static_cast<int64_t>(context_lens.size()),
@@ -323,7 +327,7 @@ public:
         nb::gil_scoped_release release;
         plan_.run(step, choose);
         const int64_t* chosen = static_cast<const int64_t*>(plan_.chosen());
-        return {chosen, chosen + (choose ? rows : 0)};
+        return {chosen, chosen + (choose ? step.rows : 0)};
     }
 
     uintptr_t logits() const { return reinterpret_cast<uintptr_t>(plan_.logits()); }

@@ -53,20 +53,20 @@ class PagedDriver:
             positions += range(start, end)
             starts.append(starts[-1] + count)
             lens.append(end)
-            tables.append(torch.tensor(sequence.block_ids))
+            tables.append(list(sequence.block_ids))
             sequence.num_computed = end
         batch = Batch(
-            input_ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
+            input_ids=ids,
+            positions=positions,
+            slot_mapping=slots,
             query_starts=starts,
             context_lens=lens,
             block_tables=tables,
-            logit_rows=torch.arange(len(ids)),
+            logit_rows=list(range(len(ids))),
             request_ids=list(num_tokens),
         )
         context = PagedContext(self._kernels, self._keys, self._values, batch)
-        logits = self._model.logits(self._model.forward(batch.input_ids, batch.positions, context))
+        logits = self._model.logits(self._model.forward(*batch.tensors()[:2], context))
         return dict(
             zip(num_tokens, logits.split([b - a for a, b in zip(starts, starts[1:], strict=False)]), strict=True)
         )
@@ -107,17 +107,17 @@ def decode_from_source(loaded: LoadedModel, source: list[int], target: list[int]
     keys, values = ([torch.zeros(size, dtype=shape.dtype) for _ in range(shape.num_layers)] for _ in range(2))
     for layer, (key, value) in enumerate(model.source_keys_values(RaggedBatch.of([source], [[]], model.device))):
         loaded.kernels.store_kv(key, value, keys[layer], values[layer], torch.arange(len(source)))
-    places, first = torch.arange(len(target)), num_source + 2
+    places, first = list(range(len(target))), num_source + 2
     batch = Batch(
-        torch.tensor(target),
+        target,
         places,
-        places + first * block_size,
+        [place + first * block_size for place in places],
         [0, len(target)],
         [len(target)],
-        [torch.arange(first, first + num_target)],
+        [list(range(first, first + num_target))],
         places,
         source_lens=[len(source)],
-        source_tables=[torch.arange(num_source)],
+        source_tables=[list(range(num_source))],
     )
-    hidden = model.forward(batch.input_ids, batch.positions, PagedContext(loaded.kernels, keys, values, batch))
+    hidden = model.forward(*batch.tensors()[:2], PagedContext(loaded.kernels, keys, values, batch))
     return model.logits(hidden)

@@ -1,38 +1,17 @@
-"""StepPlan -> tensors: the padding-free batch that one forward pass computes."""
+"""StepPlan -> the padding-free batch that one forward pass computes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fastserve.kernels.interface import Batch
 from fastserve.scheduler.plan import StepPlan
 
 
-class BlockTables:
-    """Each live sequence's block ids as a tensor, kept over steps so that a decode step copies nothing but new ids."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._tables: dict[str, Tensor] = {}
-
-    def get(self, request_id: str, block_ids: list[int]) -> Tensor:
-        """The table of a sequence, [num_blocks] int64."""
-        table = self._tables.get(request_id)
-        if table is None or len(table) != len(block_ids):
-            table = _as_tensor(block_ids, self.device)
-            self._tables[request_id] = table
-        return table
-
-    def drop(self, request_id: str) -> None:
-        self._tables.pop(request_id, None)
-
-
 def make_batch(
-    plan: StepPlan, block_size: int, tables: BlockTables, all_rows: set[str], adapter_slots: Mapping[str, int]
+    plan: StepPlan, block_size: int, device: torch.device, all_rows: set[str], adapter_slots: Mapping[str, int]
 ) -> tuple[Batch, list[tuple[int, int]]]:
     """Lay out a plan.
 
@@ -48,7 +27,6 @@ def make_batch(
     slots: list[int] = []
     query_starts = [0]
     context_lens: list[int] = []
-    block_tables: list[Tensor] = []
     logit_rows: list[int] = []
     row_ranges: list[tuple[int, int]] = []
     for entry in plan.entries:
@@ -68,27 +46,20 @@ def make_batch(
         )
         query_starts.append(len(input_ids))
         context_lens.append(end)
-        block_tables.append(tables.get(entry.request_id, blocks))
     adapters: list[int] = []
     if adapter_slots:
         adapters = [adapter_slots.get(entry.request_id, -1) for entry in plan.entries for _ in entry.token_ids]
-    device = tables.device
     adapted = [adapters, [adapters[row] for row in logit_rows]] if max(adapters, default=-1) >= 0 else []
-    ids, places, mapping = _as_tensor([input_ids, positions, slots], device).unbind()
     batch = Batch(
-        input_ids=ids,
-        positions=places,
-        slot_mapping=mapping,
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=slots,
         query_starts=query_starts,
         context_lens=context_lens,
-        block_tables=block_tables,
-        logit_rows=_as_tensor(logit_rows, device),
+        block_tables=[entry.block_ids for entry in plan.entries],
+        logit_rows=logit_rows,
         request_ids=[entry.request_id for entry in plan.entries],
-        adapter_slots=[_as_tensor(slots, device) for slots in adapted],
+        adapter_slots=[torch.tensor(slots, dtype=torch.int64, device=device) for slots in adapted],
+        device=device,
     )
     return batch, row_ranges
-
-
-def _as_tensor(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
-    """[len(values)] int64, or a row for each list; `torch.tensor` takes five times as long for a short list."""
-    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)

@@ -149,7 +149,7 @@ class DraftModel:
     def _entry(self, sequence: Sequence, draft: _Draft, token_ids: list[int]) -> PlanEntry:
         start, draft.num_computed = draft.num_computed, draft.num_computed + len(token_ids)
         samples = draft.num_computed >= len(sequence.token_ids)
-        request = None if start else sequence.request  # its block table is made anew
+        request = None if start else sequence.request
         return PlanEntry(sequence.request_id, token_ids, start, sequence.block_ids[:], samples, request)
 
     def _draw(self, entries: list[PlanEntry], left: list[tuple[Sequence, _Draft]]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastserve.core.request import TokenLogprobs
 from fastserve.engine.adapters import Adapters
-from fastserve.engine.batch import BlockTables, make_batch
+from fastserve.engine.batch import make_batch
 from fastserve.engine.beam_candidates import find_candidates
 from fastserve.engine.grammar import GrammarCompiler, GrammarMasks
 from fastserve.engine.kv_cache import KVCache
@@ -60,7 +60,6 @@ class ModelRunner:
         self._prompts: dict[str, list[int]] = {}  # of requests that want prompt log probabilities
         self._adapters = adapters
         self._adapter_slots: dict[str, int] = {}  # of requests that have one
-        self._tables = BlockTables(model.device)
         self._sources = Sources(model, kernels, kv_cache) if isinstance(model, EncoderDecoder) else None
         self._masks = GrammarMasks(grammars)
         recorded: RecordedStep | str = "the model keeps its own cache"
@@ -88,31 +87,33 @@ class ModelRunner:
         if self._masks:
             self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in entries])
         size = self._kv_cache.block_size
-        batch, row_ranges = make_batch(plan, size, self._tables, set(self._prompts), self._adapter_slots)
+        batch, row_ranges = make_batch(plan, size, self._device, set(self._prompts), self._adapter_slots)
         if self._sources is not None:
             self._sources.describe(batch)
         result, states = StepResult({}), [self._states[entry.request_id] for entry in entries]
         if self._recorded is not None and not self._prompts:
-            choose = all(state.is_plain_greedy for state in states)
-            logits, greedy = self._recorded.run(batch, choose)
-            logits = self._model.finish(logits)
+            greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))
+            wants_logits = self._masks or any(state.sampling.logprobs is not None for state in states)
+            if len(greedy) == len(entries) and not wants_logits:
+                for entry, state, token_id in zip(entries, states, greedy, strict=True):
+                    state.count(token_id)
+                    result.tokens[entry.request_id] = token_id
+                return result
+            logits = self._model.finish(self._recorded.logits())
         else:
             logits, greedy = self._run_scoring(plan, batch, row_ranges, result), []
-        if len(greedy) == len(entries) and not (self._masks or any(s.sampling.logprobs is not None for s in states)):
-            for entry, state, token_id in zip(entries, states, greedy, strict=True):
-                state.count(token_id)
-                result.tokens[entry.request_id] = token_id
-        elif entries:
+        if entries:
             self._sample(result, logits, entries, greedy)
         return result
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """Logits of the entries that sample, a row each, for who chooses the tokens himself; else as `run`."""
-        batch, rows = make_batch(plan, self._kv_cache.block_size, self._tables, set(), {})
+        batch, rows = make_batch(plan, self._kv_cache.block_size, self._device, set(), {})
         if self._recorded is None:
             return self._run_scoring(plan, batch, rows, StepResult({}))
-        return self._model.finish(self._recorded.run(batch, False)[0])
+        self._recorded.run(batch, False)
+        return self._model.finish(self._recorded.logits())
 
     def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
         """A whole step: [R, V] of the batch's logit rows, to be finished."""
@@ -122,7 +123,8 @@ class ModelRunner:
         """[R, hidden_size] of the batch's logit rows."""
         context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
         self._adapters.step[:] = batch.adapter_slots
-        return self._model.forward(batch.input_ids, batch.positions, context, batch.logit_rows)
+        ids, positions, _, rows = batch.tensors()
+        return self._model.forward(ids, positions, context, rows)
 
     @torch.inference_mode()
     def _run_scoring(
@@ -156,7 +158,6 @@ class ModelRunner:
             block_size = self._kv_cache.block_size
             state.history = request.prompt_ids[-(-request.num_source // block_size) * block_size :] + entry.output_ids
         self._states[request.request_id] = state
-        self._tables.drop(request.request_id)
         if self._sources is not None:
             self._sources.admit(request)
         if request.adapter:
@@ -169,7 +170,6 @@ class ModelRunner:
         for request_id in request_ids:
             for kept in (self._states, self._prompts, self._adapter_slots):
                 kept.pop(request_id, None)
-            self._tables.drop(request_id)
             if self._sources is not None:
                 self._sources.drop(request_id)
             self._masks.drop(request_id)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import msgspec
 import torch
-from torch import Tensor
 
 from fastserve.core.errors import RequestError
 from fastserve.core.request import Request
@@ -37,7 +36,7 @@ class Sources:
         self._kernels = kernels
         self._kv_cache = kv_cache
         self._sources: dict[str, list[int]] = {}
-        self._tables: dict[str, Tensor] = {}
+        self._tables: dict[str, list[int]] = {}
 
     def admit(self, request: Request) -> None:
         """A sequence comes, or comes again with other blocks."""
@@ -58,8 +57,7 @@ class Sources:
             num_blocks = -(-len(self._sources[entry.request_id]) // size)
             num_taken = max(0, num_blocks * size - entry.start)
             if entry.request_id not in self._tables:
-                table = torch.tensor(entry.block_ids[:num_blocks], dtype=torch.int64, device=self._model.device)
-                self._tables[entry.request_id] = table
+                self._tables[entry.request_id] = entry.block_ids[:num_blocks]
             if num_taken:
                 fresh.append(entry)
             if num_taken < len(entry.token_ids):

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve.checkpoint.quantized import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,15 @@ class KernelSpec:
 
 @dataclass(slots=True)
 class Batch:
-    """One step as tensors, padding-free. Made by `engine/batch.py` from a StepPlan.
+    """One step, padding-free. Made by `engine/batch.py` from a StepPlan.
 
     Attributes:
-        input_ids, positions: [T] int64.
-        slot_mapping: [T] int64, where token t's key and value go: block_id * block_size + offset.
+        input_ids, positions: T ints.
+        slot_mapping: T ints, where token t's key and value go: block_id * block_size + offset.
         query_starts: B + 1 ints, the tokens of sequence b are query_starts[b] : query_starts[b + 1].
         context_lens: B ints, tokens in the cache after this step, the new ones included.
-        block_tables: per sequence the int64 tensor of its block ids, in order.
-        logit_rows: [R] int64, rows of the hidden states that need logits.
+        block_tables: per sequence its block ids, in order.
+        logit_rows: R ints, rows of the hidden states that need logits.
         request_ids: the B sequences, for models that keep a cache of their own.
         adapter_slots: [T] and [R] int64, the slots of the adapters of tokens and of logit rows, -1 for none; empty when
             no sequence has one.
@@ -47,17 +48,26 @@ class Batch:
             keys and values.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
+    input_ids: list[int]
+    positions: list[int]
+    slot_mapping: list[int]
     query_starts: list[int]
     context_lens: list[int]
-    block_tables: list[Tensor]
-    logit_rows: Tensor
+    block_tables: list[list[int]]
+    logit_rows: list[int]
     request_ids: list[str] = field(default_factory=list)
     adapter_slots: list[Tensor] = field(default_factory=list)
     source_lens: list[int] = field(default_factory=list)
-    source_tables: list[Tensor] = field(default_factory=list)
+    source_tables: list[list[int]] = field(default_factory=list)
+    device: torch.device = _CPU
+    _tensors: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def tensors(self) -> list[Tensor]:
+        """input_ids, positions, slot_mapping [T] and logit_rows [R] in int64: for who computes with tensors."""
+        if not self._tensors:
+            values = (self.input_ids, self.positions, self.slot_mapping, self.logit_rows)
+            self._tensors = [torch.tensor(part, dtype=torch.int64, device=self.device) for part in values]
+        return self._tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +111,11 @@ class RecordedStep(Protocol):
 
     num_operations: int
 
-    def run(self, batch: Batch, choose: bool) -> tuple[Tensor, list[int]]:
-        """Logits [R, V] float32, valid until the next run, and if `choose` the index of the largest of each row."""
+    def run(self, batch: Batch, choose: bool) -> list[int]:
+        """Compute a step. If `choose`, the index of the largest logit of each row, the first among equals."""
+
+    def logits(self) -> Tensor:
+        """[R, V] float32 of the last run, valid until the next."""
 
 
 @dataclass(frozen=True, slots=True)

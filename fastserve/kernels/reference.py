@@ -213,7 +213,7 @@ class Kernels:
         for index, (table, length) in enumerate(zip(tables, lengths, strict=True)):
             start, end = batch.query_starts[index], batch.query_starts[index + 1]
             first = max(0, length - (end - start) - window + 1) if window else 0  # earliest position seen
-            blocks = table[first // block_size : -(-length // block_size)]
+            blocks = torch.tensor(table[first // block_size : -(-length // block_size)], device=query.device)
             inside = slice(first % block_size, first % block_size + length - first)
             key, value = (_gather(cache, blocks)[inside].to(query.dtype) for cache in (keys, values))  # [S, G, D]
             part = query[start:end]

@@ -51,11 +51,12 @@ class PagedContext:
         self._keys = keys
         self._values = values
         self.batch = batch
+        self._slots = batch.tensors()[2]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores, how: HeadTransform | None
     ) -> Tensor:
-        keys, values, slots = self._keys[layer], self._values[layer], self.batch.slot_mapping
+        keys, values, slots = self._keys[layer], self._values[layer], self._slots
         if how is None:
             self.kernels.store_kv(key, value, keys, values, slots)
         else:
@@ -92,7 +93,6 @@ class VarlenContext:
         keys, values = (part.new_empty(len(part), 1, *part.shape[1:]) for part in (key, value))  # blocks of one token
         slots = torch.arange(len(key), device=key.device)
         self.kernels.store_kv(key, value, keys, values, slots)
-        tables = [slots[start:end] for start, end in pairwise(self._starts)]
-        none = query.new_empty(0, dtype=torch.int64)
-        batch = Batch(none, none, none, self._starts, self._lengths, tables, none)
+        tables = [list(range(start, end)) for start, end in pairwise(self._starts)]
+        batch = Batch([], [], [], self._starts, self._lengths, tables, [])
         return self.kernels.paged_attention(query, keys, values, batch, scores)

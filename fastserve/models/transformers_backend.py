@@ -150,16 +150,18 @@ def _run_in_steps(network: Network, shape: ModelShape, sequences: list[Tensor]) 
     for starts, ends in (((0, 0), (4, 2)), ((4, 2), (6, 4)), ((6, 4), (7, 5))):
         spans = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
         batch = Batch(
-            input_ids=torch.cat([ids[span] for ids, span in zip(sequences, spans, strict=True)]),
-            positions=torch.cat(spans),
-            slot_mapping=torch.cat([span + 2 * block_size * index for index, span in enumerate(spans)]),
+            input_ids=torch.cat([ids[span] for ids, span in zip(sequences, spans, strict=True)]).tolist(),
+            positions=torch.cat(spans).tolist(),
+            slot_mapping=torch.cat([span + 2 * block_size * index for index, span in enumerate(spans)]).tolist(),
             query_starts=[0, len(spans[0]), len(spans[0]) + len(spans[1])],
             context_lens=list(ends),
-            block_tables=[torch.tensor([0, 1], device=device), torch.tensor([2, 3], device=device)],
-            logit_rows=torch.zeros(0, dtype=torch.int64, device=device),
+            block_tables=[[0, 1], [2, 3]],
+            logit_rows=[],
+            device=device,
         )
         context = PagedContext(Kernels(), keys, values, batch)
-        hidden = run_body(network, batch.input_ids, batch.positions, context)
+        ids, positions = batch.tensors()[:2]
+        hidden = run_body(network, ids, positions, context)
         for kept, part in zip(rows, hidden.split([len(span) for span in spans]), strict=True):
             kept.append(part)
     return torch.cat([part for kept in rows for part in kept])

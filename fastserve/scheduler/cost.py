@@ -84,21 +84,22 @@ class CostModel:
         self.num_observed = 0
         self._fade = 1.0 - 1.0 / memory
         self._refit_every = refit_every
+        self._observed: list[tuple[StepWork, float]] = []  # since the last fit
         self._gram = [[0.0] * 5 for _ in range(5)]
         self._moments = [0.0] * 5
 
     def warm_up(self, measured: Iterable[tuple[StepWork, float]]) -> None:
         """Fit to measured (work, seconds), taken as they are."""
-        for work, seconds in measured:
-            self._accumulate(work, seconds)
-            self.num_observed += 1
+        measured = list(measured)
+        self._observed += measured
+        self.num_observed += len(measured)
         self._fit()
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from one step of the running engine."""
         if self.num_observed >= self._refit_every:
             seconds = min(seconds, 4.0 * self.coefficients.seconds(work))
-        self._accumulate(work, seconds)
+        self._observed.append((work, seconds))
         self.num_observed += 1
         if self.num_observed % self._refit_every == 0 or self.num_observed in _FIRST_FITS:
             self._fit()
@@ -151,6 +152,9 @@ class CostModel:
 
     def _fit(self) -> None:
         """Non-negative least squares by coordinate descent, held to the last fit where the steps do not tell."""
+        for work, seconds in self._observed:
+            self._accumulate(work, seconds)
+        self._observed.clear()
         now = self.coefficients
         prior = [now.step, now.prefill_token, now.decode, now.prefill_pair, now.decode_context]
         gram = [[self._gram[min(i, j)][max(i, j)] for j in range(5)] for i in range(5)]

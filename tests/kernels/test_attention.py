@@ -73,17 +73,17 @@ def attend(
     query = torch.cat([sequences[i].query[start:end] for i, start, end in ranges])
     key = torch.cat([sequences[i].key[start:end] for i, start, end in ranges])
     value = torch.cat([sequences[i].value[start:end] for i, start, end in ranges])
-    nothing = torch.empty(0, dtype=torch.int64)
+    slots = torch.cat([cache.slots(i, start, end) for i, start, end in ranges])
     batch = Batch(
-        input_ids=nothing,
-        positions=nothing,
-        slot_mapping=torch.cat([cache.slots(i, start, end) for i, start, end in ranges]),
+        input_ids=[],
+        positions=[],
+        slot_mapping=slots.tolist(),
         query_starts=starts,
         context_lens=[end for _, _, end in ranges],
-        block_tables=[cache.tables[i] for i, _, _ in ranges],
-        logit_rows=nothing,
+        block_tables=[cache.tables[i].tolist() for i, _, _ in ranges],
+        logit_rows=[],
     )
-    kernels.store_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
+    kernels.store_kv(key, value, cache.keys, cache.values, slots)
     scores = Scores(query.shape[-1] ** -0.5, window, softcap)
     result = kernels.paged_attention(query, cache.keys, cache.values, batch, scores)
     return list(result.split([end - start for _, start, end in ranges]))

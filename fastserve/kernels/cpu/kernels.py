@@ -219,13 +219,12 @@ class CPUKernels(Kernels):
         tables, lengths = batch.block_tables, batch.context_lens
         if of_source:
             tables, lengths = batch.source_tables, batch.source_lens
-        tables = [table.contiguous() for table in tables]
         self._backend.attention(
             query.data_ptr(), _DTYPES[query.dtype], query.stride(0), query.stride(1), out.data_ptr(),
             query.shape[1], keys.shape[2], query.shape[2],
             keys.data_ptr(), values.data_ptr(), _CACHE_DTYPES[keys.dtype],
             keys.shape[1],
-            batch.query_starts, lengths, [table.data_ptr() for table in tables],
+            batch.query_starts, lengths, tables,
             scores.scale, scores.softcap, scores.window, not of_source, *_bias_arguments(scores.bias),
         )  # fmt: skip
         return out

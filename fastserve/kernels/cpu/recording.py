@@ -32,27 +32,27 @@ class NativeStep:
         self._plan = plan
         self._network = network
         self._vocab_size = vocab_size
-        self._logits = (0, torch.empty(0, vocab_size))  # address and view of the last run
+        self._num_rows = 0  # of the last run
+        self._logits = ((0, 0), torch.empty(0))  # address and number of rows, and a view of them
         self.num_operations: int = plan.num_ops
 
-    def run(self, batch: Batch, choose: bool) -> tuple[Tensor, list[int]]:
-        num_rows = batch.logit_rows.shape[0]
-        inputs = [batch.input_ids, batch.positions, batch.slot_mapping, batch.logit_rows]
-        chosen = self._plan.run(
-            batch.input_ids.shape[0], num_rows, [tensor.data_ptr() for tensor in inputs], batch.query_starts,
-            batch.context_lens, [table.data_ptr() for table in batch.block_tables],
-            batch.source_lens, [table.data_ptr() for table in batch.source_tables],
+    def run(self, batch: Batch, choose: bool) -> list[int]:
+        self._num_rows = len(batch.logit_rows)
+        chosen: list[int] = self._plan.run(
+            batch.input_ids, batch.positions, batch.slot_mapping, batch.logit_rows, batch.query_starts,
+            batch.context_lens, batch.block_tables, batch.source_lens, batch.source_tables,
             [slots.data_ptr() for slots in batch.adapter_slots], choose,
         )  # fmt: skip
-        if not num_rows:
-            return torch.empty(0, self._vocab_size), chosen
-        address = self._plan.logits
-        where, logits = self._logits
-        if where != address or len(logits) != num_rows:
-            memory = (ctypes.c_float * (num_rows * self._vocab_size)).from_address(address)
-            logits = torch.frombuffer(memory, dtype=torch.float32).view(num_rows, -1)
-            self._logits = address, logits
-        return logits, chosen
+        return chosen
+
+    def logits(self) -> Tensor:
+        if not self._num_rows:
+            return torch.empty(0, self._vocab_size)
+        where = (self._plan.logits, self._num_rows)
+        if self._logits[0] != where:
+            memory = (ctypes.c_float * (self._num_rows * self._vocab_size)).from_address(where[0])
+            self._logits = where, torch.frombuffer(memory, dtype=torch.float32).view(self._num_rows, -1)
+        return self._logits[1]
 
 
 class _OnlyViews(TorchDispatchMode):
@@ -84,20 +84,20 @@ def record(backend: Any, network: Callable[[Kernels, Batch], Tensor], longest: i
     """See `Kernels.record`."""
     native: Any = importlib.import_module("fastserve.kernels.cpu._native")
     plan = native.Recording(backend, _PROBE_TOKENS, _PROBE_ROWS)
-    ids, positions, slots, block_table = torch.zeros(4, _PROBE_TOKENS, dtype=torch.int64).unbind()
+    zeros = [0] * _PROBE_TOKENS
     probe = Batch(
-        input_ids=ids,
-        positions=positions,
-        slot_mapping=slots,
+        input_ids=zeros,
+        positions=zeros,
+        slot_mapping=zeros,
         query_starts=[0, _PROBE_TOKENS],
         context_lens=[longest],
-        block_tables=[block_table],
+        block_tables=[zeros],
         source_lens=[longest],
-        source_tables=[block_table],
-        logit_rows=torch.zeros(_PROBE_ROWS, dtype=torch.int64),
-        adapter_slots=[ids, torch.zeros(_PROBE_ROWS, dtype=torch.int64)],
+        source_tables=[zeros],
+        logit_rows=[0] * _PROBE_ROWS,
+        adapter_slots=[torch.zeros(count, dtype=torch.int64) for count in (_PROBE_TOKENS, _PROBE_ROWS)],
     )
-    for number, tensor in enumerate((ids, positions, slots, probe.logit_rows)):
+    for number, tensor in enumerate(probe.tensors()):
         plan.input(number, tensor.data_ptr(), tensor.nbytes, tensor.shape[0])
     kernels = CPUKernels(plan)
     try:

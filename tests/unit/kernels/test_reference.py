@@ -63,8 +63,8 @@ def test_paged_attention_equals_its_definition(num_heads: int, num_kv_heads: int
         tables.append(free[:count])
         free = free[count:]
         starts.append(starts[-1] + num_queries)
-    empty = torch.empty(0, dtype=torch.int64)
-    batch = Batch(empty, empty, empty, starts, [context for _, context in lengths], tables, empty)
+    lists = [table.tolist() for table in tables]
+    batch = Batch([], [], [], starts, [context for _, context in lengths], lists, [])
     query = torch.randn(starts[-1], num_heads, size)
     output = KERNELS.paged_attention(query, keys, values, batch, Scores(0.3, window, softcap))
     for index, (_, context) in enumerate(lengths):

@@ -142,7 +142,7 @@ def run_pair(name: str, precision: str, cases: list[str], arguments: argparse.Na
     engines: list[EngineProcess] = []
     try:
         for engine, make in makers:
-            engines.append(EngineProcess(engine, make(), precision, peers.PEERS[name].our_kv_cache))
+            engines.append(EngineProcess(engine, make(), precision, peers.PEERS[name]))
         for case in cases:
             found, moments = measure_case(engines, case, arguments.repeats, arguments.small, limits)
             about = {

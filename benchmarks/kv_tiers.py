@@ -1,11 +1,12 @@
 """KV blocks below the device against recomputing, with memory for a quarter of the running set, on the real engine.
 
-    python benchmarks/kv_tiers.py                # two cases, two policies, four ways, interleaved, two repeats
+    python benchmarks/kv_tiers.py                # two cases, two policies, four ways side by side, two repeats
     python benchmarks/kv_tiers.py --smoke        # tiny: whether it works; its figures say nothing
 
 Random weights of the llama-0.1b shape, float32. Case `short`: prompts of 100 to 400 tokens and like-sized answers, all
 there at the start. Case `long`: prompts of 600 to 1,500 tokens, three answers in four short and one long, one request
-after the other. The same requests, greedy, are served with room for all (`whole`), and with a quarter of that:
+after the other. The same requests, greedy, are served by four engines that take turns of half a second, each on a clock
+of its own (what a tier's thread moves in others' turns is a few blocks): with room for all (`whole`), and with a quarter:
 `recompute` (no tier), `reactive` (a file; nothing is moved before it must be), `proactive` (a file; moved ahead by
 estimated next turn, as the engine does). Tokens must be those of `whole`. `moving_share` is the part of all steps' time
 in which they were held up by movement. A last part lets a chat come back after other prompts have taken its memory,
@@ -15,6 +16,7 @@ with and without the file.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from typing import Any
@@ -36,6 +38,7 @@ WAYS = ("whole", "recompute", "reactive", "proactive")
 CASES = ("short", "long")
 CONTEXTS = {"short": 640, "long": 2048}
 ARRIVAL_SECONDS = 0.3  # between the requests of `long`
+TURN_SECONDS = 0.5
 
 
 def make_requests(case: str, count: int) -> list[Request]:
@@ -75,31 +78,33 @@ class Recorder:
         return outputs
 
 
-def serve(options: dict[str, Any], requests: list[Request], way: str) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """One run on a new engine: figures, and the tokens."""
-    clock = OwnClock()
-    engine = Engine(EngineConfig(**options), clock)
-    if way == "reactive":
-        engine._scheduler._move_ahead = lambda now: None  # type: ignore[method-assign]
-    recorder = Recorder(engine)
-    try:
-        replay = Replay(recorder, clock, requests)  # type: ignore[arg-type]
-        side_by_side([replay])
-        stats = engine.stats()
-    finally:
-        engine.close()
-    figures = summarise(replay.times)
-    figures.update(
-        seconds=clock(),
-        preemptions=stats.num_preemptions,
-        recomputed_tokens=stats.recomputed_tokens,
-        blocks_out=stats.kv_blocks_kept,
-        blocks_in=stats.kv_blocks_restored,
-        bytes_moved=(stats.kv_blocks_kept + stats.kv_blocks_restored) * engine.memory.block_bytes,
-        errors=stats.kv_errors,
-        moving_share=stats.kv_move_seconds / max(stats.step_seconds, 1e-9),
-    )
-    return figures, recorder.tokens
+class Run:
+    """The requests on a new engine, one way."""
+
+    def __init__(self, options: dict[str, Any], requests: list[Request], way: str) -> None:
+        self.clock = OwnClock()
+        self._engine = Engine(EngineConfig(**options), self.clock)
+        if way == "reactive":
+            self._engine._scheduler._move_ahead = lambda now: None  # type: ignore[method-assign]
+        self._recorder = Recorder(self._engine)
+        self.tokens = self._recorder.tokens
+        self.replay = Replay(self._recorder, self.clock, requests)  # type: ignore[arg-type]
+
+    def figures(self) -> dict[str, float]:
+        """What was seen; the engine is closed."""
+        stats, block_bytes = self._engine.stats(), self._engine.memory.block_bytes
+        self._engine.close()
+        return {
+            **summarise(self.replay.times),
+            "seconds": self.clock(),
+            "preemptions": stats.num_preemptions,
+            "recomputed_tokens": stats.recomputed_tokens,
+            "blocks_out": stats.kv_blocks_kept,
+            "blocks_in": stats.kv_blocks_restored,
+            "bytes_moved": (stats.kv_blocks_kept + stats.kv_blocks_restored) * block_bytes,
+            "errors": stats.kv_errors,
+            "moving_share": stats.kv_move_seconds / max(stats.step_seconds, 1e-9),
+        }
 
 
 def returning_chat(options: dict[str, Any], requests: list[Request]) -> dict[str, float]:
@@ -134,16 +139,19 @@ def measure_case(case: str, options: dict[str, Any], arguments: argparse.Namespa
     runs: dict[str, list[float]] = {f"{case}.whole_blocks": [whole]}
     for _ in range(arguments.repeats):
         for policy in arguments.policies:
-            expected: dict[str, list[int]] = {}
+            ways: dict[str, Run] = {}
             for way in WAYS:
                 memory = (whole if way == "whole" else max(whole // 4, least)) * block_bytes
                 disk = 0 if way in ("whole", "recompute") else 8 * whole * block_bytes
                 settings = {**options, "scheduler": policy, "kv_cache_memory": memory, "kv_disk_cache": disk}
-                figures, tokens = serve(settings, requests, way)
-                expected = expected or tokens
-                figures["same_tokens"] = float(tokens == expected)
+                ways[way] = Run(settings, requests, way)
+            side_by_side([run.replay for run in ways.values()], TURN_SECONDS)
+            for way, run in ways.items():
+                figures = run.figures() | {"same_tokens": float(run.tokens == ways["whole"].tokens)}
                 for name, value in figures.items():
                     runs.setdefault(f"{case}.{policy}.{way}.{name}", []).append(value)
+            del ways, run
+            gc.collect()  # engines are in cycles, and four of them take gigabytes
         for disk in (0, 8 * whole * block_bytes):
             settings = {**options, "prefix_caching": True, "kv_cache_memory": least * block_bytes}
             for name, value in returning_chat({**settings, "kv_disk_cache": disk}, requests[-8:]).items():

@@ -78,18 +78,18 @@ class EngineProcess(PipedProcess):
         name: a peer, or OURS.
         model: its form of the model.
         precision: bf16, int8 or int4.
-        kv_cache: our `kv_cache_dtype`, for OURS.
+        beside: the peer that OURS is measured beside.
 
     Raises:
         RuntimeError: the engine ended before it was ready.
     """
 
-    def __init__(self, name: str, model: Path, precision: str, kv_cache: str = "auto") -> None:
+    def __init__(self, name: str, model: Path, precision: str, beside: peers.Peer) -> None:
         python = sys.executable if name == OURS else str(peers.interpreter(name))
         script = peers.ENGINES / f"run_{'ours' if name == OURS else name.replace('.', '_')}.py"
         environment = {"LLAMA_CPP_TOOLS": str(peers.llama_cpp_tools())} if name == "llama.cpp" else None
         if name == OURS:
-            environment = {"OUR_KV_CACHE": kv_cache}
+            environment = {"OUR_KV_CACHE": beside.our_kv_cache, "OUR_KV_MIB": str(beside.our_kv_mib)}
         super().__init__(name, [python, str(script), str(model), precision], environment)
 
     def ask(self, case: str, prompts: Sequence[workload.Prompt]) -> dict[str, Any]:

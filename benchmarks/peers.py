@@ -44,6 +44,7 @@ class Peer:
         needs: another environment that its conversion uses.
         note: what to know before using it.
         our_kv_cache: our `kv_cache_dtype` beside it: what it keeps keys and values in.
+        our_kv_mib: our KV cache beside it, in MiB: what those that take a size are given, else what it works with.
     """
 
     install: tuple[str, ...]
@@ -53,6 +54,7 @@ class Peer:
     needs: str = ""
     note: str = ""
     our_kv_cache: str = "auto"
+    our_kv_mib: int = 2048
 
 
 PEERS = {
@@ -98,7 +100,12 @@ PEERS = {
         "datatrove.pipeline.filters",
         note="prepares text only, for benchmarks/prepare.py; needs an older xxhash than datasets",
     ),
-    "ctranslate2": Peer((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"), "ctranslate2", ("int8",)),
+    "ctranslate2": Peer(
+        (TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"),
+        "ctranslate2",
+        ("int8",),
+        our_kv_mib=560,  # it has eight sequences at a time: of at most 640 tokens of 112 KiB
+    ),
 }
 
 

@@ -6,7 +6,7 @@
 Random weights of the llama-0.1b shape, float32. Case `short`: prompts of 100 to 400 tokens and like-sized answers, all
 there at the start. Case `long`: prompts of 600 to 1,500 tokens, three answers in four short and one long, one request
 after the other. The same requests, greedy, are served by four engines that take turns of half a second, each on a clock
-of its own (what a tier's thread moves in others' turns is a few blocks): with room for all (`whole`), and with a quarter:
+of its own (a tier moves a few blocks in others' turns): with room for all (`whole`), and with a quarter of that:
 `recompute` (no tier), `reactive` (a file; nothing is moved before it must be), `proactive` (a file; moved ahead by
 estimated next turn, as the engine does). Tokens must be those of `whole`. `moving_share` is the part of all steps' time
 in which they were held up by movement. A last part lets a chat come back after other prompts have taken its memory,

@@ -44,7 +44,7 @@ class Peer:
         needs: another environment that its conversion uses.
         note: what to know before using it.
         our_kv_cache: our `kv_cache_dtype` beside it: what it keeps keys and values in.
-        our_kv_mib: our KV cache beside it, in MiB: what those that take a size are given, else what it works with.
+        our_kv_mib: our KV cache beside it, in MiB, where it takes no size: what it works with. 0: what all are given.
     """
 
     install: tuple[str, ...]
@@ -54,7 +54,7 @@ class Peer:
     needs: str = ""
     note: str = ""
     our_kv_cache: str = "auto"
-    our_kv_mib: int = 2048
+    our_kv_mib: int = 0
 
 
 PEERS = {

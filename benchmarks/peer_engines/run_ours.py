@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worker import Engine, Ids, serve
+from worker import KV_GIB, Engine, Ids, serve
 
 from fastserve import LLM, SamplingParams
 
@@ -21,7 +21,7 @@ class Ours(Engine):
     def __init__(self, folder: str, precision: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         settings: dict[str, Any] = {"max_model_len": 2048, "prefix_caching": False}
-        settings["kv_cache_memory"] = int(os.environ["OUR_KV_MIB"]) << 20
+        settings["kv_cache_memory"] = (int(os.environ.get("OUR_KV_MIB", "0")) or KV_GIB << 10) << 20
         settings["speculation"] = "off"  # a random network repeats itself
         settings["kv_cache_dtype"] = kv_cache = os.environ.get("OUR_KV_CACHE", "auto")
         self._llm = LLM(folder, dtype="bfloat16", **settings)

@@ -131,6 +131,12 @@ struct QueryTile {
     int64_t rows;                      // of each key head
 };
 
+// Keys that a tile sees at all. `ahead`: how many after its last query.
+static Range visible_keys(const AttentionArgs& args, int64_t ahead, const QueryTile& tile) {
+    const int64_t last = tile.first_position + tile.num_queries + ahead;
+    return {args.window ? max_of(0, tile.first_position - args.window + 1) : 0, min_of(last, args.context_lens[tile.sequence])};
+}
+
 class TileAttention {
 public:
     TileAttention(const AttentionArgs& args, const AttentionScratch& scratch, TileShape& tiles)
@@ -159,10 +165,7 @@ public:
     }
 
     // Keys this tile sees at all: [first, last).
-    Range visible() const {
-        const int64_t last = tile_.first_position + tile_.num_queries + sizes_.ahead;
-        return {args_.window ? max_of(0, tile_.first_position - args_.window + 1) : 0, min_of(last, context())};
-    }
+    Range visible() const { return visible_keys(args_, sizes_.ahead, tile_); }
 
     // All visible keys of split `split`, from nothing, into out, top and sum.
     void attend_split(int64_t split) {
@@ -355,10 +358,8 @@ private:
         if (first_key + kKeyBlock < end) return look_ahead(args_.keys, tile_, first_head_, first_key + kKeyBlock, end);
         ahead_.count = 0;
         if (!next_tile_) return;
-        const QueryTile& next = *next_tile_;
-        const int64_t begin = args_.window ? max_of(0, next.first_position - args_.window + 1) / kKeyBlock * kKeyBlock : 0;
-        look_ahead(args_.keys, next, next.kv_head, begin,
-                   min_of(next.first_position + next.num_queries + sizes_.ahead, args_.context_lens[next.sequence]));
+        const Range keys = visible_keys(args_, sizes_.ahead, *next_tile_);
+        look_ahead(args_.keys, *next_tile_, next_tile_->kv_head, keys.begin / kKeyBlock * kKeyBlock, keys.end);
     }
 
     void attend_block(int64_t first_key) {
@@ -775,11 +776,9 @@ static void for_each_tile(const AttentionArgs& args, int threads, const Visit& v
             for (int64_t first = 0; first < queries; first += queries_per_tile) {
                 QueryTile tile{sequence, kv_head, min_of(heads, args.num_kv_heads - kv_head), first, min_of(queries_per_tile, queries - first), before + first, 0};
                 tile.rows = tile.num_queries * group;
-                const int64_t last =
-                    min_of(tile.first_position + tile.num_queries + attention_sizes(args).ahead, args.context_lens[sequence]);
-                const int64_t begin = args.window ? max_of(0, tile.first_position - args.window + 1) : 0;
-                visit(tile, Range{begin / kSplitKeys, ceil_div(last, kSplitKeys)}, queries <= kSplitQueries,
-                      (last - begin + 64) * (tile.rows + 8) * tile.num_heads);
+                const Range keys = visible_keys(args, attention_sizes(args).ahead, tile);
+                visit(tile, Range{keys.begin / kSplitKeys, ceil_div(keys.end, kSplitKeys)}, queries <= kSplitQueries,
+                      (keys.end - keys.begin + 64) * (tile.rows + 8) * tile.num_heads);
             }
         }
     }

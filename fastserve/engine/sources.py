@@ -39,9 +39,8 @@ class Sources:
         self._tables: dict[str, list[int]] = {}
 
     def admit(self, request: Request) -> None:
-        """A sequence comes, or comes again with other blocks."""
+        """A sequence comes, or comes again."""
         self._sources[request.request_id] = request.prompt_ids[: request.num_source]
-        self._tables.pop(request.request_id, None)
 
     def drop(self, request_id: str) -> None:
         """A sequence is over."""
@@ -56,8 +55,7 @@ class Sources:
         for entry in plan.entries:
             num_blocks = -(-len(self._sources[entry.request_id]) // size)
             num_taken = max(0, num_blocks * size - entry.start)
-            if entry.request_id not in self._tables:
-                self._tables[entry.request_id] = entry.block_ids[:num_blocks]
+            self._tables[entry.request_id] = entry.block_ids[:num_blocks]
             if num_taken:
                 fresh.append(entry)
             if num_taken < len(entry.token_ids):

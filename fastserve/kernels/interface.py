@@ -61,6 +61,7 @@ class Batch:
     source_tables: list[list[int]] = field(default_factory=list)
     device: torch.device = _CPU
     _tensors: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _tables: dict[bool, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def tensors(self) -> list[Tensor]:
         """input_ids, positions, slot_mapping [T] and logit_rows [R] in int64: for who computes with tensors."""
@@ -68,6 +69,13 @@ class Batch:
             values = (self.input_ids, self.positions, self.slot_mapping, self.logit_rows)
             self._tensors = [torch.tensor(part, dtype=torch.int64, device=self.device) for part in values]
         return self._tensors
+
+    def table_tensors(self, of_source: bool) -> list[Tensor]:
+        """block_tables or source_tables in int64, made once for all layers."""
+        if of_source not in self._tables:
+            tables = self.source_tables if of_source else self.block_tables
+            self._tables[of_source] = [torch.tensor(table, dtype=torch.int64, device=self.device) for table in tables]
+        return self._tables[of_source]
 
 
 @dataclass(frozen=True, slots=True)

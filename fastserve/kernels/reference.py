@@ -207,13 +207,11 @@ class Kernels:
         """
         output = torch.empty_like(query)
         block_size, window = keys.shape[1], scores.window
-        tables, lengths = batch.block_tables, batch.context_lens
-        if of_source:
-            tables, lengths = batch.source_tables, batch.source_lens
+        tables, lengths = batch.table_tensors(of_source), batch.source_lens if of_source else batch.context_lens
         for index, (table, length) in enumerate(zip(tables, lengths, strict=True)):
             start, end = batch.query_starts[index], batch.query_starts[index + 1]
             first = max(0, length - (end - start) - window + 1) if window else 0  # earliest position seen
-            blocks = torch.tensor(table[first // block_size : -(-length // block_size)], device=query.device)
+            blocks = table[first // block_size : -(-length // block_size)]
             inside = slice(first % block_size, first % block_size + length - first)
             key, value = (_gather(cache, blocks)[inside].to(query.dtype) for cache in (keys, values))  # [S, G, D]
             part = query[start:end]

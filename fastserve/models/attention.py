@@ -94,5 +94,5 @@ class VarlenContext:
         slots = torch.arange(len(key), device=key.device)
         self.kernels.store_kv(key, value, keys, values, slots)
         tables = [list(range(start, end)) for start, end in pairwise(self._starts)]
-        batch = Batch([], [], [], self._starts, self._lengths, tables, [])
+        batch = Batch([], [], [], self._starts, self._lengths, tables, [], device=query.device)
         return self.kernels.paged_attention(query, keys, values, batch, scores)

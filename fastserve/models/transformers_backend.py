@@ -148,11 +148,12 @@ def _run_in_steps(network: Network, shape: ModelShape, sequences: list[Tensor]) 
     keys, values = ([torch.zeros(size, dtype=shape.dtype, device=device) for _ in shape.windows] for _ in range(2))
     rows: list[list[Tensor]] = [[], []]
     for starts, ends in (((0, 0), (4, 2)), ((4, 2), (6, 4)), ((6, 4), (7, 5))):
-        spans = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
+        spans = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+        parts = [ids[span.start : span.stop] for ids, span in zip(sequences, spans, strict=True)]
         batch = Batch(
-            input_ids=torch.cat([ids[span] for ids, span in zip(sequences, spans, strict=True)]).tolist(),
-            positions=torch.cat(spans).tolist(),
-            slot_mapping=torch.cat([span + 2 * block_size * index for index, span in enumerate(spans)]).tolist(),
+            input_ids=torch.cat(parts).tolist(),
+            positions=[*spans[0], *spans[1]],
+            slot_mapping=[*spans[0], *(position + 2 * block_size for position in spans[1])],
             query_starts=[0, len(spans[0]), len(spans[0]) + len(spans[1])],
             context_lens=list(ends),
             block_tables=[[0, 1], [2, 3]],

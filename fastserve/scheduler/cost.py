@@ -84,23 +84,21 @@ class CostModel:
         self.num_observed = 0
         self._fade = 1.0 - 1.0 / memory
         self._refit_every = refit_every
-        self._observed: list[tuple[StepWork, float]] = []  # since the last fit
+        self._observed: list[tuple[tuple[float, ...], float]] = []  # (row, seconds) since the last fit
         self._gram = [[0.0] * 5 for _ in range(5)]
         self._moments = [0.0] * 5
 
     def warm_up(self, measured: Iterable[tuple[StepWork, float]]) -> None:
         """Fit to measured (work, seconds), taken as they are."""
-        measured = list(measured)
-        self._observed += measured
-        self.num_observed += len(measured)
+        for work, seconds in measured:
+            self._keep(work, seconds)
         self._fit()
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from one step of the running engine."""
         if self.num_observed >= self._refit_every:
             seconds = min(seconds, 4.0 * self.coefficients.seconds(work))
-        self._observed.append((work, seconds))
-        self.num_observed += 1
+        self._keep(work, seconds)
         if self.num_observed % self._refit_every == 0 or self.num_observed in _FIRST_FITS:
             self._fit()
 
@@ -140,8 +138,13 @@ class CostModel:
         """A step that prefills `num_tokens` tokens alone."""
         return self.coefficients.step + self.prefill_seconds(num_tokens, start)
 
-    def _accumulate(self, work: StepWork, seconds: float) -> None:
+    def _keep(self, work: StepWork, seconds: float) -> None:
+        """Note what was measured; the caller may go on to change `work`."""
         row = (1.0, work.prefill_tokens, work.decodes, work.prefill_pairs, work.decode_context)
+        self._observed.append((row, seconds))
+        self.num_observed += 1
+
+    def _accumulate(self, row: tuple[float, ...], seconds: float) -> None:
         weight = 1.0 / max(seconds, 1e-6) ** 2  # relative errors: a decode step counts as much as a long prefill
         fade, gram, moments = self._fade, self._gram, self._moments
         for i in range(5):
@@ -152,8 +155,8 @@ class CostModel:
 
     def _fit(self) -> None:
         """Non-negative least squares by coordinate descent, held to the last fit where the steps do not tell."""
-        for work, seconds in self._observed:
-            self._accumulate(work, seconds)
+        for row, seconds in self._observed:
+            self._accumulate(row, seconds)
         self._observed.clear()
         now = self.coefficients
         prior = [now.step, now.prefill_token, now.decode, now.prefill_pair, now.decode_context]

@@ -91,6 +91,17 @@ def test_cost_model_learns_the_coefficients_and_shrugs_off_a_stall() -> None:
         assert cost.coefficients.seconds(work) == pytest.approx(truth.seconds(work), rel=0.1)
 
 
+def test_cost_model_keeps_no_hold_on_what_it_was_told() -> None:
+    own, shared = CostModel(), CostModel()
+    work = StepWork(decodes=4)
+    for step in range(64):
+        work.decode_context = 100 * step
+        seconds = 0.01 + 1e-6 * work.decode_context
+        own.observe(StepWork(decodes=4, decode_context=work.decode_context), seconds)
+        shared.observe(work, seconds)
+    assert shared.coefficients == own.coefficients
+
+
 def test_cost_model_without_warm_up_knows_after_sixteen_steps() -> None:
     truth = Coefficients(0.05, 0.002, 0.01)  # ten times slower than what it starts from
     cost = CostModel()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 
 from tests import folders
 from tests.e2e.conftest import FASTSERVE, SMALL
 from tests.server_process import started
+
+pytestmark = pytest.mark.slow  # servers started
 
 
 def test_adapters_of_a_server(tiny_model: Path, tmp_path: Path) -> None:

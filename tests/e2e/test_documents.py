@@ -29,6 +29,7 @@ def run(code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @needs_builtin
 @pytest.mark.parametrize("document", ["README.md", "README.zh.md"])
 def test_ten_lines_of_python(document: str) -> None:
@@ -42,6 +43,7 @@ def test_both_languages_show_the_same_code() -> None:
     assert english == chinese
 
 
+@pytest.mark.slow
 @needs_builtin
 def test_openai_client() -> None:
     code = python_block("docs/serving.md")

@@ -20,6 +20,8 @@ from tests import encoder_folders
 from tests.e2e.conftest import FASTSERVE, SMALL
 from tests.server_process import ServerProcess, started
 
+pytestmark = pytest.mark.slow  # servers started
+
 TEXTS = ["The fox said to the bear: where is the river?", "a king", "Tell me a story about the sea."]
 MODELS = {
     "vectors": ("MPNet", "Model", {}),

@@ -21,6 +21,8 @@ from tests.server_process import ServerProcess, started
 triton = pytest.importorskip("tritonclient.http")
 from tritonclient.utils import InferenceServerException  # noqa: E402
 
+pytestmark = pytest.mark.slow  # servers started
+
 WEIGHT = np.arange(8, dtype=np.float32).reshape(4, 2) / 8
 
 

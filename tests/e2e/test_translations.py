@@ -19,6 +19,8 @@ from tests.e2e.conftest import FASTSERVE, SMALL
 from tests.encoder_decoder_folders import add_tokens, encoder_decoder
 from tests.server_process import ServerProcess, started
 
+pytestmark = pytest.mark.slow  # servers started
+
 TEXT = "The fox said to the bear: where is the river?"
 LANGUAGES = ["__de__", "__en__", "__fr__"]
 SEARCH = {"num_beams": 4, "length_penalty": 0.8, "max_length": 24, "forced_eos_token_id": 2}

@@ -14,6 +14,8 @@ import pytest
 import fastserve
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # servers started
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

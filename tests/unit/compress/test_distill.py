@@ -24,6 +24,8 @@ from tests import folders
 from tests.server_process import started
 from tests.unit.compress.test_quantize import served_logits
 
+pytestmark = pytest.mark.slow  # networks trained
+
 STEP = {"do": "distill", "steps": 30, "batch_size": 4, "length": 32, "learning_rate": 3e-3, "hard": 0.0}
 
 

@@ -25,6 +25,8 @@ from fastserve.models.loader import load_model
 from tests.paged_driver import PagedDriver, decode_from_source
 from tests.unit.compress.test_quantize import IDS, STEPS, logits
 
+pytestmark = pytest.mark.slow  # every method on every family
+
 Steps = list[dict[str, Any]]
 _DISTIL = {"do": "distill", "steps": 2, "batch_size": 2, "length": 24, "soft": 0.5}
 METHODS: dict[str, Steps] = {
@@ -78,7 +80,7 @@ ONLY_WRITTEN_OUT = {
     "rtn4-head": OTHERS,  # and the built-in model, whose embedding is tied, too
 }
 CASES = [(name, kind) for name in METHODS for kind in ALL if kind not in REFUSED.get(name, ((), ""))[0]]
-BUILTIN = [pytest.param(name, "builtin", marks=pytest.mark.slow) for name in METHODS]
+BUILTIN = [(name, "builtin") for name in METHODS]
 
 
 def recipe(text: Path, name: str) -> Any:

@@ -222,6 +222,7 @@ def test_a_request_that_waits_in_dying_engines_is_not_tried_for_ever():
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_stuck_engine_is_killed_and_started_again():
     async def scenario():
         async with running(stall_timeout=1.5) as client:
@@ -234,6 +235,7 @@ def test_a_stuck_engine_is_killed_and_started_again():
     run(scenario())
 
 
+@pytest.mark.slow
 def test_an_idle_engine_is_not_taken_for_a_stuck_one():
     async def scenario():
         async with running(stall_timeout=1.2) as client:

@@ -37,6 +37,8 @@ from tests.conftest import REPOSITORY
 from tests.unit.engine.fake_engine import HANG, WAIT
 from tests.unit.serve.server import RunningServer, run_server
 
+pytestmark = pytest.mark.slow  # many servers started
+
 TEXT = {"prompt": "hi", "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 BODIES: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ from fastserve.serve.tenants import KeyRing
 from tests.unit.engine.fake_engine import MAX_MODEL_LEN, REFUSE, WAIT
 from tests.unit.serve.server import RunningServer, run_server
 
+pytestmark = pytest.mark.slow  # many servers started
+
 LONG = {"prompt": "abc", "max_tokens": 200}
 
 

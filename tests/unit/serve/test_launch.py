@@ -21,6 +21,8 @@ from tests.folders import write_tokenizer
 from tests.server_process import ServerProcess, children, num_listening
 from tests.unit.engine.fake_engine import COMMAND
 
+pytestmark = pytest.mark.slow  # many servers started
+
 _PROGRAM = """
 import sys
 sys.path.insert(0, {repository!r})

@@ -31,6 +31,7 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_half_sent_headers_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(BoundedConnection, "header_seconds", 0.4)
     with run_server(tmp_path) as server:

@@ -15,6 +15,8 @@ from fastserve.train.finetune.settings import FinetuneSettings
 from fastserve.train.network import open_tokenizer
 from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
 
+pytestmark = pytest.mark.slow  # networks trained
+
 ANIMALS = ("fox", "bear", "wolf", "owl", "mouse", "crow")
 PLACES = ("river", "forest", "mountain", "village", "garden", "sea")
 TEXTS = [f"The {animal} lives by the {place}." for animal in ANIMALS for place in PLACES]

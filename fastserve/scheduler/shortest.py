@@ -9,6 +9,7 @@ import bisect
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fastserve.scheduler.policy import FCFS, PolicyContext, Rank
 from fastserve.scheduler.predictor import NearestLengths, expected_remaining
@@ -108,108 +109,108 @@ class SRPTPredicted(SRPTOracle):
 
 
 class _Recent:
-    """Quantile of the last values."""
+    """The last requests: their sizes in order, and how much work each is."""
 
-    def __init__(self, share: float, window: int = 512) -> None:
-        self._share = share
-        self._order: deque[float] = deque()
-        self._sorted: list[float] = []
+    def __init__(self, window: int = 512) -> None:
+        self._order: deque[tuple[float, float]] = deque()
+        self._sorted: list[tuple[float, float]] = []
         self._window = window
 
-    def add(self, value: float) -> float:
-        """Take in a value; returns the quantile."""
-        self._order.append(value)
-        bisect.insort(self._sorted, value)
+    def add(self, size: float, work: float) -> None:
+        self._order.append((size, work))
+        bisect.insort(self._sorted, (size, work))
         if len(self._order) > self._window:
             del self._sorted[bisect.bisect_left(self._sorted, self._order.popleft())]
-        return self._sorted[int(self._share * (len(self._sorted) - 1))]
+
+    def work(self) -> float:
+        return math.fsum(work for _, work in self._order)
+
+    def quantile(self, share: float) -> float:
+        return self._sorted[int(share * (len(self._sorted) - 1))][0]
+
+    def largest_within(self, work: float) -> float:
+        """The size up to which all requests together are no more than `work`; 0 where the smallest is more."""
+        within = bisect.bisect_right(list(accumulate(each for _, each in self._sorted)), work)
+        return self._sorted[within - 1][0] if within else 0.0
 
 
 @dataclass(slots=True)
 class _Aging:
-    """One sequence: seconds of work that are left as predicted at arrival, and what its rank is made of."""
+    """One sequence, in seconds of work as predicted at its arrival."""
 
-    prefill_left: float
-    decode_left: float
-    delay: float  # at most so many seconds' arrivals may overtake it
-    head_start: float  # and so many seconds' earlier arrivals it may overtake until its first token
-    unit_work: float
-    unit_tokens: float
+    prefill: float
+    left: float
+    backlog: float  # of all who were there, itself included
 
 
 class AgedSRPT(SRPTPredicted):
-    """Shortest predicted remaining time first, but nobody is overtaken by those who came much later.
+    """Shortest predicted remaining time first, but others wait little for it.
 
-    The rank is a time: arrival, plus a delay that grows with the expected work, less a head start until the first
-    token is out. Both are in proportion to the backlog met on arrival, so that an idle server is first come, first
-    served, and a sequence is overtaken only by arrivals of the next `delay + head_start` seconds. The delay of a small
-    request is near zero, that of the larger ones (the upper 15 %) is whole: among themselves they keep their order.
+    The rank is a time. What goes first is chosen so that it is a small part of all work, and costs the others no more
+    than that: small requests, and until their first token those with small prefills, rank a backlog before their
+    arrival. The others rank a delay after it, which grows with what remains of them; the larger ones (the upper 15 %)
+    keep their order. The backlog is the one met on arrival: an idle server is first come, first served, and a sequence
+    is overtaken only by arrivals of the next `1 + delay` backlogs.
     Measured choice of the factors: docs/decisions/0020-scheduling-policies.md.
 
     Args:
-        delay: delay of large requests, in backlogs.
-        head_start: in backlogs of decoding; prefills cannot help a first token by going before other prefills.
-        large: quantile of recent requests from which on one counts as large.
-        length_weight: 0 ranks by remaining work alone (SRPT); 1 by the whole answer's length alone.
+        small: share of all work that small requests are.
+        small_prefills: share of all work that the prefills done early are.
+        delay: of large requests, in backlogs.
+        length_weight: of the answer (tokens) in a size; the rest is work (seconds).
     """
 
     def __init__(
         self,
         context: PolicyContext,
         predictor: NearestLengths | None = None,
-        delay: float = 1.5,
-        head_start: float = 0.8,
-        large: float = 0.85,
+        small: float = 0.12,
+        small_prefills: float = 0.05,
+        delay: float = 0.6,
         length_weight: float = 0.25,
     ) -> None:
         super().__init__(context, predictor)
+        self._shares = small, small_prefills
         self._delay = delay
-        self._head_start = head_start
         self._length_weight = length_weight
-        self._large_work = _Recent(large)
-        self._large_tokens = _Recent(large)
-        self._prefill_backlog = 0.0
-        self._decode_backlog = 0.0
+        self._sizes, self._prefills = _Recent(), _Recent()
+        self._small_size = self._small_prefill = 0.0  # the largest that go first
+        self._backlog = 0.0
         self._aging: dict[str, _Aging] = {}
 
     def on_arrival(self, sequence: Sequence, now: float) -> None:
         super().on_arrival(sequence, now)
         tokens = expected_remaining(self._forecasts[sequence.request_id].samples, 0)
-        prefill, decode = self._prefill(sequence), self._decode(tokens, sequence)
-        self._prefill_backlog += prefill
-        self._decode_backlog += decode
-        self._aging[sequence.request_id] = _Aging(
-            prefill,
-            decode,
-            delay=self._delay * (self._prefill_backlog + self._decode_backlog),
-            head_start=self._head_start * self._decode_backlog,
-            unit_work=self._large_work.add(prefill + decode),
-            unit_tokens=self._large_tokens.add(tokens),
-        )
+        prefill = self._prefill(sequence)
+        work = prefill + self._decode(tokens, sequence)
+        self._backlog += work
+        self._aging[sequence.request_id] = _Aging(prefill, work, self._backlog)
+        self._sizes.add(self._size(work, tokens), work)
+        self._prefills.add(prefill, prefill)
+        small, small_prefills = (share * self._sizes.work() for share in self._shares)
+        self._small_size = self._sizes.largest_within(small)
+        self._small_prefill = self._prefills.largest_within(small_prefills)
+
+    def _size(self, work: float, tokens: float) -> float:
+        return float(work ** (1.0 - self._length_weight) * tokens**self._length_weight)
 
     def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
-        aging = self._aging[sequence.request_id]
-        work = (self._prefill(sequence) + self._decode(tokens_left, sequence)) / aging.unit_work
-        length = (sequence.num_output + tokens_left) / aging.unit_tokens
-        size = work ** (1.0 - self._length_weight) * length**self._length_weight
-        due = sequence.request.arrival_time + aging.delay * min(1.0, size)
-        return (due - aging.head_start if sequence.num_output == 0 else due,)
+        aging, arrival = self._aging[sequence.request_id], sequence.request.arrival_time
+        tokens = sequence.num_output + tokens_left
+        whole = self._size(aging.prefill + self._decode(tokens, sequence), tokens)
+        if whole <= self._small_size or (sequence.num_output == 0 and aging.prefill <= self._small_prefill):
+            return (arrival - aging.backlog,)
+        left = self._size(self._prefill(sequence) + self._decode(tokens_left, sequence), tokens)
+        return (arrival + self._delay * aging.backlog * min(1.0, left / self._sizes.quantile(0.85)),)
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         aging = self._aging[sequence.request_id]
-        if sequence.first_token_time is None:
-            done = seconds if seconds < aging.prefill_left else aging.prefill_left
-            aging.prefill_left -= done
-            self._prefill_backlog -= done
-        elif aging.decode_left > 0.0:
-            done = seconds if seconds < aging.decode_left else aging.decode_left
-            aging.decode_left -= done
-            self._decode_backlog -= done
+        done = seconds if seconds < aging.left else aging.left
+        aging.left -= done
+        self._backlog -= done
 
     def on_finish(self, sequence: Sequence) -> None:
         super().on_finish(sequence)
-        aging = self._aging.pop(sequence.request_id)
-        self._prefill_backlog = max(0.0, self._prefill_backlog - aging.prefill_left)
-        self._decode_backlog = max(0.0, self._decode_backlog - aging.decode_left)
+        self._backlog = max(0.0, self._backlog - self._aging.pop(sequence.request_id).left)
         if not self._aging:
-            self._prefill_backlog = self._decode_backlog = 0.0  # rounding must not add up over days
+            self._backlog = 0.0  # rounding must not add up over days

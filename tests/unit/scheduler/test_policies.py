@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from fastserve.scheduler.cost import CostModel
 from fastserve.scheduler.fair import OUTPUT_WEIGHT, VirtualTokenCounter
 from fastserve.scheduler.mlfq import SkipJoinMLFQ
-from fastserve.scheduler.policy import POLICY_NAMES, PolicyContext, Priority, Rank
+from fastserve.scheduler.policy import FCFS, POLICY_NAMES, PolicyContext, Priority, Rank, SchedulingPolicy
 from fastserve.scheduler.predictor import NearestLengths, expected_remaining
 from fastserve.scheduler.sequence import Sequence
 from fastserve.scheduler.shortest import AgedSRPT
@@ -160,7 +161,7 @@ def test_fair_gives_no_credit_for_absence() -> None:
 
 
 def test_aged_srpt_overtakes_within_a_bound_only() -> None:
-    """However many small requests keep coming, a large one goes when its delay has passed."""
+    """However many small requests keep coming, a large one goes when its delay and their head start have passed."""
     context = PolicyContext(CostModel(STEP), 1)
     driver = Clocked(AgedSRPT(context), places=1)
     driver.policy._predictor.learn("", 800, 300)
@@ -169,8 +170,7 @@ def test_aged_srpt_overtakes_within_a_bound_only() -> None:
     for index in range(10):
         driver.add(request(f"first{index}", 16, 20, arrival=driver.now))
     driver.add(request("large", 800, 300, arrival=driver.now))
-    aging = driver.policy._aging["large"]
-    limit = driver.now + aging.delay
+    limit = driver.now + (1.0 + driver.policy._delay) * driver.policy._aging["large"].backlog
     count = 0
     while "large" not in driver.finished and driver.now < 60:
         if count < 400 and len(driver.scheduler._sequences) < 6:  # a stream that would starve it under SRPT
@@ -192,6 +192,41 @@ def test_aged_srpt_overtakes_within_a_bound_only() -> None:
             count += 1
         starving.step()
     assert "large" not in starving.finished
+
+
+def test_aged_srpt_costs_large_requests_a_share_only() -> None:
+    """Above capacity, what goes first is a share of all work: small requests gain, others wait that much longer."""
+    sizes, shares = (8, 16, 32, 64, 128, 256), (0.1, 0.1)
+
+    def run(policy: SchedulingPolicy) -> tuple[dict[int, float], float]:
+        """Mean stay by size, and the longest."""
+        rng, at = random.Random(11), 0.0
+        driver = Clocked(policy, places=1)
+        size_of, arrivals = {}, []
+        for index in range(400):
+            size_of[str(index)] = rng.choice(sizes)
+            at += rng.expovariate(1.0) * size_seconds / 1.1
+            arrivals.append(at)
+        for index, at in enumerate(arrivals):
+            while driver.now < at and driver.scheduler.has_work():
+                driver.step()
+            driver.now = max(driver.now, at)
+            driver.add(request(str(index), size_of[str(index)], size_of[str(index)], arrival=at))
+        driver.run(200_000)
+        stays = {name: ended - arrivals[int(name)] for name, ended in driver.finished.items()}
+        means = {size: fmean(stay for name, stay in stays.items() if size_of[name] == size) for size in sizes}
+        return means, max(stays.values())
+
+    size_seconds = fmean(STEP.step + STEP.prefill_token * size + size * (STEP.step + STEP.decode) for size in sizes)
+    context = PolicyContext(CostModel(STEP), 1)
+    aged = AgedSRPT(context, small=shares[0], small_prefills=shares[1], delay=0.0)
+    for size in sizes:
+        for _ in range(8):
+            aged._predictor.learn("", size, size)
+    in_order, longest_in_order = run(FCFS(context))
+    means, longest = run(aged)
+    assert means[8] < in_order[8] / 5 and means[16] < in_order[16] / 5
+    assert longest < longest_in_order / (1.0 - 1.1 * sum(shares))
 
 
 def test_only_the_oracle_looks_at_max_tokens() -> None:

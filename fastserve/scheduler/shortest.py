@@ -134,6 +134,11 @@ class _Recent:
         return self._sorted[within - 1][0] if within else 0.0
 
 
+def _size(work: float, tokens: float) -> float:
+    """The fourth power of what decides: work (seconds) and, for a quarter, the length of the answer."""
+    return work * work * work * tokens
+
+
 @dataclass(slots=True)
 class _Aging:
     """One sequence, in seconds of work as predicted at its arrival."""
@@ -157,7 +162,6 @@ class AgedSRPT(SRPTPredicted):
         small: share of all work that small requests are.
         small_prefills: share of all work that the prefills done early are.
         delay: of large requests, in backlogs.
-        length_weight: of the answer (tokens) in a size; the rest is work (seconds).
     """
 
     def __init__(
@@ -167,12 +171,10 @@ class AgedSRPT(SRPTPredicted):
         small: float = 0.12,
         small_prefills: float = 0.05,
         delay: float = 0.6,
-        length_weight: float = 0.25,
     ) -> None:
         super().__init__(context, predictor)
         self._shares = small, small_prefills
         self._delay = delay
-        self._length_weight = length_weight
         self._sizes, self._prefills = _Recent(), _Recent()
         self._small_size = self._small_prefill = 0.0  # the largest that go first
         self._backlog = 0.0
@@ -185,23 +187,21 @@ class AgedSRPT(SRPTPredicted):
         work = prefill + self._decode(tokens, sequence)
         self._backlog += work
         self._aging[sequence.request_id] = _Aging(prefill, work, self._backlog)
-        self._sizes.add(self._size(work, tokens), work)
+        self._sizes.add(_size(work, tokens), work)
         self._prefills.add(prefill, prefill)
         small, small_prefills = (share * self._sizes.work() for share in self._shares)
         self._small_size = self._sizes.largest_within(small)
         self._small_prefill = self._prefills.largest_within(small_prefills)
 
-    def _size(self, work: float, tokens: float) -> float:
-        return float(work ** (1.0 - self._length_weight) * tokens**self._length_weight)
-
     def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
         aging, arrival = self._aging[sequence.request_id], sequence.request.arrival_time
         tokens = sequence.num_output + tokens_left
-        whole = self._size(aging.prefill + self._decode(tokens, sequence), tokens)
+        whole = _size(aging.prefill + self._decode(tokens, sequence), tokens)
         if whole <= self._small_size or (sequence.num_output == 0 and aging.prefill <= self._small_prefill):
             return (arrival - aging.backlog,)
-        left = self._size(self._prefill(sequence) + self._decode(tokens_left, sequence), tokens)
-        return (arrival + self._delay * aging.backlog * min(1.0, left / self._sizes.quantile(0.85)),)
+        left = _size(self._prefill(sequence) + self._decode(tokens_left, sequence), tokens)
+        size = min(1.0, left / self._sizes.quantile(0.85)) ** 0.25
+        return (arrival + self._delay * aging.backlog * size,)
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:
         aging = self._aging[sequence.request_id]

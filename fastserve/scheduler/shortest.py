@@ -50,6 +50,9 @@ class SRPTOracle(FCFS):
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         tokens_left = (sequence.request.sampling.max_tokens or 1) - len(sequence.token_ids) + sequence.num_prompt
+        return self._take_rank(sequence, tokens_left)
+
+    def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
         return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 
     def _prefill(self, sequence: Sequence) -> float:
@@ -98,9 +101,6 @@ class SRPTPredicted(SRPTOracle):
 
     def stable_tokens(self, sequence: Sequence) -> float:
         return self._forecasts[sequence.request_id].retake_at - sequence.num_output
-
-    def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
-        return (self._prefill(sequence) + self._decode(tokens_left, sequence),)
 
     def on_finish(self, sequence: Sequence) -> None:
         del self._forecasts[sequence.request_id]
@@ -155,7 +155,7 @@ class AgedSRPT(SRPTPredicted):
     than that: small requests, and until their first token those with small prefills, rank a backlog before their
     arrival. The others rank a delay after it, which grows with what remains of them; the larger ones (the upper 15 %)
     keep their order. The backlog is the one met on arrival: an idle server is first come, first served, and a sequence
-    is overtaken only by arrivals of the next `1 + delay` backlogs.
+    is overtaken only by arrivals of the next `delay` backlogs, and, for one more of theirs, by what goes first.
     Measured choice of the factors: docs/decisions/0020-scheduling-policies.md.
 
     Args:
@@ -173,7 +173,7 @@ class AgedSRPT(SRPTPredicted):
         delay: float = 0.6,
     ) -> None:
         super().__init__(context, predictor)
-        self._shares = small, small_prefills
+        self._small, self._small_prefills = small, small_prefills
         self._delay = delay
         self._sizes, self._prefills = _Recent(), _Recent()
         self._small_size = self._small_prefill = 0.0  # the largest that go first
@@ -189,9 +189,9 @@ class AgedSRPT(SRPTPredicted):
         self._aging[sequence.request_id] = _Aging(prefill, work, self._backlog)
         self._sizes.add(_size(work, tokens), work)
         self._prefills.add(prefill, prefill)
-        small, small_prefills = (share * self._sizes.work() for share in self._shares)
-        self._small_size = self._sizes.largest_within(small)
-        self._small_prefill = self._prefills.largest_within(small_prefills)
+        all_work = self._sizes.work()
+        self._small_size = self._sizes.largest_within(self._small * all_work)
+        self._small_prefill = self._prefills.largest_within(self._small_prefills * all_work)
 
     def _take_rank(self, sequence: Sequence, tokens_left: float) -> Rank:
         aging, arrival = self._aging[sequence.request_id], sequence.request.arrival_time
@@ -199,8 +199,8 @@ class AgedSRPT(SRPTPredicted):
         whole = _size(aging.prefill + self._decode(tokens, sequence), tokens)
         if whole <= self._small_size or (sequence.num_output == 0 and aging.prefill <= self._small_prefill):
             return (arrival - aging.backlog,)
-        left = _size(self._prefill(sequence) + self._decode(tokens_left, sequence), tokens)
-        size = min(1.0, left / self._sizes.quantile(0.85)) ** 0.25
+        (left,) = super()._take_rank(sequence, tokens_left)
+        size = min(1.0, _size(left, tokens) / self._sizes.quantile(0.85)) ** 0.25
         return (arrival + self._delay * aging.backlog * size,)
 
     def on_service(self, sequence: Sequence, num_tokens: int, seconds: float, now: float) -> None:

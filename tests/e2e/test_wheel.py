@@ -14,7 +14,7 @@ import pytest
 import fastserve
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.slow  # servers started
+pytestmark = pytest.mark.slow  # a wheel built
 
 
 @pytest.fixture(scope="module")

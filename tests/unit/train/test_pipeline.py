@@ -141,9 +141,9 @@ def test_two_stages_agree_with_one_process(runs: Path, name: str) -> None:
             assert math.isclose(one[key], two[key], rel_tol=allowed), (key, one, two)
     one, two = (load_file(run / "model" / "model.safetensors") for run in (alone, runs / name))
     assert one.keys() == two.keys()
-    for key in one if name == "muon" else ():  # Its update is made in bfloat16: single elements may differ by more.
-        assert torch.dist(one[key], two[key]) < 0.05 * one[key].norm() + 1e-3, key
-    if name in ("tied", "masked"):
+    if name == "muon":  # Its update is made in bfloat16: single elements may differ by more.
+        assert all(torch.dist(one[key], two[key]) < 0.03 * one[key].norm() + 1e-3 for key in one)
+    elif tolerance < 1e-3:
         assert all(torch.allclose(one[key], two[key], atol=2e-3) for key in one)
 
 

@@ -4,11 +4,11 @@
     python benchmarks/serve_peers.py --peer vllm --requests 300 --context 2048 --repeats 3        # hours
     python benchmarks/serve_peers.py --peer llama.cpp --smoke             # tiny: whether it works
 
-Each server's capacity is measured first (requests per second while its queue is never empty, everything there at the
-start); arrivals are then scaled to --load of the lower one, and the servers take turns, each repeat swapping who goes
-first, while the other one idles. Token ids in, recorded output lengths, greedy, end tokens ignored. Every server is
-left at its defaults but for the context, the number of sequences and its KV memory. Latency counts from the moment at
-which a request was due. A ratio above 1 means that ours is better. Without --trace, the Azure conversations of the
+Each server's capacity is measured first (the work done while its batch is full, everything there at the start);
+arrivals are then scaled to --load of the lower one, and the servers take turns, each repeat swapping who goes first,
+while the other one idles. Token ids in, recorded output lengths, greedy, end tokens ignored. Every server is left at
+its defaults but for the context, the number of sequences and its KV memory. Latency counts from the moment at which a
+request was due. A ratio above 1 means that ours is better. Without --trace, the Azure conversations of the
 shared data are used, if they are there.
 """
 
@@ -34,7 +34,7 @@ from cpu_peers import say
 from shared_data import add_trace_options
 
 from fastserve.bench import random_model
-from fastserve.bench.latencies import RequestTimes, ratios, summarise
+from fastserve.bench.latencies import RequestTimes, ratios, saturated_rate, summarise
 from fastserve.bench.loadgen import StreamingClient
 from fastserve.bench.report import Report, emit, measure_limits, rounded
 from fastserve.bench.traces import Trace, prompt_ids, read_trace
@@ -131,17 +131,9 @@ class Server:
                 found = result.error or f"{result.num_tokens} tokens instead of {request.num_output}"
                 raise RuntimeError(f"{self.name}, request {index}: {found}")
             first, last = result.times[0] - start, result.times[-1] - start
-            return RequestTimes(request.arrival, first, last, result.num_tokens, request.tenant)
+            return RequestTimes(request.arrival, first, last, result.num_tokens, request.num_prompt, request.tenant)
 
         return list(await asyncio.gather(*(one(index) for index in range(len(bodies)))))
-
-
-def capacity(server: Server, trace: Trace) -> float:
-    """Requests per second while the queue is never empty: between the first tokens of a full batch and of the last."""
-    times = server.run(trace.all_at_once())
-    first_tokens = sorted(item.first_token for item in times)
-    filled = min(NUM_SEQUENCES, len(times) // 2)
-    return (len(times) - filled) / (first_tokens[-1] - first_tokens[filled - 1])
 
 
 def compare(
@@ -155,7 +147,7 @@ def compare(
     ours, theirs = servers
     for server in servers:
         if server.name not in capacities:
-            capacities[server.name] = rounded(capacity(server, trace))
+            capacities[server.name] = rounded(saturated_rate(server.run(trace.all_at_once()), NUM_SEQUENCES))
     capacities = {server.name: capacities[server.name] for server in servers}
     rate = arguments.load * min(capacities.values())
     say(f"capacity {capacities}, load {rate:.3f} requests/s")

@@ -13,12 +13,14 @@ PERCENTILES = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 
 @dataclass(slots=True)
 class RequestTimes:
-    """When one request arrived, got its first and its last token (seconds, one clock), and how many it got."""
+    """When one request arrived, got its first and its last token (seconds, one clock), and how many tokens it got and
+    had brought along."""
 
     arrival: float
     first_token: float
     last_token: float
     num_tokens: int
+    num_prompt: int
     tenant: str = ""
 
     @property
@@ -84,8 +86,16 @@ def ratios(ours: dict[str, float], theirs: dict[str, float], names: Iterable[str
 
 
 def saturated_rate(times: Sequence[RequestTimes], max_batch_sequences: int) -> float:
-    """Requests per second of a run in which all requests were there at the start: from a full batch to the last first
-    token. The end, when the last long answers run in an ever smaller batch, says nothing about a server under load."""
-    first_tokens = sorted(item.first_token for item in times)
-    filled = min(max_batch_sequences, len(times) // 2)
-    return (len(times) - filled) / (first_tokens[-1] - first_tokens[filled - 1])
+    """Requests of average size per second, of a run in which all arrived at 0, until fewer are left than a batch holds.
+
+    The end, when the last long answers run in an ever smaller batch, says nothing about a server under load. Work is
+    counted in tokens, of prompts and of answers, so that it does not matter in which order a server takes them.
+    """
+    full_batch = min(max_batch_sequences, len(times) // 2)
+    end = sorted(item.last_token for item in times)[-full_batch]
+    done = 0.0
+    for item in times:
+        if item.first_token <= end:
+            answered = (end - item.first_token) / max(1e-9, item.last_token - item.first_token)
+            done += item.num_prompt + item.num_tokens * min(1.0, answered)
+    return len(times) * done / sum(item.num_prompt + item.num_tokens for item in times) / end

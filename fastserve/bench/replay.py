@@ -74,7 +74,9 @@ class Replay:
 
     def __init__(self, engine: Engine, clock: OwnClock, requests: list[Request]) -> None:
         self.clock = clock
-        self.times = [RequestTimes(item.arrival_time, 0.0, 0.0, 0, item.tenant) for item in requests]
+        self.times = [
+            RequestTimes(item.arrival_time, 0.0, 0.0, 0, len(item.prompt_ids), item.tenant) for item in requests
+        ]
         self._engine = engine
         self._requests = requests
         self._by_id = {item.request_id: seen for item, seen in zip(requests, self.times, strict=True)}

@@ -83,7 +83,7 @@ async def _send(client: StreamingClient, model: str, trace: Trace) -> tuple[list
     """Every request at its time; the times of those that were answered in full, and the errors of the others."""
     started = time.perf_counter()
 
-    async def one(index: int) -> tuple[StreamResult, float, str]:
+    async def one(index: int) -> StreamResult:
         item = trace.requests[index]
         body = {
             "model": model,
@@ -93,17 +93,18 @@ async def _send(client: StreamingClient, model: str, trace: Trace) -> tuple[list
             "temperature": 0.0,
         }
         await asyncio.sleep(max(0.0, started + item.arrival - time.perf_counter()))
-        return await client.stream("/v1/completions", body), item.arrival, item.tenant
+        return await client.stream("/v1/completions", body)
 
     answers = await asyncio.gather(*(one(index) for index in range(len(trace.requests))))
     times: list[RequestTimes] = []
     errors: list[str] = []
-    for result, arrival, tenant in answers:
+    for item, result in zip(trace.requests, answers, strict=True):
         if result.error or not result.times:
             errors.append(result.error or "no token came")
         else:
             first, last = result.times[0] - started, result.times[-1] - started
-            times.append(RequestTimes(arrival, first, last, result.num_tokens or len(result.times), tenant))
+            num_tokens = result.num_tokens or len(result.times)
+            times.append(RequestTimes(item.arrival, first, last, num_tokens, item.num_prompt, item.tenant))
     if not times:
         raise ConfigError(f"every request failed, the first with: {errors[0]}")
     return times, errors

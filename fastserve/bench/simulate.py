@@ -158,7 +158,7 @@ class Replica:
     def add(self, request: Request) -> RequestTimes:
         """A request arrives; the clock must have been advanced to its arrival. Its times are filled in as it runs."""
         self.now = max(self.now, request.arrival_time)
-        seen = RequestTimes(request.arrival_time, 0.0, 0.0, 0, request.tenant)
+        seen = RequestTimes(request.arrival_time, 0.0, 0.0, 0, len(request.prompt_ids), request.tenant)
         self._live[request.request_id] = seen
         self._last = None
         self.scheduler.add(request, self.now)

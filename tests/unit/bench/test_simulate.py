@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.bench import policies
-from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, summarise
+from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, saturated_rate, summarise
 from fastserve.bench.simulate import Machine, Run, capacity, make_requests, simulate, warm_cost_model
 from fastserve.bench.traces import Trace, TraceRequest
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
@@ -53,8 +54,21 @@ def test_capacity_is_the_rate_of_a_full_batch() -> None:
     assert capacity(trace, MACHINE) == pytest.approx(2 / (50 * step), rel=0.03)
 
 
+def test_the_rate_of_a_full_batch_does_not_depend_on_the_order_of_service() -> None:
+    """Ninety small requests before ten of nine times their size, and after them: one at a time, a token a second."""
+
+    def served(sizes: list[int]) -> list[RequestTimes]:
+        ends = itertools.accumulate(sizes)
+        return [RequestTimes(0.0, end - size + 1, end, size, 0) for size, end in zip(sizes, ends, strict=True)]
+
+    small_first = saturated_rate(served([1] * 90 + [9] * 10), 1)
+    large_first = saturated_rate(served([9] * 10 + [1] * 90), 1)
+    assert small_first == pytest.approx(100 / 180, rel=0.01)
+    assert large_first == pytest.approx(small_first, rel=0.01)
+
+
 def test_figures_of_a_run() -> None:
-    times = [RequestTimes(0.0, 1.0, 1.0, 1), RequestTimes(0.0, 2.0, 6.0, 5)]
+    times = [RequestTimes(0.0, 1.0, 1.0, 1, 3), RequestTimes(0.0, 2.0, 6.0, 5, 3)]
     figures = summarise(times, Limits(ttft=1.5, tpot=10))
     assert figures["mean_normalised_latency"] == pytest.approx((1.0 + 6 / 5) / 2)
     assert figures["mean_tpot"] == 1.0  # a single token has none

@@ -6,10 +6,10 @@
 
 Each server's capacity is measured first (the work done while its batch is full, everything there at the start);
 arrivals are then scaled to --load of the lower one, and the servers take turns, each repeat swapping who goes first,
-while the other one idles. Token ids in, recorded output lengths, greedy, end tokens ignored. Every server is left at
-its defaults but for the context, the number of sequences and its KV memory. Latency counts from the moment at which a
-request was due. A ratio above 1 means that ours is better. Without --trace, the Azure conversations of the
-shared data are used, if they are there.
+while the other one idles. Token ids in, other ones in every run, recorded output lengths, greedy, end tokens ignored.
+Every server is left at its defaults but for the context, the number of sequences and its KV memory. Latency counts from
+the moment at which a request was due. A ratio above 1 means that ours is better. Without --trace, the Azure
+conversations of the shared data are used, if they are there.
 """
 
 from __future__ import annotations
@@ -101,20 +101,22 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    def run(self, trace: Trace) -> list[RequestTimes]:
+    def run(self, trace: Trace, seed: int) -> list[RequestTimes]:
         """Send every request when it is due; seconds from the start of the run.
+
+        Another seed makes other prompts of the same lengths: both servers keep prefixes, and have not seen them.
 
         Raises:
             RuntimeError: a request failed, or came back with another number of tokens than asked for.
         """
-        return asyncio.run(self._replay(trace))
+        return asyncio.run(self._replay(trace, seed))
 
-    async def _replay(self, trace: Trace) -> list[RequestTimes]:
+    async def _replay(self, trace: Trace, seed: int) -> list[RequestTimes]:
         client = StreamingClient("127.0.0.1", self.port, timeout=3600.0)
         bodies = [
             {
                 "model": "model",
-                "prompt": prompt_ids(request, index, VOCAB_SIZE),
+                "prompt": prompt_ids(request, index, VOCAB_SIZE, seed),
                 "max_tokens": request.num_output,
                 "temperature": 0.0,
                 "ignore_eos": True,
@@ -147,7 +149,7 @@ def compare(
     ours, theirs = servers
     for server in servers:
         if server.name not in capacities:
-            capacities[server.name] = rounded(saturated_rate(server.run(trace.all_at_once()), NUM_SEQUENCES))
+            capacities[server.name] = rounded(saturated_rate(server.run(trace.all_at_once(), seed=0), NUM_SEQUENCES))
     capacities = {server.name: capacities[server.name] for server in servers}
     rate = arguments.load * min(capacities.values())
     say(f"capacity {capacities}, load {rate:.3f} requests/s")
@@ -155,7 +157,7 @@ def compare(
     found: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
     for repeat in range(arguments.repeats):
         for server in servers if repeat % 2 == 0 else servers[::-1]:
-            found[server.name].append(summarise(server.run(timed)))
+            found[server.name].append(summarise(server.run(timed, seed=1 + repeat)))
             say(f"{server.name}: " + ", ".join(f"{name} {found[server.name][-1][name]}" for name in COMPARED))
     key = theirs.name.replace(".", "_")
     report.config[f"beside_{key}"] = {"capacity_requests_per_s": capacities, "requests_per_s": rounded(rate)}

@@ -23,10 +23,11 @@ from fastserve.bench.latencies import RequestTimes, saturated_rate, summarise
 from fastserve.bench.loadgen import StreamingClient, StreamResult
 from fastserve.bench.report import Report, rounded
 from fastserve.bench.traces import Trace, prompt_ids, read_trace
-from fastserve.bench.workload import FIRST_ID, LAST_ID
+from fastserve.bench.workload import FIRST_ID
 from fastserve.core.errors import ConfigError
 
 _START_SECONDS = 120.0
+_LAST_ID = 4000  # any server is asked, and the built-in model has 4,096 tokens
 
 
 def run(
@@ -64,11 +65,11 @@ def run(
     client = StreamingClient(address.hostname, address.port or 80, timeout=timeout)
     report = Report("serve", {"url": url, "model": model, "trace": fitted.name, "offset": offset})
     if not rate:
-        together, _ = asyncio.run(_send(client, model, fitted.all_at_once()))
+        together, _ = asyncio.run(_send(client, model, fitted.all_at_once(), seed=1))
         capacity = saturated_rate(together, max_batch_sequences)
         report.config.update(load=load, capacity_requests_per_s=rounded(capacity))
         rate = load * capacity
-    times, errors = asyncio.run(_send(client, model, fitted.at_rate(rate)))
+    times, errors = asyncio.run(_send(client, model, fitted.at_rate(rate), seed=2))
     report.config.update(
         requests_per_s=rounded(rate), num_requests=len(fitted.requests), length_scale=fitted.length_scale
     )
@@ -79,15 +80,20 @@ def run(
     return report.as_dict()
 
 
-async def _send(client: StreamingClient, model: str, trace: Trace) -> tuple[list[RequestTimes], list[str]]:
-    """Every request at its time; the times of those that were answered in full, and the errors of the others."""
+async def _send(
+    client: StreamingClient, model: str, trace: Trace, seed: int
+) -> tuple[list[RequestTimes], list[str]]:
+    """Every request at its time; the times of those that were answered in full, and the errors of the others.
+
+    Another seed makes other prompts of the same lengths: a server that keeps prefixes has not seen them.
+    """
     started = time.perf_counter()
 
     async def one(index: int) -> StreamResult:
         item = trace.requests[index]
         body = {
             "model": model,
-            "prompt": [FIRST_ID + number for number in prompt_ids(item, index, LAST_ID - FIRST_ID)],
+            "prompt": [FIRST_ID + number for number in prompt_ids(item, index, _LAST_ID - FIRST_ID, seed)],
             "max_tokens": item.num_output,
             "ignore_eos": True,
             "temperature": 0.0,

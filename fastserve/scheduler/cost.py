@@ -125,10 +125,6 @@ class CostModel:
         pairs = num_tokens * start + num_tokens * num_tokens / 2
         return self.coefficients.prefill_token * num_tokens + self.coefficients.prefill_pair * pairs
 
-    def prefill_tokens_within(self, seconds: float) -> int:
-        """How many prompt tokens add at most so many seconds to a step; 0 for none."""
-        return max(0, int(seconds / max(self.coefficients.prefill_token, 1e-9)))
-
     def decode_seconds(self, num_tokens: float, context: float, batch: int = 1) -> float:
         """Time that decoding `num_tokens` tokens from `context` on takes, as a share of steps of `batch` sequences."""
         each = self.coefficients.decode + self.coefficients.step / batch

@@ -23,6 +23,7 @@ from fastserve.scheduler.queue import Ranked, WaitingQueue, order_by_next_turn
 from fastserve.scheduler.sequence import Residency, Sequence, Status
 
 _MOVING_SHARE = 1 / 40  # of a sequence's time in steps that moving it for order's sake may cost
+_CHUNK_SECONDS, _CHUNK_SHARE = 0.05, 4  # prompts beside those who decode: seconds, or times the fixed part of a step
 _IDLE_SHARE = 16  # with tiers, one block in so many is kept idle for those who arrive
 
 
@@ -36,8 +37,8 @@ class Scheduler:
         max_model_len: longest sequence in tokens.
         eos_token_ids: the model's end tokens.
         cost: how long steps take; learns from each.
-        target_tpot: seconds that a step with decoding sequences should take at most (prefills get what that leaves, a
-            block at least), so that answers keep their pace; 0 for no such limit.
+        target_tpot: seconds that a step with decoding sequences should take at most: prefills get what that leaves, a
+            block at least. 0: what they get is what hides a step's fixed time.
         drafter: guesses tokens to be verified; None for none.
     """
 
@@ -161,8 +162,9 @@ class Scheduler:
             self._rank_running(now)
         self._pending, self._running = self._running[::-1], []  # the best is last
         pending, running = self._pending, self._running
-        tokens_left, block_size, is_plain = self._token_budget(), self.block_pool.block_size, self._drafter is None
+        tokens_left, block_size, is_plain = self._max_tokens, self.block_pool.block_size, self._drafter is None
         decodes_left = sum([len(item.sequence.token_ids) - item.sequence.num_computed == 1 for item in pending])
+        prefill_left = self._prefill_budget() if decodes_left else tokens_left
         num_kept = min(decodes_left + len(self._paused), self._max_sequences - 1)
         self._may_place, self._has_dropped = tokens_left > num_kept, False
         entries: list[PlanEntry] = []
@@ -198,7 +200,10 @@ class Scheduler:
                 continue
             # Prefills take what is left when everyone who may still decode in this step keeps a token.
             keep = min(decodes_left + len(self._paused), self._max_sequences - len(running) - 1)
-            take = min(sequence.num_remaining, tokens_left - keep)
+            take, is_prefill = sequence.num_remaining, sequence.num_remaining > 1
+            if is_prefill and take > prefill_left * (1.0 if self._target_tpot else 1.5):  # more beats one step more
+                take = prefill_left
+            take = min(take, tokens_left - keep)
             if take > 0:
                 take = max(take, sequence.num_together - sequence.num_computed)
             if take <= 0 and preemptive:
@@ -209,9 +214,10 @@ class Scheduler:
             if take > 0 and self._grow(sequence, take, now):
                 drafts = self._draft(sequence, tokens_left - take - keep)
                 tokens_left -= take + len(drafts)
+                prefill_left -= take * is_prefill
                 self.num_drafts += len(drafts)
                 entries.append(self._entry(sequence, take, drafts))
-            self._may_place = self._may_place and tokens_left > keep
+            self._may_place = self._may_place and tokens_left > keep and prefill_left > 0
             if not self._may_place and first is not None and first.sequence.residency is not Residency.DEVICE:
                 first = self._first_waiting(now)
         for item in (*skipped, *pending):
@@ -274,16 +280,14 @@ class Scheduler:
                 self._paused.push(loaded, now)
         return outputs
 
-    def _token_budget(self) -> int:
-        """Tokens of this step: all that is allowed, or what `target_tpot` leaves beside those who decode."""
-        decoding = [item.sequence for item in self._pending if item.sequence.is_decoding] if self._target_tpot else []
-        if not decoding:
-            return self._max_tokens
-        work = StepWork(decodes=len(decoding), decode_context=sum(item.num_computed for item in decoding))
-        spare = self._target_tpot - self.cost.coefficients.seconds(work)
-        prefill = max(self.block_pool.block_size, self.cost.prefill_tokens_within(spare))
-        decodes = min(self._max_sequences, len(decoding) + len(self._paused))
-        return min(self._max_tokens, decodes + prefill)
+    def _prefill_budget(self) -> int:
+        """Prompt tokens of a step in which others decode: as many as hide its fixed time, or `target_tpot` leaves."""
+        spare = max(_CHUNK_SECONDS, _CHUNK_SHARE * self.cost.coefficients.step)
+        if self._target_tpot:
+            decoding = [item.sequence for item in self._pending if item.sequence.is_decoding]
+            work = StepWork(decodes=len(decoding), decode_context=sum(item.num_computed for item in decoding))
+            spare = self._target_tpot - self.cost.coefficients.seconds(work)
+        return max(self.block_pool.block_size, int(spare / max(self.cost.coefficients.prefill_token, 1e-9)))
 
     # -- queue ---------------------------------------------------------------------------------------------------
 

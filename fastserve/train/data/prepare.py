@@ -217,10 +217,11 @@ def write_part(out: Path, name: str, offset: int, size: int, validation_share: f
         open(f"{targets[1]}.partial", "w", encoding="utf-8") as validation,
     ):
         for line, fate in zip(texts, kept.tolist(), strict=True):
+            document = json.loads(line)["text"]
             if fate:
-                counts.drop_later(json.loads(line)["text"], ("exact duplicate", "near duplicate")[fate - 1])
+                counts.drop_later(document, ("exact duplicate", "near duplicate")[fate - 1])
             else:
-                (validation if _share_of(line) < validation_share else train).write(line)
+                (validation if _share_of(document) < validation_share else train).write(line)
     for target in targets:
         os.replace(f"{target}.partial", target)
     _put(out / "parts" / f"{name}.final.json", json.dumps(counts.as_dict()))
@@ -241,9 +242,9 @@ def pack_part(out: Path, name: str, tokenizer: str) -> ShardSize:
     return write_shard(out / "tokens", name, texts(), Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")))
 
 
-def _share_of(line: str) -> float:
+def _share_of(text: str) -> float:
     """A number in [0, 1) from the text alone: the split of a document never changes."""
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=6).digest(), "big") / 2**48
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def _put(path: Path, text: str) -> None:

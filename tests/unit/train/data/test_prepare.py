@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 - texts in Chinese, and with curly quotes
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -160,6 +161,16 @@ def test_every_kind_of_input(tmp_path: Path) -> None:
     assert "spoke of cheese" in texts[5] and "Home" not in texts[5]
     assert texts[6].split() == ["A", "tale", "of", "two", "foxes"]
     assert plain_html("") == "" and plain_markdown("```\n# code\n```") == "```\n# code\n```"
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path: Path) -> None:
+    texts = [f"tale number {number} of the long road" for number in range(40)]
+    settings = dataclasses.replace(OPEN, validation_share=0.5)
+    splits = []
+    for name in ("one", "other"):
+        prepare([str(write_jsonl(tmp_path / f"{name}.jsonl", texts))], tmp_path / name, settings)
+        splits.append([list(split_texts(tmp_path / name, split)) for split in ("train", "validation")])
+    assert splits[0] == splits[1] and min(map(len, splits[0])) > 5
 
 
 def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path) -> None:

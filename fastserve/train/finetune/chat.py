@@ -212,12 +212,12 @@ def _turns(said: Any, role: str) -> Messages:
     """A text as the message of `role`, messages as they are; ConfigError for anything else."""
     messages = [{"role": role, "content": said}] if isinstance(said, str) else said
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"a conversation needs a text or a list of messages where it has {said!r}")
+        raise ConfigError(f"a conversation needs a text or a list of messages where it has {said!r:.100}")
     for message in messages:
         known = message if isinstance(message, dict) else {}
         if not known.get("role") or (known.get("content") is None and not known.get("tool_calls")):
             raise ConfigError(
-                f"a message needs role (system, user or assistant) and content; rename the keys of {message!r}"
+                f"a message needs role (system, user or assistant) and content; rename the keys of {message!r:.100}"
             )
     return messages
 

@@ -117,7 +117,9 @@ def answers_of(row: Example) -> list[str]:
     texts = answers.get("text") if isinstance(answers, dict) else answers
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"answers must be a text, a list of texts, or SQuAD's text and answer_start, not {answers!r}")
+        raise ConfigError(
+            f"answers must be a text, a list of texts, or SQuAD's text and answer_start, not {answers!r:.60}"
+        )
     return texts
 
 

@@ -1,6 +1,6 @@
 """Perplexity of a model in each precision of weights, on text that it was not trained on.
 
-    python benchmarks/precision.py held_out.txt                       # the built-in model
+    python benchmarks/precision.py                                    # the built-in model, stories_val.txt
     python benchmarks/precision.py held_out.txt --model FOLDER --tokens 4000
 
 Every folder is made from the model by rounding to nearest (better methods give better figures), loaded and run as it
@@ -16,6 +16,8 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+
+from shared_data import shared_folder
 
 from fastserve import LLM, SamplingParams
 from fastserve.bench.quantized_model import quantize_folder
@@ -77,12 +79,16 @@ def perplexity(folder: Path, dtype: str, kernels: str, prompts: list[list[int]])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path, help="plain text that the model was not trained on")
+    parser.add_argument("text", type=Path, nargs="?", default=shared_folder() / "data/corpora/stories_val.txt")
     parser.add_argument("--model", default="", help="a folder; the built-in model when left out")
-    parser.add_argument("--tokens", type=int, default=20000)
+    parser.add_argument("--tokens", type=int, default=12000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     arguments = parser.parse_args()
+    if not arguments.text.is_file():
+        sys.exit(
+            f"there is no {arguments.text}; name a text that the model was not trained on, or set FASTSERVE_SHARED"
+        )
     source = ModelFolder.open(arguments.model)
     prompts = windows(source, arguments.text, arguments.tokens, arguments.window)
     num_tokens = sum(len(prompt) - 1 for prompt in prompts)

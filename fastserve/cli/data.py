@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Prepare text for training.",
-    epilog="Example: fastserve data prepare ./corpus --out ./prepared --language en",
+    epilog="Example: fastserve data prepare ./corpus --out ./prepared --languages en",
 )
 
 

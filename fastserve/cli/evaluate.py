@@ -20,7 +20,9 @@ _TRAINING_ONLY = [
     "batch_size",
     "micro_batch_size",
     "group_by_length",
+    "optimizer",
     "learning_rate",
+    "muon_learning_rate",
     "weight_decay",
     "warmup_share",
     "precision",
@@ -31,8 +33,10 @@ _TRAINING_ONLY = [
     "lora_dropout",
     "lora_targets",
     "dora",
+    "qlora",
     "merge",
     "beta",
+    "temperature",
     "seed",
 ]
 
@@ -41,7 +45,9 @@ _TRAINING_ONLY = [
 def evaluate(
     options: dict[str, Any],
     model: Annotated[str, typer.Argument(help="Model folder; with --url its tokenizer is used.")],
-    corpus: Annotated[Path | None, typer.Option(help="Text to measure perplexity on.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text to measure perplexity on; JSON lines and Parquet by --text-key.")
+    ] = None,
     task: Annotated[str, typer.Option(help="Score examples of a task: " + ", ".join(TASKS) + ".")] = "",
     data: Annotated[Path | None, typer.Option(help="The examples.")] = None,
     harness: Annotated[list[str] | None, typer.Option(help="Task of lm-evaluation-harness; again for more.")] = None,
@@ -61,7 +67,7 @@ def evaluate(
     if corpus is not None:
         if not corpus.exists():
             raise ConfigError(f"there is no file or folder {corpus}")
-        found["corpus"] = measuring.perplexity(folder, corpus)
+        found["corpus"] = measuring.perplexity(folder, corpus, text_key=options.get("text_key", "text"))
     if task:
         if task not in TASKS or task == "preference":
             raise ConfigError(f"task must be one of {', '.join(name for name in TASKS if name != 'preference')}")

@@ -89,7 +89,7 @@ class GroupedCommand(TyperCommand):
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn our own errors into one line and their exit code, and Ctrl-C into 130; anything else is a bug and shows."""
+    """One line for our own errors and the system's (a full disk), 130 for Ctrl-C; anything else is a bug and shows."""
 
     @functools.wraps(function)
     def command(*args: Any, **values: Any) -> None:
@@ -98,6 +98,13 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except FastServeError as error:
             print(f"fastserve: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:
+            raise  # typer ends quietly where nobody reads on
+        except OSError as error:
+            if error.strerror is None:  # not from the system, but a package's own
+                raise
+            print(f"fastserve: {error.strerror}" + f": {error.filename}" * bool(error.filename), file=sys.stderr)
+            raise typer.Exit(FastServeError.exit_code) from error
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 

@@ -29,6 +29,7 @@ def train(
     options: dict[str, Any],
     inputs: Annotated[list[str], typer.Argument(help="Prepared folders, or raw files and folders of text.")],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
+    text_key: Annotated[str, typer.Option(help="Key of the text in raw JSON lines and Parquet files.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -41,7 +42,7 @@ def train(
 
     values = read_toml(config) if config is not None else {}
     settings = build_section(TokenizerSettings, {**values, **options}, "")
-    report = make_tokenizer_folder(texts_of(inputs), out, settings)
+    report = make_tokenizer_folder(texts_of(inputs, text_key), out, settings)
     if as_json:
         print(json.dumps(report))
         return

@@ -15,12 +15,15 @@ from fastserve.core.errors import ConfigError
 _ROWS = 8  # windows in a pass
 
 
-def perplexity(model: str, corpus: Path, length: int = 512, max_tokens: int = 200_000) -> dict[str, float]:
+def perplexity(
+    model: str, corpus: Path, length: int = 512, max_tokens: int = 200_000, text_key: str = "text"
+) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte of a causal network on a text.
 
     Args:
         corpus: a prepared folder (its validation split), or a raw file or folder of any known kind.
         length: window in tokens; each is read by itself, after the beginning-of-text token where there is one.
+        text_key: key of the text in raw JSON lines and Parquet files.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -35,7 +38,7 @@ def perplexity(model: str, corpus: Path, length: int = 512, max_tokens: int = 20
     begin = tokenizer.bos_token_id
     total, tokens, num_bytes = 0.0, 0, 0
     rows: list[list[int]] = []
-    for text in _texts(corpus):
+    for text in _texts(corpus, text_key):
         ids = tokenizer.encode(text, add_special_tokens=False)
         num_bytes += len(text.encode())
         step = length - (begin is not None)
@@ -118,11 +121,11 @@ def served_name(url: str) -> str:
         raise ConfigError(f"the server at {url} does not list its models: {error}") from error
 
 
-def _texts(corpus: Path) -> Any:
+def _texts(corpus: Path, text_key: str) -> Any:
     from fastserve.train.data.shards import split_texts
     from fastserve.train.tokenizer import texts_of
 
-    return split_texts(corpus, "validation") if (corpus / "report.json").exists() else texts_of([str(corpus)])
+    return split_texts(corpus, "validation") if (corpus / "report.json").exists() else texts_of([str(corpus)], text_key)
 
 
 def _opened(kind: Any, model: str) -> Any:

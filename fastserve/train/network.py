@@ -35,8 +35,12 @@ def open_tokenizer(folder: Path) -> Any:
 def make_config(section: ModelSection, tokenizer: Any, objective: str, longest_row: int) -> Any:
     """The configuration of the network. ConfigError for an unknown type or key, or one that does not fit the rest."""
     import transformers
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = _opened_config(section) if section.folder else _new_config(section, tokenizer)
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if section.attention not in known and "/" not in section.attention:  # kernels of the hub are OWNER/NAME
+        raise ConfigError(f"recipe key model.attention: must be one of {', '.join(known)}, not {section.attention!r}")
     if type(config) not in getattr(transformers, NETWORK_CLASSES[objective])._model_mapping:
         raise ConfigError(
             f"a network of type {config.model_type!r} cannot learn the objective {objective!r}; choose another"

@@ -55,6 +55,10 @@ class Phase:
     length: int
     mixture: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _at_least("data.phases: steps", self.steps, 1)
+        _at_least("data.phases: length", self.length, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class DataSection:
@@ -71,6 +75,7 @@ class DataSection:
     held_out: dict[str, str] = field(default_factory=dict)  # shards of texts of their own that are measured as well
 
     def __post_init__(self) -> None:
+        _at_least("data.length", self.length, 1)
         if not self.sources:
             raise ConfigError("recipe section [data.sources]: name at least one folder of token shards")
         if twice := sorted(set(self.sources) & set(self.held_out)):
@@ -145,6 +150,7 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, ("float32", "bfloat16", "float16"))
+        _at_least("train.steps", self.steps, 0)
         for name in ("batch_tokens", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if not 0 <= self.ema_decay < 1:
@@ -182,6 +188,9 @@ class WatchSection:
     report_every: int = 10
     samples: list[str] = field(default_factory=list)  # prompts that are continued at every evaluation
     sample_tokens: int = 60
+
+    def __post_init__(self) -> None:
+        _at_least("watch.report_every", self.report_every, 1)
 
 
 @dataclass(frozen=True, slots=True)

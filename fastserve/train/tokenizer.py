@@ -97,6 +97,8 @@ def make_tokenizer_folder(texts: Iterable[str], out: Path, settings: TokenizerSe
     One text in fifty is left out of learning and measures fertility (tokens per word), compression (bytes per token)
     and whether texts come back exactly. ConfigError without text.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another --out")
     held_out: list[str] = []
     tokenizer = train_tokenizer(_without_held_out(texts, held_out), settings)
     if not held_out:
@@ -257,7 +259,7 @@ def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def texts_of(inputs: list[str]) -> Iterator[str]:
+def texts_of(inputs: list[str], text_key: str = "text") -> Iterator[str]:
     """The texts of prepared folders (their training split), or of raw files and folders as they are."""
     from fastserve.train.data.settings import PrepareSettings
     from fastserve.train.data.shards import split_texts
@@ -268,4 +270,4 @@ def texts_of(inputs: list[str]) -> Iterator[str]:
             yield from split_texts(Path(item), "train")
         else:
             for part in find_parts([item], "auto"):
-                yield from read_documents(part, PrepareSettings())
+                yield from read_documents(part, PrepareSettings(text_key=text_key))

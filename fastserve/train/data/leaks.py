@@ -46,21 +46,27 @@ class LeakFinder:
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
-    """All texts of an evaluation file; ConfigError for a kind that is not known."""
+    """All texts of an evaluation file; ConfigError for a kind that is not known, or a file that cannot be read."""
     suffix = path.suffix.lower()
-    with open(path, encoding="utf-8", newline="") as file:
-        if suffix in (".txt", ".text"):
-            yield from file
-        elif suffix == ".jsonl":
-            for line in file:
-                yield from _strings(json.loads(line)) if line.strip() else ()
-        elif suffix == ".json":
-            yield from _strings(json.load(file))
-        elif suffix in (".csv", ".tsv"):
-            for row in csv.reader(file, delimiter="," if suffix == ".csv" else "\t"):
-                yield from row
-        else:
-            raise ConfigError(f"against: {path} must be .txt, .json, .jsonl, .csv or .tsv")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if suffix in (".txt", ".text"):
+                yield from file
+            elif suffix == ".jsonl":
+                for line in file:
+                    yield from _strings(json.loads(line)) if line.strip() else ()
+            elif suffix == ".json":
+                yield from _strings(json.load(file))
+            elif suffix in (".csv", ".tsv"):
+                for row in csv.reader(file, delimiter="," if suffix == ".csv" else "\t"):
+                    yield from row
+            else:
+                raise ConfigError(f"against: {path} must be .txt, .json, .jsonl, .csv or .tsv")
+    except ConfigError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        hint = "it must be UTF-8, and what its ending says"
+        raise ConfigError(f"against: {path} cannot be read: {error}; {hint}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

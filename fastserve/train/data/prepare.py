@@ -31,7 +31,7 @@ from fastserve.train.data.hashing import SIGNATURE_LENGTH, document_hash, signat
 from fastserve.train.data.leaks import LeakFinder
 from fastserve.train.data.report import PartCounts, write_report
 from fastserve.train.data.settings import PrepareSettings
-from fastserve.train.data.shards import ShardSize, read_index, tokenizer_hash, write_index, write_shard
+from fastserve.train.data.shards import ShardSize, read_index, read_tokenizer, tokenizer_hash, write_index, write_shard
 from fastserve.train.data.sources import Part, find_parts, read_documents
 
 Item = TypeVar("Item")
@@ -51,7 +51,9 @@ def prepare(
     Goes on with what an earlier run with the same inputs and settings left. ConfigError if `out` holds another
     preparation, an input is missing or of no known kind, or nothing is left of the text.
     """
-    parts = find_parts(inputs, settings.text_documents)
+    parts = find_parts(inputs, settings.text_documents, out)
+    if tokenizer is not None:
+        read_tokenizer(tokenizer)  # a wrong one shows before all the work
     _claim(out, parts, settings)
     run = _Run(out, parts, settings, progress)
     if not (out / "report.json").exists():
@@ -73,8 +75,10 @@ def _claim(out: Path, parts: list[Part], settings: PrepareSettings) -> None:
     wanted = {name: value for name, value in dataclasses.asdict(settings).items() if name != "workers"}
     files = sorted({part.path for part in parts if part.kind != "hub"} | set(settings.against))
     for path in settings.against:
-        if not Path(path).exists():
+        if not Path(path).is_file():
             raise ConfigError(f"against: there is no file {path}")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another --out")
     stamp = {"parts": [dataclasses.asdict(part) for part in parts], "settings": wanted}
     stamp["files"] = {path: [(stat := os.stat(path)).st_size, stat.st_mtime_ns] for path in files}
     text = json.dumps(stamp, sort_keys=True)
@@ -87,6 +91,7 @@ def _claim(out: Path, parts: list[Part], settings: PrepareSettings) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no preparation; choose another --out")
+    LeakFinder.of_files(settings.against, settings.against_words)  # a broken file shows before `out` is claimed
     (out / "parts").mkdir(parents=True, exist_ok=True)
     mark.write_text(text, encoding="utf-8")
 
@@ -140,8 +145,6 @@ class _Run:
 
     def pack(self, tokenizer: Path) -> dict[str, int]:
         """Token shards of the text; nothing to do where they are made with the same tokenizer."""
-        from tokenizers import Tokenizer
-
         folder, sha256 = self._out / "tokens", tokenizer_hash(tokenizer)
         if (folder / "tokens.json").exists():
             if read_index(folder)["tokenizer_sha256"] != sha256:
@@ -155,8 +158,7 @@ class _Run:
                 split: [size for size in sorted(done, key=lambda size: size.name) if size.name.startswith(split)]
                 for split in SPLITS
             }
-            vocab_size = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
-            write_index(folder, sha256, vocab_size, splits)
+            write_index(folder, sha256, read_tokenizer(tokenizer).get_vocab_size(), splits)
         index = read_index(folder)
         return {split: sum(shard["tokens"] for shard in index["splits"][split]) for split in SPLITS}
 
@@ -217,10 +219,11 @@ def write_part(out: Path, name: str, offset: int, size: int, validation_share: f
         open(f"{targets[1]}.partial", "w", encoding="utf-8") as validation,
     ):
         for line, fate in zip(texts, kept.tolist(), strict=True):
+            document = json.loads(line)["text"]
             if fate:
-                counts.drop_later(json.loads(line)["text"], ("exact duplicate", "near duplicate")[fate - 1])
+                counts.drop_later(document, ("exact duplicate", "near duplicate")[fate - 1])
             else:
-                (validation if _share_of(line) < validation_share else train).write(line)
+                (validation if _share_of(document) < validation_share else train).write(line)
     for target in targets:
         os.replace(f"{target}.partial", target)
     _put(out / "parts" / f"{name}.final.json", json.dumps(counts.as_dict()))
@@ -228,8 +231,6 @@ def write_part(out: Path, name: str, offset: int, size: int, validation_share: f
 
 def pack_part(out: Path, name: str, tokenizer: str) -> ShardSize:
     """Encode text/NAME.jsonl into a token shard."""
-    from tokenizers import Tokenizer
-
     # The pool has a process per core; the tokenizer's own threads would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -238,12 +239,12 @@ def pack_part(out: Path, name: str, tokenizer: str) -> ShardSize:
             for line in file:
                 yield json.loads(line)["text"]
 
-    return write_shard(out / "tokens", name, texts(), Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")))
+    return write_shard(out / "tokens", name, texts(), read_tokenizer(Path(tokenizer)))
 
 
-def _share_of(line: str) -> float:
+def _share_of(text: str) -> float:
     """A number in [0, 1) from the text alone: the split of a document never changes."""
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=6).digest(), "big") / 2**48
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def _put(path: Path, text: str) -> None:

@@ -42,10 +42,24 @@ class ShardSize:
 
 def tokenizer_hash(folder: Path) -> str:
     """sha256 of tokenizer.json; ConfigError if there is none."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
+    return hashlib.sha256(_tokenizer_file(folder).read_bytes()).hexdigest()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that packs; ConfigError if there is none or it is damaged."""
+    from tokenizers import Tokenizer
+
+    file = _tokenizer_file(folder)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises no kind of its own
+        raise ConfigError(f"{file} cannot be read: {error}; make it anew with `fastserve tokenizer train`") from error
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    if not (file := folder / "tokenizer.json").exists():
         raise ConfigError(f"{folder} has no tokenizer.json; make a tokenizer with `fastserve tokenizer train`")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file
 
 
 def write_shard(folder: Path, name: str, texts: Iterator[str], tokenizer: Tokenizer) -> ShardSize:

@@ -11,10 +11,11 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastserve.core.errors import ConfigError
 from fastserve.train.data.settings import PrepareSettings
@@ -47,8 +48,11 @@ class Part:
     end: int = 0
 
 
-def find_parts(inputs: list[str], text_documents: str) -> list[Part]:
-    """The parts of files, of all known files in folders, and of `hub:NAME[:SPLIT]`, in a fixed order."""
+def find_parts(inputs: list[str], text_documents: str, out: Path | None = None) -> list[Part]:
+    """The parts of files, of all known files in folders, and of `hub:NAME[:SPLIT]`, in a fixed order.
+
+    What lies in the folder `out` is left out of folders: an earlier run wrote it.
+    """
     parts: list[Part] = []
     for item in inputs:
         if item.startswith(HUB):
@@ -57,12 +61,20 @@ def find_parts(inputs: list[str], text_documents: str) -> list[Part]:
         path = Path(item)
         if not path.exists():
             raise ConfigError(f"there is no file or folder {item}; for a dataset of the hub write {HUB}NAME")
-        files = sorted(found for found in path.rglob("*") if kind_of(found)) if path.is_dir() else [path]
+        files = _files_in(path, out) if path.is_dir() else [path]
         if not files:
             raise ConfigError(f"the folder {item} has no file of a known kind ({', '.join(sorted(_KINDS))}, or .gz)")
         for file in files:
             parts += _parts_of_file(file, text_documents)
     return parts
+
+
+def _files_in(folder: Path, out: Path | None) -> list[Path]:
+    files = sorted(found for found in folder.rglob("*") if kind_of(found) and found.is_file())
+    if out is None or not out.exists():
+        return files
+    results = out.resolve()
+    return [file for file in files if results not in file.resolve().parents]
 
 
 def kind_of(path: Path) -> str | None:
@@ -72,21 +84,34 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_documents(part: Part, settings: PrepareSettings) -> Iterator[str]:
-    """The raw texts of a part; markup is already removed from HTML and Markdown."""
+    """The raw texts of a part; markup is already removed from HTML and Markdown. ConfigError if it cannot be read."""
+    try:
+        for document in _documents(part, settings):
+            if not isinstance(document, str):
+                found = f"{settings.text_key!r} but {type(document).__name__}"
+                raise ConfigError(f"{part.path} has no text under the key {found}; choose with --text-key")
+            # JSON may hold halves of surrogate pairs, which are no characters and which no file takes.
+            text = document.encode(errors="ignore").decode()
+            for start in range(0, max(1, len(text)), MAX_DOCUMENT_CHARACTERS):
+                yield text[start : start + MAX_DOCUMENT_CHARACTERS]
+    except ConfigError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ConfigError(f"{part.path} cannot be read: {error}; repair the file or leave it out") from error
+
+
+def _documents(part: Part, settings: PrepareSettings) -> Iterator[Any]:
+    """What stands where the texts of a part should."""
     if part.kind == "text":
-        documents = _text_documents(part, settings.text_documents)
-    elif part.kind == "json":
-        documents = _json_documents(part, settings.text_key)
-    elif part.kind == "parquet":
-        documents = _parquet_documents(part, settings.text_key)
-    elif part.kind == "hub":
-        documents = _hub_documents(part, settings.text_key)
-    else:
-        plain = plain_html if part.kind == "html" else plain_markdown
-        documents = iter([plain(_open(part.path).read().decode("utf-8", errors="replace"))])
-    for document in documents:
-        for start in range(0, max(1, len(document)), MAX_DOCUMENT_CHARACTERS):
-            yield document[start : start + MAX_DOCUMENT_CHARACTERS]
+        return _text_documents(part, settings.text_documents)
+    if part.kind == "json":
+        return _json_documents(part, settings.text_key)
+    if part.kind == "parquet":
+        return _parquet_documents(part, settings.text_key)
+    if part.kind == "hub":
+        return _hub_documents(part, settings.text_key)
+    plain = plain_html if part.kind == "html" else plain_markdown
+    return iter([plain(_open(part.path).read().decode("utf-8", errors="replace"))])
 
 
 def plain_html(source: str) -> str:
@@ -221,4 +246,5 @@ def _hub_documents(part: Part, key: str) -> Iterator[str]:
     for row in rows:
         if key not in row:
             raise ConfigError(f"{name} has no column {key!r} (it has {', '.join(row)}); choose with --text-key")
-        yield row[key]
+        if row[key] is not None:
+            yield row[key]

@@ -5,6 +5,7 @@ Source of DPO: Rafailov et al. 2023, "Direct Preference Optimization", equation 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Messages = list[dict[str, str]]
+_log = logging.getLogger(__name__)
 _SCORE_BATCH = 8
 _LOOK_AHEAD = 64  # conversations looked through to fill a row
 
@@ -45,11 +47,17 @@ class Instruction:
         pass
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
-        items = [self._text(row["text"]) if _is_text(row) else self._conversation(messages_of(row)) for row in rows]
+        items = [
+            self._text(str(value_of(row, "text"))) if _is_text(row) else self._conversation(messages_of(row))
+            for row in rows
+        ]
         kept = [item for item in items if any(label != IGNORED for label in item["labels"])]
+        length, lost = self._settings.max_length, len(items) - len(kept)
         if not kept:
-            raise ConfigError(f"no conversation has an answer within max_length ({self._settings.max_length} tokens)")
-        return _packed(kept, self._settings.max_length) if self._settings.packing else kept
+            raise ConfigError(f"no conversation has an answer within max_length ({length} tokens)")
+        if lost:
+            _log.warning("left out: %d of %d conversations, with no answer in %d tokens", lost, len(items), length)
+        return _packed(kept, length) if self._settings.packing else kept
 
     def batch(self, items: list[Encoded]) -> Batch:
         """Conversations that end a row early are followed by padding with positions of its own."""
@@ -116,13 +124,11 @@ class Preference:
     def encode(self, rows: list[Example]) -> list[Encoded]:
         items = []
         for row in rows:
-            prompt = value_of(row, "prompt")
-            asked: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            asked = _turns(value_of(row, "prompt"), "user")
             pair = {}
             for side in ("chosen", "rejected"):
-                answer = value_of(row, side)
-                text = answer if isinstance(answer, str) else answer[-1]["content"]
-                ids, is_answer = render(self._tokenizer, [*asked, {"role": "assistant", "content": text}])
+                answer = _turns(value_of(row, side), "assistant")[-1]
+                ids, is_answer = render(self._tokenizer, [*asked, {**answer, "role": "assistant"}])
                 ids, is_answer = ids[: self._settings.max_length], is_answer[: self._settings.max_length]
                 pair[side] = ids
                 pair[f"{side}_labels"] = [
@@ -190,7 +196,7 @@ def _is_text(row: Example) -> bool:
 def messages_of(row: Example) -> Messages:
     """A row of any of the known forms as messages."""
     if "messages" in row:
-        return list(row["messages"])
+        return _turns(row["messages"], "user")
     if "prompt" in row and "completion" in row:
         asked, answer = row["prompt"], row["completion"]
     elif "instruction" in row and "output" in row:
@@ -199,26 +205,57 @@ def messages_of(row: Example) -> Messages:
         raise ConfigError(
             f"a conversation needs messages, prompt and completion, or instruction and output; it has {', '.join(row)}"
         )
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [*_turns(asked, "user"), *_turns(answer, "assistant")]
+
+
+def _turns(said: Any, role: str) -> Messages:
+    """A text as the message of `role`, messages as they are; ConfigError for anything else."""
+    messages = [{"role": role, "content": said}] if isinstance(said, str) else said
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f"a conversation needs a text or a list of messages where it has {said!r:.100}")
+    for message in messages:
+        known = message if isinstance(message, dict) else {}
+        if not known.get("role") or (known.get("content") is None and not known.get("tool_calls")):
+            raise ConfigError(
+                f"a message needs role (system, user or assistant) and content; rename the keys of {message!r:.100}"
+            )
+    return messages
 
 
 def render(tokenizer: Any, messages: Messages) -> tuple[list[int], list[bool]]:
     """Token ids as the chat template writes the conversation, and which of them an assistant writes, ends included.
 
-    ConfigError for a template whose beginnings are no beginnings of the whole.
+    ConfigError for a template that refuses the conversation, or whose beginnings are no beginnings of the whole.
     """
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    if messages[0]["role"] == "assistant":
+        raise ConfigError("a conversation begins with an answer; put what it answers before it")
+    text = _written(tokenizer, messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+            before = _written(tokenizer, messages[:index], add_generation_prompt=True)
+            after = _written(tokenizer, messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise ConfigError("this chat template rewrites earlier turns, so answers cannot be told from requests")
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     is_answer = [any(start < last and end > first for first, last in spans) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), is_answer
+
+
+def _written(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """The text that the chat template makes of messages."""
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(
+            f"the chat template refuses a conversation ({roles}): {error}; change the example, or give another "
+            "template with --chat-template"
+        ) from error
 
 
 def _packed(items: list[Encoded], length: int) -> list[Encoded]:

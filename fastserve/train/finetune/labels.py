@@ -39,6 +39,11 @@ class _Labelling:
         labels = batch.pop("labels")
         return label_loss(model(**batch).logits, labels)
 
+    def _id_of(self, name: str) -> int:
+        if name not in self._ids:
+            raise ConfigError(f"the label {name!r} is not one of those trained on ({', '.join(self._names[:10])}...)")
+        return self._ids[name]
+
 
 class Classification(_Labelling):
     """One label per text, or per pair of texts where rows have `text_pair`."""
@@ -52,9 +57,9 @@ class Classification(_Labelling):
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         texts = [str(value_of(row, self._settings.text_key)) for row in rows]
-        pairs = [str(row[_PAIR_KEY]) for row in rows] if _PAIR_KEY in rows[0] else None
+        pairs = [str(value_of(row, _PAIR_KEY)) for row in rows] if _PAIR_KEY in rows[0] else None
         encoded = self._tokenizer(texts, pairs, truncation=True, max_length=self._settings.max_length)
-        labels = [self._label(row) for row in rows]
+        labels = [self._id_of(str(value_of(row, self._settings.label_key))) for row in rows]
         return [
             {**{name: values[index] for name, values in encoded.items()}, "labels": labels[index]}
             for index in range(len(rows))
@@ -73,12 +78,6 @@ class Classification(_Labelling):
             found += [self._names[index] for index in network(**batch).logits.argmax(-1).tolist()]
         return found
 
-    def _label(self, row: Example) -> int:
-        name = str(value_of(row, self._settings.label_key))
-        if name not in self._ids:
-            raise ConfigError(f"the label {name!r} is not one of those trained on ({', '.join(self._names[:10])}...)")
-        return self._ids[name]
-
 
 class TokenClassification(_Labelling):
     """One label per word; rows have lists of words and of labels. A word's first token carries its label."""
@@ -91,7 +90,7 @@ class TokenClassification(_Labelling):
         self._label_key = "labels" if settings.label_key == "label" else settings.label_key
 
     def configure(self, config: Any, rows: list[Example]) -> None:
-        _set_labels(config, sorted({str(label) for row in rows for label in value_of(row, self._label_key)}))
+        _set_labels(config, sorted({str(label) for row in rows for label in _listed(row, self._label_key)}))
         self.use_labels(config)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
@@ -123,7 +122,7 @@ class TokenClassification(_Labelling):
         """Each row's inputs, and word -> its first token."""
         found = []
         for row in rows:
-            words, labels = value_of(row, self._key), value_of(row, self._label_key)
+            words, labels = _listed(row, self._key), _listed(row, self._label_key)
             if len(words) != len(labels):
                 raise ConfigError(f"an example has {len(words)} words and {len(labels)} labels")
             encoded = self._tokenizer(
@@ -135,9 +134,16 @@ class TokenClassification(_Labelling):
                     places.setdefault(word, place)
             targets = [IGNORED] * len(encoded["input_ids"])
             for word, place in places.items():
-                targets[place] = self._ids[str(labels[word])]
+                targets[place] = self._id_of(str(labels[word]))
             found.append(({**encoded, "labels": targets}, places))
         return found
+
+
+def _listed(row: Example, key: str) -> list[Any]:
+    """The words or labels of an example."""
+    if not isinstance(values := value_of(row, key), list) or None in values:
+        raise ConfigError(f"an example must have a list without nulls under {key!r}, not {values!r:.40}")
+    return values
 
 
 def _set_labels(config: Any, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastserve.train.objectives import Batch, label_loss
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
 _SCORE_BATCH = 16
 
 
@@ -37,14 +39,18 @@ class QuestionAnswering:
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """A window per item; in windows without the answer, both ends are the first token."""
         items: list[Encoded] = []
+        lost = 0
         for row in rows:
             if (span := answer_span(row)) is None:
+                lost += 1
                 continue
             encoded = self._encoded(row)
             for window, encoding in zip(_inputs(encoded), encoded.encodings, strict=True):
                 items.append({**window, "labels": _token_span(encoding, *span)})
         if not items:
             raise ConfigError("no answer stands in its context as it is written; give answers with `answer_start`")
+        if lost:
+            _log.warning("left out: %d of %d questions, whose answer does not stand in the context", lost, len(rows))
         return items
 
     def batch(self, items: list[Encoded]) -> Batch:
@@ -108,17 +114,26 @@ def _inputs(encoded: Any) -> list[Encoded]:
 def answers_of(row: Example) -> list[str]:
     """All right answers of a row, in any of the forms."""
     answers = value_of(row, "answers")
-    return list(answers["text"]) if isinstance(answers, dict) else list(answers)
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"answers must be a text, a list of texts, or SQuAD's text and answer_start, not {answers!r:.60}"
+        )
+    return texts
 
 
 def answer_span(row: Example) -> tuple[int, int] | None:
     """Characters [start, end) of the first answer in the context; None where it does not stand there."""
     answers, context = value_of(row, "answers"), str(value_of(row, "context"))
-    if isinstance(answers, dict) and answers.get("answer_start"):
-        start, text = answers["answer_start"][0], answers["text"][0]
+    texts = answers_of(row)
+    starts = answers.get("answer_start") if isinstance(answers, dict) else None
+    starts = [starts] if isinstance(starts, int) else starts
+    if starts and texts:
+        start, text = starts[0], texts[0]
         if context[start : start + len(text)] == text:
             return start, start + len(text)
-    for text in answers_of(row):
+    for text in texts:
         if (start := context.lower().find(text.lower())) >= 0 and text:
             return start, start + len(text)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -126,7 +127,13 @@ def test_missing_folder_is_one_line_and_status_3():
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(CheckpointError("x"), 3), (RequestError("x"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "status"),
+    [
+        (CheckpointError("x"), 3),
+        (RequestError("x"), 2),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+    ],
 )
 def test_errors_become_exit_codes(error, status):
     @guarded

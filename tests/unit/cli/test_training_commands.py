@@ -60,6 +60,16 @@ def test_from_text_to_a_measured_model(tmp_path: Path) -> None:
     measured = json.loads(run("pretrain", str(recipe), "--out", str(tmp_path / "run"), "--json"))
     found = json.loads(run("eval", str(tmp_path / "run" / "model"), "--corpus", str(tmp_path / "out")))
     assert found["corpus"]["loss"] == pytest.approx(measured["held_out_loss"], abs=0.5)
+    keyed = tmp_path / "keyed.jsonl"
+    keyed.write_text(json.dumps({"body": "The foxes went home over the hill."}) + "\n")
+    found = json.loads(run("eval", str(tmp_path / "run" / "model"), "--corpus", str(keyed), "--text-key", "body"))
+    assert found["corpus"]["tokens"] > 5
+    run("tokenizer", "train", str(keyed), "--out", str(tmp_path / "k"), "--vocab-size", "270", "--text-key", "body")
+
+
+def test_eval_offers_no_option_of_training() -> None:
+    words = set(run("eval", "--help").split())
+    assert "--text-key" in words and not words & {"--optimizer", "--muon-learning-rate", "--qlora", "--temperature"}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,7 @@ def test_from_text_to_a_measured_model(tmp_path: Path) -> None:
         (["data", "prepare", "/none", "--out", "x"], "no file or folder /none"),
         (["data", "prepare", "/none", "--out", "x", "--similarity", "2"], "similarity must be"),
         (["tokenizer", "train", "/none", "--out", "x", "--kind", "bytes"], "kind must be one of"),
+        (["tokenizer", "train", ".", "--out", "/dev/null"], "/dev/null is no folder; choose another --out"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:

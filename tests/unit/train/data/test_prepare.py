@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 - texts in Chinese, and with curly quotes
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -18,6 +19,7 @@ from fastserve.train.data.prepare import prepare
 from fastserve.train.data.settings import PrepareSettings
 from fastserve.train.data.shards import TokenDataset, split_texts
 from fastserve.train.data.sources import Part, find_parts, plain_html, plain_markdown, read_documents
+from fastserve.train.tokenizer import texts_of
 from tests.folders import write_tokenizer
 from tests.unit.train.data.planted import planted_corpus, sentences, words_of
 
@@ -162,6 +164,29 @@ def test_every_kind_of_input(tmp_path: Path) -> None:
     assert plain_html("") == "" and plain_markdown("```\n# code\n```") == "```\n# code\n```"
 
 
+def test_halves_of_surrogate_pairs_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a \\ud83d tale \\ud83e\\udd8a"}\n', encoding="utf-8")
+    assert prepared(tmp_path / "out", tmp_path / "in.jsonl", OPEN) == ["a tale 🦊"]
+    assert list(texts_of([str(tmp_path / "in.jsonl")])) == ["a  tale 🦊"]
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path: Path) -> None:
+    texts = [f"tale number {number} of the long road" for number in range(40)]
+    settings = dataclasses.replace(OPEN, validation_share=0.5)
+    splits = []
+    for name in ("one", "other"):
+        prepare([str(write_jsonl(tmp_path / f"{name}.jsonl", texts))], tmp_path / name, settings)
+        splits.append([list(split_texts(tmp_path / name, split)) for split in ("train", "validation")])
+    assert splits[0] == splits[1] and min(map(len, splits[0])) > 5
+
+
+def test_results_and_folders_are_no_inputs(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ["a tale"])
+    (tmp_path / "x.parquet").mkdir()
+    for _ in range(2):
+        assert prepared(tmp_path / "out", tmp_path, OPEN) == ["a tale"]
+
+
 def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path) -> None:
     """`datasets` opens a local folder by the same call as a name of the hub."""
     write_jsonl(tmp_path / "train.jsonl", ["one tale", "another tale"])
@@ -264,3 +289,38 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         prepare([str(source)], tmp_path / "leaks", PrepareSettings(against=(str(tmp_path / "none.jsonl"),)))
     with pytest.raises(ConfigError, match="similarity"):
         PrepareSettings(similarity=0)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "numbers.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1, and no more")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"a tale " * 100)[:30])
+    for name, message in (
+        ("numbers.parquet", "no text under the key 'text' but int.*--text-key"),
+        ("broken.parquet", "broken.parquet cannot be read"),
+        ("cut.txt.gz", "cut.txt.gz cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare([str(tmp_path / name)], tmp_path / f"{name}.out", OPEN)
+
+
+def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a tale"])
+    (tmp_path / "bad.jsonl").write_text("no JSON")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    for name in ("bad.jsonl", "latin.txt"):
+        with pytest.raises(ConfigError, match=f"against: .*{name} cannot be read"):
+            prepare([str(source)], tmp_path / "out", PrepareSettings(against=(str(tmp_path / name),)))
+    with pytest.raises(ConfigError, match="against: there is no file"):
+        prepare([str(source)], tmp_path / "out", PrepareSettings(against=(str(tmp_path),)))
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        prepare([str(source)], tmp_path / "out", OPEN, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+        prepare([str(source)], tmp_path / "out", OPEN, tmp_path)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="choose another --out"):
+        prepare([str(source)], source, OPEN)

@@ -164,7 +164,7 @@ class Scheduler:
         pending, running = self._pending, self._running
         tokens_left, block_size, is_plain = self._max_tokens, self.block_pool.block_size, self._drafter is None
         decodes_left = sum([len(item.sequence.token_ids) - item.sequence.num_computed == 1 for item in pending])
-        prefill_left = self._prefill_budget() if decodes_left else tokens_left
+        prefill_left = self._prefill_budget(decodes_left) if decodes_left else tokens_left
         num_kept = min(decodes_left + len(self._paused), self._max_sequences - 1)
         self._may_place, self._has_dropped = tokens_left > num_kept, False
         entries: list[PlanEntry] = []
@@ -280,13 +280,13 @@ class Scheduler:
                 self._paused.push(loaded, now)
         return outputs
 
-    def _prefill_budget(self) -> int:
+    def _prefill_budget(self, num_decoding: int) -> int:
         """Prompt tokens of a step in which others decode: as many as hide its fixed time, or `target_tpot` leaves."""
-        spare = max(_CHUNK_SECONDS, _CHUNK_SHARE * self.cost.coefficients.step)
+        num_prompts = len(self._sequences) - num_decoding - len(self._paused)
+        spare = max(_CHUNK_SECONDS, _CHUNK_SHARE * self.cost.coefficients.step) * max(1.0, num_prompts / 4)
         if self._target_tpot:
-            decoding = [item.sequence for item in self._pending if item.sequence.is_decoding]
-            work = StepWork(decodes=len(decoding), decode_context=sum(item.num_computed for item in decoding))
-            spare = self._target_tpot - self.cost.coefficients.seconds(work)
+            context = sum(item.sequence.num_computed for item in self._pending if item.sequence.is_decoding)
+            spare = self._target_tpot - self.cost.coefficients.seconds(StepWork(0, num_decoding, 0, context))
         return max(self.block_pool.block_size, int(spare / max(self.cost.coefficients.prefill_token, 1e-9)))
 
     # -- queue ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from fastserve.checkpoint.sentencepiece import is_marian, marian_tokenizer
 from fastserve.core.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MAX_PARTS_TOKENS = 1 << 21  # of all parts of one text, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_parts(
-        self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0
+        self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0, is_cut: bool = False
     ) -> list[tokenizers.Encoding]:
         """A text or a pair as an encoder takes it, with special tokens, types and places of the characters.
 
@@ -105,9 +106,10 @@ class Tokenizer:
             max_length: a longer input becomes several, of which each has at most this many tokens and another part of
                 the last text; 0: never.
             stride: tokens that such parts have in common.
+            is_cut: only the first of them is wanted.
 
         Raises:
-            RequestError: no room for the last text beside the first one.
+            RequestError: no room for the last text beside the first one, or too many parts.
         """
         for text in (first, second or ""):
             check_unicode(text)
@@ -121,9 +123,15 @@ class Tokenizer:
                 f"{len(parts[0])} tokens of the first text leave no room for more than {stride} of the second within "
                 f"{max_length}; shorten it, or lower stride"
             )
+        num_parts = -(-(len(parts[-1]) - stride) // (room - stride))
+        if num_parts * max_length > _MAX_PARTS_TOKENS and not is_cut:
+            raise RequestError(
+                f"this makes {num_parts} parts of {max_length} tokens, and {_MAX_PARTS_TOKENS} tokens are taken at "
+                "once; shorten the text, allow longer parts, or lower stride"
+            )
         parts[-1].truncate(room, stride=stride)
         process = self._backend.post_process  # one by one: types of what overflows would be wrong (tokenizers 0.23)
-        windows = (parts[-1], *parts[-1].overflowing)
+        windows = [parts[-1]] if is_cut else [parts[-1], *parts[-1].overflowing]
         return [process(part) if second is None else process(parts[0], part) for part in windows]
 
     @property
@@ -159,7 +167,9 @@ class Tokenizer:
         """The bytes that a token stands for; b"" when there is no such token."""
         data = self._bytes.get(token_id)
         if data is None:
-            data = self._bytes[token_id] = self._find_bytes(token_id)
+            data = self._find_bytes(token_id)
+            if data:  # clients may send any id, and those that are no token must not fill the memory
+                self._bytes[token_id] = data
         return data
 
     @property

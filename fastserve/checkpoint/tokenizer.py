@@ -22,6 +22,7 @@ from fastserve.checkpoint.sentencepiece import is_marian, marian_tokenizer
 from fastserve.core.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LONG_TEXT = 20_000  # characters
 _MAX_PARTS_TOKENS = 1 << 21  # of all parts of one text, together
 
 
@@ -95,7 +96,14 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the tokens that the model expects around it, unless told otherwise."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, None, add_special_tokens).ids)
+
+    def _encode(self, first: str, second: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
+        if len(first) + len(second or "") < _LONG_TEXT:
+            return self._backend.encode(first, second, add_special_tokens=add_special_tokens)
+        # All other threads wait while the library encodes a text, but not while it encodes a batch.
+        texts = first if second is None else (first, second)
+        return self._backend.encode_batch([texts], add_special_tokens=add_special_tokens)[0]
 
     def encode_parts(
         self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0, is_cut: bool = False
@@ -114,8 +122,8 @@ class Tokenizer:
         for text in (first, second or ""):
             check_unicode(text)
         if not max_length:
-            return [self._backend.encode(first, second)]
-        parts = [self._backend.encode(text, add_special_tokens=False) for text in (first, second) if text is not None]
+            return [self._encode(first, second, True)]
+        parts = [self._encode(text, None, False) for text in (first, second) if text is not None]
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=second is not None)
         room -= sum(len(part) for part in parts[:-1])
         if room <= stride:

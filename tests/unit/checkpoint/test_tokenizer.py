@@ -91,6 +91,13 @@ def test_ids_without_a_token_have_no_text(byte_level: Tokenizer) -> None:
     assert max(byte_level._bytes, default=0) < folders.VOCAB_SIZE  # what is no token is not kept, either
 
 
+def test_a_long_text_is_encoded_as_the_library_does(byte_level: Tokenizer) -> None:
+    text, backend = "the é fox " * 2500, byte_level._backend
+    assert byte_level.encode(text) == backend.encode(text).ids
+    [pair] = byte_level.encode_parts("who", text)
+    assert (pair.ids, pair.type_ids) == (backend.encode("who", text).ids, backend.encode("who", text).type_ids)
+
+
 def test_parts_of_a_text_are_bounded_together(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the fox " * 40
     assert len(byte_level.encode_parts("who", text, 20, 5)) > 5

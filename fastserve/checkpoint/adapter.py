@@ -32,13 +32,18 @@ _UNUSUAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def read_adapter(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name -> A [R, K] and B [N, R], float32.
 
     Raises:
         CheckpointError: no adapter folder, another kind than LoRA, or damaged; the message says which.
     """
-    if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
+    try:
+        path = Path(folder).expanduser()
+        is_adapter = (path / _CONFIG).is_file() and (path / _WEIGHTS).is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # of names too long, folders closed to us, users unknown
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    if not is_adapter:
         raise CheckpointError(f"{path} is no adapter folder: it needs {_CONFIG} and {_WEIGHTS}, as peft writes them")
     config = _read_config(path / _CONFIG)
     reader = WeightReader([path / _WEIGHTS])
@@ -62,7 +67,7 @@ def _read_pair(
     if set(names) != {"A", "B"}:
         raise CheckpointError(f"{path}: {module} has lora_{next(iter(names))} alone; A and B are needed")
     shapes = [reader.shape(names[part]) for part in "AB"]
-    if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+    if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][0] != shapes[1][1]:
         raise CheckpointError(
             f"{path}: {module} has A of shape {shapes[0]} and B of shape {shapes[1]}, which do not fit"
         )

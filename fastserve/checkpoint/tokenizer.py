@@ -22,6 +22,8 @@ from fastserve.checkpoint.sentencepiece import is_marian, marian_tokenizer
 from fastserve.core.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LONG_TEXT = 20_000  # characters
+_MAX_PARTS_TOKENS = 1 << 21  # of all parts of one text, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,17 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the tokens that the model expects around it, unless told otherwise."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, None, add_special_tokens).ids)
+
+    def _encode(self, first: str, second: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
+        if len(first) + len(second or "") < _LONG_TEXT:
+            return self._backend.encode(first, second, add_special_tokens=add_special_tokens)
+        # All other threads wait while the library encodes a text, but not while it encodes a batch.
+        texts = first if second is None else (first, second)
+        return self._backend.encode_batch([texts], add_special_tokens=add_special_tokens)[0]
 
     def encode_parts(
-        self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0
+        self, first: str, second: str | None = None, max_length: int = 0, stride: int = 0, is_cut: bool = False
     ) -> list[tokenizers.Encoding]:
         """A text or a pair as an encoder takes it, with special tokens, types and places of the characters.
 
@@ -105,15 +114,16 @@ class Tokenizer:
             max_length: a longer input becomes several, of which each has at most this many tokens and another part of
                 the last text; 0: never.
             stride: tokens that such parts have in common.
+            is_cut: only the first of them is wanted.
 
         Raises:
-            RequestError: no room for the last text beside the first one.
+            RequestError: no room for the last text beside the first one, or too many parts.
         """
         for text in (first, second or ""):
             check_unicode(text)
         if not max_length:
-            return [self._backend.encode(first, second)]
-        parts = [self._backend.encode(text, add_special_tokens=False) for text in (first, second) if text is not None]
+            return [self._encode(first, second, True)]
+        parts = [self._encode(text, None, False) for text in (first, second) if text is not None]
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=second is not None)
         room -= sum(len(part) for part in parts[:-1])
         if room <= stride:
@@ -121,9 +131,15 @@ class Tokenizer:
                 f"{len(parts[0])} tokens of the first text leave no room for more than {stride} of the second within "
                 f"{max_length}; shorten it, or lower stride"
             )
+        num_parts = -(-(len(parts[-1]) - stride) // (room - stride))
+        if num_parts * max_length > _MAX_PARTS_TOKENS and not is_cut:
+            raise RequestError(
+                f"this makes {num_parts} parts of {max_length} tokens, and {_MAX_PARTS_TOKENS} tokens are taken at "
+                "once; shorten the text, allow longer parts, or lower stride"
+            )
         parts[-1].truncate(room, stride=stride)
         process = self._backend.post_process  # one by one: types of what overflows would be wrong (tokenizers 0.23)
-        windows = (parts[-1], *parts[-1].overflowing)
+        windows = [parts[-1]] if is_cut else [parts[-1], *parts[-1].overflowing]
         return [process(part) if second is None else process(parts[0], part) for part in windows]
 
     @property
@@ -159,7 +175,9 @@ class Tokenizer:
         """The bytes that a token stands for; b"" when there is no such token."""
         data = self._bytes.get(token_id)
         if data is None:
-            data = self._bytes[token_id] = self._find_bytes(token_id)
+            data = self._find_bytes(token_id)
+            if data:  # clients may send any id, and those that are no token must not fill the memory
+                self._bytes[token_id] = data
         return data
 
     @property

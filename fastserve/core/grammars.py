@@ -8,6 +8,7 @@ always taken or always refused.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ _SCHEMA_KEYWORDS = {"items", "prefixItems", "additionalItems", "additionalProper
 _SCHEMA_TABLES = {"properties", "patternProperties", "definitions", "$defs"}
 # Bytes, and one end token: enough to find out whether a grammar can be compiled, without any model's vocabulary.
 _NUM_BYTES = 256
+# What tells Lark's form from GBNF, looked for within lines: llguidance's own test takes minutes over empty ones.
+_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
+_MAX_GBNF_RULES = 500  # reading them takes time that grows with the square of their number
 
 
 def to_grammar(wanted: StructuredOutputs) -> str:
@@ -32,7 +36,6 @@ def to_grammar(wanted: StructuredOutputs) -> str:
         RequestError: not even JSON, or not a grammar in a known form.
     """
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         if wanted.json is not None or wanted.json_object:
@@ -45,12 +48,22 @@ def to_grammar(wanted: StructuredOutputs) -> str:
         elif wanted.choice is not None:
             answer = LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, wanted.choice)))
         else:
-            answer = LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar or ""))
+            answer = LLMatcher.grammar_from_lark(_to_lark(wanted.grammar or ""))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the grammar cannot be read: {error}", _PARAM) from error
     except Exception as error:  # the GBNF reader has an exception of its own, which is a plain Exception
         raise RequestError(f"the grammar cannot be read: {error}", _PARAM) from error
     return _after(wanted.begins_after, answer) if wanted.begins_after else answer
+
+
+def _to_lark(grammar: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if _LARK.search(grammar):
+        return grammar
+    if grammar.count("::=") > _MAX_GBNF_RULES:
+        raise RequestError(f"GBNF may have {_MAX_GBNF_RULES} rules here; write more of them in Lark's form", _PARAM)
+    return str(gbnf_to_lark(grammar))
 
 
 def _refuse_by_name(schema: Any) -> None:

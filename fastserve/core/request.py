@@ -20,7 +20,7 @@ FINISH_ABORT = "abort"
 FINISH_ERROR = "error"
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, tag=True):
     """One generation request for one sequence.
 
     Attributes:
@@ -80,6 +80,7 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
         num_cached_tokens: prompt tokens taken from the prefix cache (set in the first output).
         scheduled_time: monotonic time of the first step that worked on it (set in the first output).
         error: a message for the user when finish_reason is "error".
+        is_refused: the error is the request's, which cannot be served as asked, and not a failure of ours.
         beams: the n best answers of a beam search, in its only output; `token_ids` is empty.
         score: of this answer, when it is one of `beams` (see `as_answers`).
     """
@@ -95,6 +96,7 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
     beams: list[Beam] | None = None
     score: float | None = None
+    is_refused: bool = False
 
     def as_answers(self) -> list[TokenOutput]:
         """One output for each of `beams`, the best first; without beams this one."""

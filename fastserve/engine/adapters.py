@@ -8,7 +8,6 @@ on the diagonal.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class Adapters:
                 "lora_name",
             )
         try:
-            pairs = self._match(read_adapter(Path(path).expanduser()))
+            pairs = self._match(read_adapter(path))
         except CheckpointError as error:
             raise RequestError(str(error), "lora_path") from error
         slot = self._free.pop()

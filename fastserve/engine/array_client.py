@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastserve.core import errors
 from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
 from fastserve.core.errors import ConfigError, EngineDeadError, FastServeError, RequestError
-from fastserve.engine.messages import Abort, Answers, Load, Loaded, Ready, Run, ToEngine, Unload
+from fastserve.engine.messages import Abort, Add, Load, Loaded, Outputs, Ready, ToEngine, Unload
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class ArrayClient:
 
     Args:
         specs: those that are loaded at every start of the process.
-        send: hands a frame to a ready engine; False when there is none.
+        send: hands a message to a ready engine; False when there is none. Raises RequestError for what no engine takes.
         max_deaths: a request that was in this many dying engines is not tried again.
 
     Attributes:
@@ -70,7 +70,7 @@ class ArrayClient:
             for live in lives:
                 assert live.request.request_id not in self._live, "request ids are unique"
                 self._live[live.request.request_id] = live
-                live.is_sent = self._send(Run(live.request))
+                live.is_sent = self._send(Add(live.request))
             return list(await asyncio.gather(*(live.answer for live in lives)))
         finally:
             left = [live.request.request_id for live in lives if not live.answer.done() or live.answer.cancelled()]
@@ -117,7 +117,7 @@ class ArrayClient:
         """An engine process is ready: it has the models of `specs`, and no request yet."""
         self.models = {info.name: info for info in message.models}
         for live in self._live.values():
-            live.is_sent = self._send(Run(live.request))
+            live.is_sent = self._send(Add(live.request))
 
     def on_death(self) -> None:
         """The engine process is gone, and the models that were being loaded with it."""
@@ -130,14 +130,11 @@ class ArrayClient:
             if live.num_deaths >= self._max_deaths:
                 _fail(live, EngineDeadError(f"the engine died {live.num_deaths} times while this request waited"))
 
-    def take(self, message: Answers | Loaded) -> None:
-        """What the engine sent."""
-        if isinstance(message, Loaded):
-            self._take_loaded(message)
-            return
+    def take(self, message: Outputs) -> None:
+        """Answers that the engine sent, and what their step was."""
         if message.batch is not None:
             self.on_batch(message.batch)
-        for output in message.outputs:
+        for output in message.answers:
             live = self._live.pop(output.request_id, None)
             if live is None or live.answer.done():
                 continue
@@ -151,7 +148,8 @@ class ArrayClient:
         for live in list(self._live.values()):
             _fail(live, error)
 
-    def _take_loaded(self, message: Loaded) -> None:
+    def take_loaded(self, message: Loaded) -> None:
+        """A further model is there, or why not."""
         future = self._loading.get(message.name)
         if message.info is not None:
             self.models[message.name] = message.info

@@ -137,6 +137,7 @@ class EngineClient:
         """Queue a group of requests and return the stream of their tokens. All are taken, or none.
 
         Raises:
+            RequestError: one is larger than what can be sent, or there are more than can ever be here at once.
             QueueFullError: too many requests wait already.
             EngineDeadError: the engine died too often, or is being closed.
         """
@@ -146,8 +147,7 @@ class EngineClient:
             for request in requests:
                 assert request.request_id not in self._live, f"request id {request.request_id} is in use"
                 live = self._live[request.request_id] = _Live(request, stream)
-                if self.state is EngineState.READY:
-                    self._send(live)
+                live.is_sent = self._send_frame(messages.Add(request))
         except BaseException:
             stream.close()  # one that cannot be encoded must not leave the others behind
             raise
@@ -168,8 +168,8 @@ class EngineClient:
         """Stop these requests; ids that have finished are ignored."""
         known = [self._live.pop(request_id) for request_id in request_ids if request_id in self._live]
         sent = [live.request.request_id for live in known if live.is_sent]
-        if sent and self._link is not None:
-            self._link.send(messages.Abort(sent))
+        if sent:
+            self._send_frame(messages.Abort(sent))
 
     def unload(self, name: str) -> None:
         """Forget one of the other models; requests that it has fail. Raises ConfigError when there is none."""
@@ -233,8 +233,7 @@ class EngineClient:
         self._is_closing = True
         self.end_all(EngineDeadError("the server is shutting down"))
         if self._supervisor is not None:
-            if self.state is EngineState.READY and self._link is not None:
-                self._link.send(messages.Shutdown())
+            if self._send_frame(messages.Shutdown()):
                 await asyncio.wait([self._supervisor], timeout=_CLOSE_SECONDS)
             # Loading a model, or waiting to be started again: nothing worth waiting for.
             self.kill()
@@ -302,16 +301,12 @@ class EngineClient:
                 min(_MAX_RETRY_AFTER, math.ceil(count * self.stats.request_seconds) or _RETRY_AFTER),
             )
 
-    def _send(self, live: _Live) -> None:
-        assert self._link is not None
-        self._link.send(messages.Add(live.request))
-        live.is_sent = True
-
     def _send_frame(self, message: messages.ToEngine) -> bool:
-        """Send to a ready engine; False when there is none."""
+        """Send to a ready engine; False when there is none. Raises RequestError for what no engine takes."""
+        frame = messages.encode_frame(message)
         if self.state is not EngineState.READY or self._link is None:
             return False
-        self._link.send(message)
+        self._link.send(frame)
         return True
 
     # The life of the process
@@ -366,8 +361,8 @@ class EngineClient:
         watchdog = asyncio.create_task(self._watch(link), name="engine watchdog")
         reason = ""
         try:
-            models = list(self.arrays.specs.values())
-            link.send(messages.Configure(dataclasses.asdict(self.config), models, self.generates))
+            options, models = dataclasses.asdict(self.config), list(self.arrays.specs.values())
+            link.send(messages.encode_frame(messages.Configure(options, models, self.generates)))
             while True:
                 self._receive(await link.receive())
         except (EOFError, OSError):
@@ -392,8 +387,9 @@ class EngineClient:
                 if output.finish_reason is not None:
                     del self._live[output.request_id]
                 live.stream.push(output)
-        elif isinstance(message, messages.Answers | messages.Loaded):
             self.arrays.take(message)
+        elif isinstance(message, messages.Loaded):
+            self.arrays.take_loaded(message)
         elif isinstance(message, messages.Ready):
             self._on_ready(message)
         elif isinstance(message, messages.Done):
@@ -409,7 +405,7 @@ class EngineClient:
         self.state = EngineState.READY
         self._ready_since = time.monotonic()
         for live in self._live.values():
-            self._send(live)
+            live.is_sent = self._send_frame(messages.Add(live.request))
         self.arrays.on_ready(message)
         if not self._started.done():
             self._started.set_result(None)

@@ -221,7 +221,8 @@ class Engine:
             if error is None:
                 self._scheduler.add(request, self._clock())
             elif isinstance(error, FastServeError):
-                refused.append(TokenOutput(request_id, [], FINISH_ERROR, error=str(error)))
+                is_refused = isinstance(error, RequestError)
+                refused.append(TokenOutput(request_id, [], FINISH_ERROR, error=str(error), is_refused=is_refused))
             else:
                 raise error
         return refused

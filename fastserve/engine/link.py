@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from fastserve.engine.messages import HEADER, FromEngine, ToEngine, checked_length, encode_frame, from_engine_decoder
+from fastserve.engine.messages import HEADER, FromEngine, checked_length, from_engine_decoder
 
 
 class EngineLink:
@@ -40,8 +40,8 @@ class EngineLink:
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(process, reader, writer)
 
-    def send(self, message: ToEngine) -> None:
-        self._writer.write(encode_frame(message))
+    def send(self, frame: bytes) -> None:
+        self._writer.write(frame)
 
     async def receive(self) -> FromEngine:
         """Raises EOFError or OSError when the process is gone, ValueError for a frame that is none of ours."""

@@ -11,6 +11,7 @@ import struct
 import msgspec
 
 from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest, ModelInfo, ModelSpec
+from fastserve.core.errors import RequestError
 from fastserve.core.request import Request, TokenOutput
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -28,13 +29,7 @@ class Configure(msgspec.Struct, tag=True):
 class Add(msgspec.Struct, tag=True):
     """API -> engine: start this request."""
 
-    request: Request
-
-
-class Run(msgspec.Struct, tag=True):
-    """API -> engine: start this request, which is answered once."""
-
-    request: ArrayRequest
+    request: Request | ArrayRequest
 
 
 class Load(msgspec.Struct, tag=True):
@@ -128,18 +123,13 @@ class Loaded(msgspec.Struct, tag=True):
     kind: str = ""
 
 
-class Answers(msgspec.Struct, tag=True):
-    """Engine -> API: answers to requests that are answered once, and the step that made them; refusals have none."""
-
-    outputs: list[ArrayOutput]
-    batch: ArrayBatch | None = None
-
-
 class Outputs(msgspec.Struct, tag=True):
-    """Engine -> API: what one step made, and the counters after it. Also sent empty as a heartbeat while idle."""
+    """Engine -> API: what one step made (a `batch` of those answered once), and the counters; empty as a heartbeat."""
 
     outputs: list[TokenOutput]
     stats: EngineStats
+    answers: list[ArrayOutput] = []
+    batch: ArrayBatch | None = None
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -149,8 +139,8 @@ class Failed(msgspec.Struct, tag=True):
     kind: str
 
 
-ToEngine = Configure | Add | Run | Load | Unload | Abort | ChangeAdapter | Shutdown
-FromEngine = Ready | Outputs | Answers | Loaded | Done | Failed
+ToEngine = Configure | Add | Load | Unload | Abort | ChangeAdapter | Shutdown
+FromEngine = Ready | Outputs | Loaded | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -158,13 +148,16 @@ from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytes:
-    """One message as a length-prefixed frame. Raises as `checked_length`."""
-    payload = _encoder.encode(message)
+    """One message as a length-prefixed frame. Raises RequestError for one too large, or with what no frame can hold."""
+    try:
+        payload = _encoder.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise RequestError(f"the request cannot be sent to the engine: {error}") from error
     return HEADER.pack(checked_length(len(payload))) + payload
 
 
 def checked_length(length: int) -> int:
-    """The length of a frame's payload in bytes. Raises ValueError when it exceeds MAX_FRAME_BYTES."""
+    """The length of a frame's payload in bytes. Raises RequestError when it exceeds MAX_FRAME_BYTES."""
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+        raise RequestError(f"{length} bytes are more than the {MAX_FRAME_BYTES} that the engine takes or gives at once")
     return length

@@ -19,6 +19,7 @@ from fastserve.core.config import EngineConfig, format_bytes
 from fastserve.core.errors import MemoryPlanError, RequestError
 from fastserve.engine.array_codec import from_numpy
 from fastserve.engine.memory import free_memory, keep_freed_memory
+from fastserve.engine.messages import MAX_FRAME_BYTES
 from fastserve.models.encoder import RaggedBatch
 from fastserve.models.encoder_loader import load_encoder
 from fastserve.models.loader import resolve_device
@@ -69,7 +70,7 @@ class PoolingRuntime:
         """Queue a request.
 
         Raises:
-            RequestError: not for an encoder, empty, too long, or with ids that do not exist.
+            RequestError: not for an encoder, empty, too long, with ids that do not exist, or with too large an answer.
         """
         if not isinstance(request, PoolingRequest) or request.head not in HEADS:
             raise RequestError(f"{self.info.name} is an encoder; it takes token ids, for one of {', '.join(HEADS)}")
@@ -86,6 +87,16 @@ class PoolingRuntime:
             raise RequestError(f"{self.info.name} is an encoder without a head; ask for embeddings", "model")
         if request.rows and (head is None or head.pool or not 0 <= min(request.rows) <= max(request.rows) < len(ids)):
             raise RequestError("rows must be places of tokens, for a head that reads every token")
+        width = self._model.config.hidden_size if request.head == "hidden" else 0
+        if request.head == "scores" and head is not None and not head.pool:
+            width = head.num_outputs
+        num_bytes = 4 * width * len(request.rows or ids)
+        if num_bytes > MAX_FRAME_BYTES:
+            raise RequestError(
+                f"the answer would take {format_bytes(num_bytes)}, and may take {format_bytes(MAX_FRAME_BYTES)}; give "
+                "less text at a time",
+                "input",
+            )
         self._waiting[request.request_id] = request
 
     def abort(self, request_ids: Iterable[str]) -> None:

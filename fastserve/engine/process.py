@@ -19,17 +19,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from fastserve.core.arrays import ArrayOutput
+from fastserve.core.arrays import ArrayBatch, ArrayOutput, ArrayRequest
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import FastServeError
+from fastserve.core.errors import FastServeError, RequestError
 from fastserve.core.logs import configure_logging
-from fastserve.core.request import FINISH_ERROR, TokenOutput
+from fastserve.core.request import FINISH_ERROR, Request, TokenOutput
 from fastserve.engine import messages
 from fastserve.engine.runtimes import RunnableEngine, Runtimes
 
 HEARTBEAT_SECONDS = 0.5
 _RECEIVE_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
+Output = TokenOutput | ArrayOutput
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,7 @@ class Connection:
 
         Raises:
             OSError: the other end is gone.
+            RequestError: see `encode_frame`.
         """
         self._socket.sendall(messages.encode_frame(message))
 
@@ -89,7 +91,7 @@ def run(connection: Connection, engine: Runtimes) -> None:
     """Serve until told to stop or the other end closes: receive, step, send. A heartbeat goes out while idle."""
     last_sent = 0.0
     while True:
-        outputs: list[TokenOutput | ArrayOutput] = []
+        outputs: list[Output] = []
         for message in connection.receive(0.0 if engine.has_work() else HEARTBEAT_SECONDS):
             if isinstance(message, messages.Shutdown):
                 return
@@ -99,17 +101,29 @@ def run(connection: Connection, engine: Runtimes) -> None:
             outputs += engine.step()
         for news in engine.tend():
             connection.send(news)
-        answers = [output for output in outputs if isinstance(output, ArrayOutput)]
-        if (batch := engine.take_batch()) is not None or answers:
-            connection.send(messages.Answers(answers, batch))
         now = time.monotonic()
         if outputs or stepped or now - last_sent >= HEARTBEAT_SECONDS:
-            tokens = [output for output in outputs if isinstance(output, TokenOutput)]
-            connection.send(messages.Outputs(tokens, engine.stats()))
+            _send(connection, engine, outputs, engine.take_batch())
             last_sent = now
 
 
-def _apply(connection: Connection, engine: Runtimes, message: messages.ToEngine) -> list[TokenOutput | ArrayOutput]:
+def _send(connection: Connection, engine: Runtimes, outputs: list[Output], batch: ArrayBatch | None) -> None:
+    """In several frames what is too large for one; an output that is too large by itself becomes an error."""
+    tokens = [output for output in outputs if isinstance(output, TokenOutput)]
+    answers = [output for output in outputs if isinstance(output, ArrayOutput)]
+    try:
+        connection.send(messages.Outputs(tokens, engine.stats(), answers, batch))
+    except RequestError as error:
+        half = len(outputs) // 2
+        if half:
+            _send(connection, engine, outputs[:half], None)
+        else:
+            engine.abort([outputs[0].request_id])
+            outputs = [_refused(outputs[0], error)]
+        _send(connection, engine, outputs[half:], batch)
+
+
+def _apply(connection: Connection, engine: Runtimes, message: messages.ToEngine) -> list[Output]:
     """One request that cannot be served must not end the others."""
     if isinstance(message, messages.Abort):
         engine.abort(message.request_ids)
@@ -117,14 +131,7 @@ def _apply(connection: Connection, engine: Runtimes, message: messages.ToEngine)
         try:
             engine.add(message.request)
         except Exception as error:
-            text = _refusal(message.request.request_id, error)
-            return [TokenOutput(message.request.request_id, [], finish_reason=FINISH_ERROR, error=text)]
-    elif isinstance(message, messages.Run):
-        try:
-            engine.run(message.request)
-        except Exception as error:
-            text, is_refused = _refusal(message.request.request_id, error), isinstance(error, FastServeError)
-            return [ArrayOutput(message.request.request_id, error=text, is_refused=is_refused)]
+            return [_refused(message.request, error)]
     elif isinstance(message, messages.Load | messages.Unload):
         name = message.name if isinstance(message, messages.Unload) else message.model.name
         try:
@@ -142,10 +149,14 @@ def _apply(connection: Connection, engine: Runtimes, message: messages.ToEngine)
     return []
 
 
-def _refusal(request_id: str, error: Exception) -> str:
+def _refused(asked: Request | ArrayRequest | Output, error: Exception) -> Output:
+    """The answer to a request, or in place of an output, that cannot be."""
     if not isinstance(error, FastServeError):
-        _log.error("request %s was refused", request_id, exc_info=error)
-    return str(error) or type(error).__name__
+        _log.error("request %s failed", asked.request_id, exc_info=error)
+    text, is_refused = str(error) or type(error).__name__, isinstance(error, RequestError)
+    if isinstance(asked, Request | TokenOutput):
+        return TokenOutput(asked.request_id, [], FINISH_ERROR, error=text, is_refused=is_refused)
+    return ArrayOutput(asked.request_id, error=text, is_refused=is_refused)
 
 
 def settle_garbage() -> None:

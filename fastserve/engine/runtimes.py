@@ -120,32 +120,20 @@ class Runtimes:
         """Those that do not generate."""
         return [runtime.info for runtime in self._others.values()]
 
-    def add(self, request: Request) -> None:
-        """Queue a request for a model that generates.
+    def add(self, request: Request | ArrayRequest) -> None:
+        """Queue a request for the model that it names; without a name, for the one that generates.
 
         Raises:
             RequestError: there is none, or it cannot serve this.
         """
-        if request.model:
-            self._other(request.model).add(request)
-            return
-        if self._generator is None:
+        if request.model in self._others:
+            self._others[request.model].add(request)
+        elif request.model or not isinstance(request, Request):
+            raise RequestError(f"there is no model {request.model!r} here", "model")
+        elif self._generator is None:
             raise RequestError("no model of this server generates text", "model")
-        self._generator.add(request)
-
-    def run(self, request: ArrayRequest) -> None:
-        """Queue a request for one of the others.
-
-        Raises:
-            RequestError: there is no such model, or it cannot serve this.
-        """
-        self._other(request.model).add(request)
-
-    def _other(self, name: str) -> Runtime:
-        runtime = self._others.get(name)
-        if runtime is None:
-            raise RequestError(f"there is no model {name!r} here", "model")
-        return runtime
+        else:
+            self._generator.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests; no output follows for them. Unknown ids are ignored."""

@@ -87,15 +87,15 @@ class ServableRuntime:
                 joined = {name: np.concatenate([item.arrays[name] for item in taken], axis) for name in joined}
             results = self._servable(joined)
             parts = [results] if len(taken) == 1 else self._split(results, [item.size for item in taken])
+            return [
+                ArrayOutput(item.request.request_id, {name: from_numpy(array) for name, array in part.items()})
+                for item, part in zip(taken, parts, strict=True)
+            ]
         except Exception as error:
             _log.exception("the network %s failed", self.info.name)
             text = f"{self.info.name} failed: {type(error).__name__}: {error}"
             is_refused = isinstance(error, RequestError)
             return [ArrayOutput(item.request.request_id, error=text, is_refused=is_refused) for item in taken]
-        return [
-            ArrayOutput(item.request.request_id, {name: from_numpy(array) for name, array in part.items()})
-            for item, part in zip(taken, parts, strict=True)
-        ]
 
     def _take(self) -> list[_Waiting]:
         """The most urgent request and those that can be joined with it."""

@@ -90,8 +90,7 @@ class Servable:
         for name, spec in self.outputs.items():
             if name not in named:
                 raise CheckpointError(f"the network gave no output {name!r}; it gave {', '.join(named)}")
-            if spec.dtype != "bytes":
-                named[name] = np.ascontiguousarray(named[name], dtype=spec.dtype)
+            named[name] = np.ascontiguousarray(named[name], dtype=object if spec.dtype == "bytes" else spec.dtype)
         return {name: named[name] for name in self.outputs}
 
     @classmethod

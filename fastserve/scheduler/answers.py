@@ -42,7 +42,7 @@ class Answers:
         """Append the step's token, the last of `made` where guesses were verified; returns what to tell."""
         request_id = sequence.request_id
         if request_id in result.errors:
-            return TokenOutput(request_id, [], FINISH_ERROR, error=result.errors[request_id])
+            return TokenOutput(request_id, [], FINISH_ERROR, error=result.errors[request_id], is_refused=True)
         made = made or [result.tokens[request_id]]
         sequence.token_ids.append(made[-1])
         output = TokenOutput(request_id, made)

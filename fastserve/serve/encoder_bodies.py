@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastserve.core.errors import RequestError
-from fastserve.serve.openai import MAX_PROMPTS, Body, Name, TokenIds
+from fastserve.serve.openai import MAX_PROMPTS, Body, Name, Priority, TokenIds
 
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 
@@ -18,7 +18,7 @@ class EncoderBody(Body):
     """What all have. `truncate` cuts a text that is too long at its end, which is refused otherwise."""
 
     model: Name | None = None
-    priority: int = 0
+    priority: Priority = 0
     truncate: bool = False
 
 
@@ -81,7 +81,7 @@ class QuestionBody(EncoderBody):
     question: str
     context: str
     top_k: Annotated[int, Field(ge=1, le=20)] = 1
-    max_answer_length: Annotated[int, Field(ge=1)] = 30
+    max_answer_length: Annotated[int, Field(ge=1, le=1000)] = 30
     max_seq_length: Annotated[int, Field(ge=0)] = 384
     doc_stride: Annotated[int, Field(ge=0)] = 128
     handle_impossible_answer: bool = False

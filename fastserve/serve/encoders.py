@@ -1,7 +1,7 @@
 """Endpoints of encoders: texts -> a Job of `offline/tasks` -> the engine -> JSON.
 
 One `Encoders` serves all encoders of the server; a request names its model, or takes the first that is for the task.
-Long inputs are tokenised in a thread, and what a client no longer waits for is not computed.
+Long inputs and answers are worked on in a thread, and what a client no longer waits for is not computed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.arrays import ArrayRequest, PoolingRequest
+from fastserve.core.errors import RequestError
 from fastserve.engine.array_codec import to_numpy
 from fastserve.offline.tasks.classification import classify, labelled, score_pairs
 from fastserve.offline.tasks.embeddings import embed
@@ -42,6 +43,8 @@ from fastserve.serve.errors import ApiError
 from fastserve.serve.tenants import tenant_of
 
 _LONG_TEXT = 20_000  # characters; what is longer is tokenised in a thread
+_MANY_NUMBERS = 100_000  # of answers; what is made of more is made in a thread, too
+_MAX_FILLED = 20_480  # texts that one request has made of masks: five for one mask of each text that it may have
 _EMBEDDING = ("feature-extraction", "fill-mask")
 
 
@@ -179,9 +182,18 @@ class Encoders:
         sentences = [body.input] if isinstance(body.input, str) else body.input
 
         def make() -> Job:
-            return _together([fill_mask(text, item, top_k=body.top_k, targets=body.targets) for item in sentences])
+            job = _together([fill_mask(text, item, top_k=body.top_k, targets=body.targets) for item in sentences])
+            num_filled = body.top_k * sum(len(piece.rows) for piece in job.pieces)
+            if num_filled > _MAX_FILLED:
+                raise RequestError(
+                    f"top_k for every mask makes {num_filled} texts, at most {_MAX_FILLED} at once; lower top_k, or "
+                    "send fewer masks",
+                    "top_k",
+                )
+            return job
 
-        found, usage = await self._run(body, request, name, make, _size(body.input))
+        size = _size(body.input) + len(sentences) * _size(body.targets or [])
+        found, usage = await self._run(body, request, name, make, size)
         data = [
             {"index": index, "masks": filled if isinstance(filled[0], list) else [filled]}
             for index, filled in enumerate(found)
@@ -239,6 +251,8 @@ class Encoders:
         outputs = await self._requests.run(request, requests, job.num_tokens)
         arrays: list[Floats] = [to_numpy(output.arrays[""]) for output in outputs]
         usage = {"prompt_tokens": job.num_tokens, "total_tokens": job.num_tokens}
+        if num_characters > _LONG_TEXT or sum(array.size for array in arrays) > _MANY_NUMBERS:
+            return await asyncio.to_thread(job.finish, arrays), usage
         return job.finish(arrays), usage
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:

@@ -112,11 +112,12 @@ class Generation:
         """New text of any choice, as it comes.
 
         Raises:
-            FastServeError: the engine died, or refused the request.
+            FastServeError: the engine died, or refused the request (RequestError).
         """
         async for output in self._stream:
             if output.finish_reason == FINISH_ERROR:
-                raise FastServeError(output.error or "the engine refused this request")
+                text = output.error or "the engine refused this request"
+                raise RequestError(text) if output.is_refused else FastServeError(text)
             first = self._first_of[output.request_id]
             for choice, answer in zip(self.choices[first:], output.as_answers(), strict=False):
                 delta = self._take(choice, answer)

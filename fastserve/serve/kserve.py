@@ -206,7 +206,8 @@ def _read_tensors(tensors: list[InputTensor], tail: bytes) -> dict[str, Array]:
         dtype = _DATATYPES.get(tensor.datatype)
         if dtype is None:
             raise RequestError(f"{tensor.name} has datatype {tensor.datatype!r}; known: {', '.join(_DATATYPES)}")
-        if tensor.name in arrays or len(tensor.shape) > _MAX_RANK or any(size < 0 for size in tensor.shape):
+        is_shape = len(tensor.shape) <= _MAX_RANK and all(0 <= size < 2**31 for size in tensor.shape)
+        if tensor.name in arrays or not is_shape:
             raise RequestError(f"{tensor.name} comes twice, or has a shape that cannot be: {tensor.shape}")
         size = tensor.parameters.get("binary_data_size")
         if size is None:

@@ -15,6 +15,12 @@ from fastserve.core.arrays import ModelSpec
 from fastserve.core.config import EngineConfig, ServeConfig
 from fastserve.core.errors import ConfigError
 
+# What clients may say of a model that they load; where it runs and what code and folders it has is the operator's.
+_CLIENTS_OPTIONS = (
+    *("dtype", "kernels", "quantization", "max_model_len", "max_batch_tokens", "max_batch_sequences"),
+    *("kv_cache_memory", "weight"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
@@ -83,13 +89,16 @@ def repository_spec(repository: str, name: str, base: EngineConfig, options: dic
     """A model of the folder that clients may load from.
 
     Raises:
-        ConfigError: there is no such folder, no model of that name in it, or options that do not exist.
+        ConfigError: there is no such folder, no model of that name in it, or options that are not the client's.
     """
     if not repository:
         raise ConfigError("this server loads no models while it runs; start it with --model-repository FOLDER")
     folder = Path(repository) / name
     if name in ("", ".", "..") or Path(name).name != name or not folder.is_dir():
         raise ConfigError(f"the model repository has no folder {name!r}")
+    if unknown := sorted(options.keys() - set(_CLIENTS_OPTIONS)):
+        known = ", ".join(_CLIENTS_OPTIONS)
+        raise ConfigError(f"unknown option {unknown[0][:100]}; a model that clients load takes {known}")
     weight = _weight(options.pop("weight", 1.0))
     opened = ModelFolder.open(str(folder))
     if opened.task == TEXT_GENERATION:

@@ -25,6 +25,7 @@ MAX_TOOLS = 128
 MAX_TOOL_CALLS = 1024
 
 Name = Annotated[str, Field(max_length=1024)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 # Lists stop at their first fault: an error for each of a million items would take all memory.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
 
@@ -70,7 +71,7 @@ class Body(BaseModel):
         for name, value in values.items():
             if isinstance(value, dict) and len(value) > MAX_ENTRIES:
                 raise RequestError(
-                    f"{_shown(name)} has {len(value)} entries; at most {MAX_ENTRIES} are read", _shown(name)
+                    f"{shown(name)} has {len(value)} entries; at most {MAX_ENTRIES} are read", shown(name)
                 )
         for name in values.keys() - cls.known_names() - _WITHOUT_EFFECT:
             value = values[name]
@@ -78,7 +79,7 @@ class Body(BaseModel):
             if value is None or value in (neutral or ()):
                 continue
             reason = "is not a known field" if neutral is None else "is not supported yet"
-            raise RequestError(f"{_shown(name)} {reason}", _shown(name))
+            raise RequestError(f"{shown(name)} {reason}", shown(name))
         return values
 
     @classmethod
@@ -170,7 +171,7 @@ class GenerationBody(Body):
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    priority: Priority = 0
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsBody | None = None
@@ -468,7 +469,7 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=1_000_000)]
 
 
-def _shown(name: Any) -> str:
+def shown(name: Any) -> str:
     """A client's own name for a field, fit to be shown."""
     return str(name)[:100].encode("utf-8", "backslashreplace").decode()
 

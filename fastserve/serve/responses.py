@@ -163,7 +163,11 @@ class ResponsesApi:
             if reply.body["status"] == "queued":
                 reply.cancel()
 
-        self._keep(stored)
+        try:
+            self._keep(stored)
+        except BaseException:
+            generation.close()
+            raise
         task = self._background[reply.id] = asyncio.create_task(run(), name="background response")
         task.add_done_callback(end)
 

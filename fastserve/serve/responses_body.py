@@ -24,6 +24,7 @@ from fastserve.serve.openai import (
     Name,
     NamedTool,
     Tool,
+    shown,
     structured,
 )
 
@@ -199,6 +200,17 @@ class ResponsesBody(GenerationBody, ChatTemplateFields):
         | None
     ) = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_repeatable(cls, values: Any) -> Any:
+        """The response repeats what it was asked with, so that must be what JSON can say: Python reads more."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            try:
+                msgspec.json.encode(value)
+            except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+                raise RequestError(f"{shown(name)} cannot be written as JSON ({error})", shown(name)) from error
+        return values
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         for name in ("n", "max_tokens", "prompt_logprobs"):
@@ -210,10 +222,6 @@ class ResponsesBody(GenerationBody, ChatTemplateFields):
             raise RequestError(f"include takes {LOGPROBS} here, not {min(unknown)[:100]!r}", "include")
         if self.top_logprobs and self.num_logprobs is None:
             raise RequestError(f"top_logprobs needs include: [{LOGPROBS!r}]", "top_logprobs")
-        for tool in self.tools or ():
-            _check_repeatable(tool.parameters, "tools")
-        if self.text is not None and self.text.format is not None:
-            _check_repeatable(self.text.format.schema_, "text")
         if self.background and (self.stream or self.store is False):
             raise RequestError("a background response is stored and not streamed: get it by its id", "background")
         return self
@@ -245,14 +253,6 @@ class ResponsesBody(GenerationBody, ChatTemplateFields):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
-
-
-def _check_repeatable(schema: dict[str, Any] | None, param: str) -> None:
-    """The response repeats schemas, so they must be what JSON can say: Python reads more."""
-    try:
-        msgspec.json.encode(schema)
-    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
-        raise RequestError(f"{param}: the schema cannot be written as JSON ({error})", param) from error
 
 
 def messages_of(items: Iterable[dict[str, Any]]) -> list[Message]:

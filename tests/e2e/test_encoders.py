@@ -205,6 +205,9 @@ def test_what_cannot_be_done_is_said(mixed: ServerProcess) -> None:
         ("/rerank", {"model": "labels", "query": "a", "documents": ["b"]}, "3 labels"),
         ("/v1/question-answering", {"question": "", "context": "x"}, "neither of them empty"),
         ("/v1/fill-mask", {"input": "no mask"}, "no [MASK]"),
+        ("/v1/fill-mask", {"input": "[MASK] " * 50, "top_k": 1000}, "top_k for every mask"),
+        ("/v1/question-answering", {"question": "x", "context": "x", "max_answer_length": 10**6}, "max_answer_length"),
+        ("/v1/embeddings", {"input": "x", "priority": 10**30}, "priority"),
     ]:
         status, message = refused(mixed, path, **body)
         assert status == 400 and word in message, (path, message)

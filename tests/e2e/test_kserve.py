@@ -169,6 +169,7 @@ def test_what_does_not_fit_is_refused_with_the_signature(client) -> None:
         ({"datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3]}, {}, "asks for 16 bytes"),
         ({"datatype": "FP32", "shape": [1, 4], "data": ["a", 1, 1, 1]}, {}, "not of FP32"),
         ({"datatype": "FP32", "shape": [1, -4], "data": []}, {}, "cannot be"),
+        ({"datatype": "FP32", "shape": [1, 2**64], "data": []}, {}, "cannot be"),
         ({"datatype": "FP99", "shape": [1, 4], "data": []}, {}, "known: BOOL"),
         ({"datatype": "FP32", "shape": [1, 4]}, {}, "has no data"),
         ({"datatype": "INT8", "shape": [1, 4], "data": [1000, 1, 1, 1]}, {}, "not of INT8"),

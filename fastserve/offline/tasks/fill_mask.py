@@ -55,7 +55,10 @@ def _best(
 ) -> list[dict[str, Any]]:
     shares = softmax(row)
     among = np.arange(len(row)) if candidates is None else np.array(candidates)
-    order = among[np.argsort(-shares[among], kind="stable")[:top_k]]
+    values = shares[among]
+    count = min(top_k, len(values))
+    best = np.flatnonzero(~(values < np.partition(values, -count)[-count]))  # with all that are as good as the last
+    order = among[best[np.argsort(-values[best], kind="stable")[:count]]]
     shown = ids.count(ids[place]) > 1  # as transformers: the other masks are seen, and all special tokens with them
     results = []
     for token_id in map(int, order):

@@ -107,15 +107,15 @@ def _best_spans(window: tokenizers.Encoding, rows: Floats, rules: AnswerRules) -
     if not len(places):
         return []
     starts, ends = rows[places, 0], rows[places, 1]
-    distance = np.arange(len(places))[None, :] - np.arange(len(places))[:, None]
-    sums = np.where((distance >= 0) & (distance < rules.max_answer_length), starts[:, None] + ends[None, :], -np.inf)
-    flat = sums.ravel()
+    longest = min(rules.max_answer_length, len(places))
+    after = np.concatenate([ends, np.full(longest - 1, -np.inf, ends.dtype)])
+    flat = (starts[:, None] + np.lib.stride_tricks.sliding_window_view(after, longest)).ravel()
     count = min(_NUM_BEST + rules.top_k, len(flat))
     order = np.argpartition(-flat, count - 1)[:count]
     found = []
     for index in order[np.isfinite(flat[order])]:
-        first, last = divmod(int(index), len(places))
-        start, end = window.offsets[places[first]][0], window.offsets[places[last]][1]
+        first, further = divmod(int(index), longest)
+        start, end = window.offsets[places[first]][0], window.offsets[places[first + further]][1]
         found.append((start, end, float(flat[index])))
     return found
 

@@ -84,7 +84,8 @@ class EncoderText:
             RequestError: too long.
         """
         if truncate:
-            return self.tokenizer.encode_parts(first, second, self.max_length)[0]
+            [encoding] = self.tokenizer.encode_parts(first, second, self.max_length, is_cut=True)
+            return encoding
         [encoding] = self.tokenizer.encode_parts(first, second)
         if len(encoding) > self.max_length:
             raise RequestError(

@@ -55,6 +55,7 @@ def test_the_factor_is_in_b(tmp_path, config, factor):
         ({f"{MODULE}.lora_A.weight": A}, {}, "alone"),
         ({f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": torch.ones(6, 3)}, {}, "do not fit"),
         ({f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B * float("nan")}, {}, "finite"),
+        ({f"{MODULE}.lora_A.weight": torch.ones(0, 8), f"{MODULE}.lora_B.weight": torch.ones(6, 0)}, {}, "do not fit"),
         ({f"{MODULE}.lora_embedding_A": A}, {}, "no LoRA matrix"),
     ],
 )
@@ -66,6 +67,9 @@ def test_what_is_not_served(tmp_path, tensors, config, reason):
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(CheckpointError, match="no adapter folder"):
         read_adapter(tmp_path)
+    for name in ("~nobody-of-this-name/x", "x" * 300, "~\0"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_adapter(name)
 
 
 def test_what_peft_writes(tmp_path):

@@ -88,6 +88,23 @@ def test_special_tokens(byte_level: Tokenizer) -> None:
 def test_ids_without_a_token_have_no_text(byte_level: Tokenizer) -> None:
     assert byte_level.token_bytes(folders.VOCAB_SIZE + 5) == b""
     assert byte_level.decode([folders.VOCAB_SIZE + 5, -1]) == ""
+    assert max(byte_level._bytes, default=0) < folders.VOCAB_SIZE  # what is no token is not kept, either
+
+
+def test_a_long_text_is_encoded_as_the_library_does(byte_level: Tokenizer) -> None:
+    text, backend = "the é fox " * 2500, byte_level._backend
+    assert byte_level.encode(text) == backend.encode(text).ids
+    [pair] = byte_level.encode_parts("who", text)
+    assert (pair.ids, pair.type_ids) == (backend.encode("who", text).ids, backend.encode("who", text).type_ids)
+
+
+def test_parts_of_a_text_are_bounded_together(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the fox " * 40
+    assert len(byte_level.encode_parts("who", text, 20, 5)) > 5
+    monkeypatch.setattr("fastserve.checkpoint.tokenizer._MAX_PARTS_TOKENS", 100)
+    with pytest.raises(RequestError, match="parts of 20 tokens"):
+        byte_level.encode_parts("who", text, 20, 5)
+    assert len(byte_level.encode_parts("who", text, 20, is_cut=True)) == 1
 
 
 @pytest.mark.parametrize("text", ["the fox", "the  fox the", "é😀 the", "thefox\n"])

@@ -9,7 +9,7 @@ import pytest
 from fastserve.core.arrays import Array, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest
 from fastserve.core.errors import CheckpointError, ConfigError, EngineDeadError, FastServeError, RequestError
 from fastserve.engine.array_client import ArrayClient
-from fastserve.engine.messages import Abort, Answers, Load, Loaded, Ready, Run, Unload
+from fastserve.engine.messages import Abort, Add, EngineStats, Load, Loaded, Outputs, Ready, Unload
 
 VECTOR = Array("float32", [1], bytes(4))
 
@@ -41,8 +41,8 @@ class Link:
         return task
 
 
-def answered(*names: str) -> Answers:
-    return Answers([ArrayOutput(name, {"": VECTOR}) for name in names])
+def answered(*names: str) -> Outputs:
+    return Outputs([], EngineStats(), [ArrayOutput(name, {"": VECTOR}) for name in names])
 
 
 def test_answers_come_in_the_order_of_the_requests() -> None:
@@ -63,7 +63,7 @@ def test_one_error_ends_the_group(is_refused: bool) -> None:
     async def main() -> None:
         link = Link()
         task = await link.run("1", "2")
-        link.client.take(Answers([ArrayOutput("2", error="no", is_refused=is_refused)]))
+        link.client.take(Outputs([], EngineStats(), [ArrayOutput("2", error="no", is_refused=is_refused)]))
         with pytest.raises(FastServeError, match="no") as failure:
             await task
         assert isinstance(failure.value, RequestError) is is_refused
@@ -94,7 +94,7 @@ def test_a_dead_engine_loses_nothing_until_it_dies_too_often() -> None:
         link.ready("a")
         link.die()
         link.ready("a")
-        assert [type(frame) for frame in link.sent] == [Run, Run]
+        assert [type(frame) for frame in link.sent] == [Add, Add]
         link.client.take(answered("1"))
         assert len(await task) == 1
         other = await link.run("2")
@@ -116,7 +116,7 @@ def test_models_are_loaded_and_unloaded() -> None:
         assert link.sent == [Load(ModelSpec("b", {}))] and "b" not in link.client.specs
         with pytest.raises(ConfigError, match="already"):
             await link.client.load(ModelSpec("b", {}))
-        link.client.take(Loaded("b", ModelInfo("b", "encoder", 7)))
+        link.client.take_loaded(Loaded("b", ModelInfo("b", "encoder", 7)))
         assert (await loading).max_len == 7 and list(link.client.specs) == ["a", "b"]  # of the next process, too
         waiting = await link.run("1")
         link.client.unload("a")
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_be_loaded_is_told_of() -> None:
         link = Link()
         loading = asyncio.create_task(link.client.load(ModelSpec("b", {})))
         await asyncio.sleep(0)
-        link.client.take(Loaded("b", error="damaged", kind="CheckpointError"))
+        link.client.take_loaded(Loaded("b", error="damaged", kind="CheckpointError"))
         with pytest.raises(CheckpointError, match="damaged"):
             await loading
         loading = asyncio.create_task(link.client.load(ModelSpec("b", {})))

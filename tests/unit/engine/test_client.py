@@ -9,12 +9,15 @@ import sys
 import time
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
+from fastserve.core.arrays import Array, ArrayBatch, ArrayOutput, PoolingRequest
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import CheckpointError, EngineDeadError, QueueFullError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.core.sampling_params import SamplingParams
+from fastserve.engine import messages, process
 from fastserve.engine.client import EngineClient, EngineState, RestartPolicy
 from fastserve.engine.token_stream import TokenStream, merge
 from tests.unit.engine.fake_engine import COMMAND, CRASH, HANG, MAX_MODEL_LEN, RAISE, REFUSE, WAIT
@@ -165,6 +168,68 @@ def test_a_refused_request_leaves_the_others_alone():
             bad = [output async for output in client.stream(request("bad", [REFUSE]))]
             assert [(output.finish_reason, output.error) for output in bad] == [("error", "this one is refused")]
             assert await read(good) == {"good": [4] * 50}
+
+    run(scenario())
+
+
+def test_what_is_too_large_to_be_sent_ends_alone(monkeypatch):
+    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 2000)
+    array, batch = Array("uint8", [900], bytes(900)), ArrayBatch("m", 5, 0, 0, 0.0)
+    made = [ArrayOutput("a", {"": array}), ArrayOutput("b", {"": array})]
+    made += [ArrayOutput("big", {"": Array("uint8", [3000], bytes(3000))})]
+    made += [TokenOutput("c", [1]), TokenOutput("long", [1] * 3000)]
+    sent, aborted = [], []
+
+    class Engine:
+        def has_work(self):
+            return not sent
+
+        def step(self):
+            return made
+
+        def tend(self):
+            return []
+
+        def take_batch(self):
+            return batch
+
+        def stats(self):
+            return messages.EngineStats()
+
+        def abort(self, request_ids):
+            aborted.extend(request_ids)
+
+    class Link:
+        def receive(self, timeout):
+            return [messages.Shutdown()] if sent else []
+
+        def send(self, message):
+            messages.encode_frame(message)
+            sent.append(message)
+
+    process.run(Link(), Engine())
+    answers = {output.request_id: output for frame in sent for output in [*frame.answers, *frame.outputs]}
+    assert list(answers) == ["a", "b", "big", "c", "long"] and aborted == ["big", "long"]
+    for name in ("big", "long"):
+        assert answers[name].is_refused and "more than the 2000" in answers[name].error
+    assert answers["b"].arrays == {"": array} and answers["c"].token_ids == [1]
+    assert [frame.batch for frame in sent if frame.batch] == [batch]  # counted once
+
+
+def test_what_no_engine_takes_is_refused_at_once():
+    async def scenario():
+        async with running() as client:
+            bad = msgspec.structs.replace(request("bad", [1]), priority=10**30)
+            for is_ready in (True, False):
+                with pytest.raises(RequestError, match="cannot be sent"):
+                    await client.run([PoolingRequest("bad", "m", [1], priority=10**30)])
+                with pytest.raises(RequestError, match="cannot be sent"):
+                    client.stream(request("good", [1]), bad)
+                assert client.num_live == 0
+                if is_ready:
+                    os.kill(client.process_id, signal.SIGKILL)
+                    await until(lambda: client.state is EngineState.RESTARTING)
+            assert await read(client.stream(request("a", [4], max_tokens=2))) == {"a": [4, 4]}
 
     run(scenario())
 

@@ -132,6 +132,8 @@ def test_exactly_one_form() -> None:
         {"regex": "(.*a){30}.{200}(b|c.*d){30}"},
         {"json": {"type": "string", "pattern": "^(([a-z]+)+)+([0-9]{1,999}){1,99}$", "minLength": 9999}},
         {"json": {"properties": {f"p{i}": {"pattern": "(a|b|c){1,50}[^x]{3,999}"} for i in range(500)}}},
+        {"grammar": "\n" * 131_000 + "root ::= oops("},
+        {"grammar": "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1}\n" for i in range(8000)) + 'a8000 ::= "x"'},
         {"grammar": "start: a\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(60)) + "\na: a0\na60: /x/"},
     ],
 )
@@ -188,8 +190,8 @@ def test_a_random_model_answers_in_form(llm: LLM) -> None:
         StructuredOutputs(json=PERSON),
         StructuredOutputs(choice=["a fox", "the bear"]),
         StructuredOutputs(regex=r"\d{3}-[ab]+c"),
-        StructuredOutputs(grammar='start: "x" ("y" | "zz")* "."'),
-        StructuredOutputs(grammar='root ::= "x" [0-9]+ "."'),
+        StructuredOutputs(grammar='\n \t start : "x" ("y" | "zz")* "."'),
+        StructuredOutputs(grammar="\n \t\n" + 'root ::= "x" [0-9]+ "."'),
         StructuredOutputs(json=PERSON, begins_after="</think>"),
     ]
     params = [

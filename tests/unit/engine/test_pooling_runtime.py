@@ -85,7 +85,7 @@ def test_answers_are_those_of_each_alone(folder: Path) -> None:
             np.testing.assert_allclose(to_numpy(output.arrays[""]), expected[output.request_id], atol=1e-5)
 
 
-def test_each_model_has_limits_of_its_own(folder: Path) -> None:
+def test_each_model_has_limits_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = make(folder, max_model_len=16)
     assert runtime.info.max_len == 16 and make(folder).info.max_len == 160
     runtime.add(ask("fits", 16))
@@ -99,6 +99,12 @@ def test_each_model_has_limits_of_its_own(folder: Path) -> None:
         runtime.add(PoolingRequest("types", "a", [5, 6], [0]))
     with pytest.raises(RequestError, match="for one of scores, embed, hidden"):
         runtime.add(ask("head", 5, head="tail"))
+    monkeypatch.setattr(pooling_runtime, "MAX_FRAME_BYTES", 64)
+    for head in ("scores", "hidden"):
+        with pytest.raises(RequestError, match="the answer would take"):
+            runtime.add(ask("large", 16, head=head))
+    runtime.add(ask("small", 16, head="embed"))
+    runtime.abort(["small"])
     with pytest.raises(RequestError, match="rows must be places"):
         runtime.add(ask("rows", 5, rows=[5]))
     assert step(runtime) == ["fits"]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.core.arrays import Array, ArrayBatch, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest
+from fastserve.core.arrays import Array, ArrayBatch, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest, TensorRequest
 from fastserve.core.errors import CheckpointError, ConfigError, RequestError
 from fastserve.core.request import Request, TokenOutput
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.arbiter import Arbiter
+from fastserve.engine.array_codec import split_bytes
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.runtimes import GENERATOR, Runtimes
+from fastserve.engine.servable_runtime import ServableRuntime
 
 
 @given(
@@ -124,9 +127,9 @@ def test_models_work_side_by_side() -> None:
     assert runtimes.report.splitlines() == ["fake a", "fake b", "fake generator"]
     assert not runtimes.has_work()
     runtimes.add(generation("g"))
-    runtimes.run(request("1", "a"))
-    runtimes.run(request("2", "b"))
-    runtimes.run(request("3", "b"))
+    runtimes.add(request("1", "a"))
+    runtimes.add(request("2", "b"))
+    runtimes.add(request("3", "b"))
     runtimes.abort(["3"])
     outputs = [output for _ in range(3) for output in runtimes.step()]
     assert sorted(output.request_id for output in outputs) == ["1", "2", "g"]
@@ -136,8 +139,8 @@ def test_models_work_side_by_side() -> None:
 def test_a_step_without_tokens_is_told_once() -> None:
     now = iter(range(100))
     runtimes = Runtimes(FakeGenerator, [ModelSpec("a", {})], FakeEncoder, clock=lambda: float(next(now)))
-    runtimes.run(request("1", "a", 3))
-    runtimes.run(request("2", "a", 4))
+    runtimes.add(request("1", "a", 3))
+    runtimes.add(request("2", "a", 4))
     runtimes.step()
     assert runtimes.take_batch() == ArrayBatch("a", 2, 7, 8, 1.0)
     assert runtimes.take_batch() is None
@@ -151,10 +154,10 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(RequestError, match="no model of this server generates"):
         runtimes.add(generation("g"))
     with pytest.raises(RequestError, match="no model 'b' here"):
-        runtimes.run(request("1", "b"))
+        runtimes.add(request("1", "b"))
     with pytest.raises(RequestError, match="too long"):
-        runtimes.run(request("1", "a", 11))
-    runtimes.run(request("1", "a"))
+        runtimes.add(request("1", "a", 11))
+    runtimes.add(request("1", "a"))
     assert runtimes.stats().num_waiting == 1
     runtimes.step()
     assert runtimes.stats().num_steps == 1
@@ -172,7 +175,7 @@ def test_models_are_loaded_while_others_work() -> None:
         steps += len(runtimes.step())
         news = runtimes.tend()
     assert steps > 1 and news[0].name == "slow" and news[0].info.max_len == 10
-    runtimes.run(request("1", "slow"))
+    runtimes.add(request("1", "slow"))
     runtimes.unload("slow")
     assert [info.name for info in runtimes.models] == ["a"]
     with pytest.raises(ConfigError, match="no model 'slow'"):
@@ -181,3 +184,24 @@ def test_models_are_loaded_while_others_work() -> None:
     while not (news := runtimes.tend()):
         time.sleep(0.001)
     assert news[0].info is None and news[0].kind == "CheckpointError" and "damaged" in news[0].error
+
+
+NETWORK = """
+import fastserve
+
+answers = {1: ["é"], 2: [None, None]}
+servable = fastserve.Servable(
+    lambda arrays: {"y": answers[len(arrays["x"])]}, {"x": ("uint8", [-1])}, {"y": ("bytes", [-1])}
+)
+"""
+
+
+def test_a_network_whose_answer_cannot_be_sent_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text(NETWORK)
+    runtime = ServableRuntime(ModelSpec("a", {"model": f"{tmp_path / 'network.py'}:servable"}))
+    outputs = []
+    for size in (1, 2):
+        runtime.add(TensorRequest(str(size), "a", {"x": Array("uint8", [size], bytes(size))}))
+        outputs += runtime.step()
+    assert split_bytes(outputs[0].arrays["y"].data) == ["é".encode()]
+    assert "a failed: TypeError" in outputs[1].error and not outputs[1].is_refused

@@ -125,6 +125,15 @@ def test_end_token_stop_ids_ignore_eos_and_length() -> None:
     assert (output.finish_reason, output.stop_token_id) == ("stop", 9)
 
 
+def test_a_form_that_cannot_go_on_is_the_requests_error() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a"), 0.0)
+    plan = scheduler.plan(0.0)
+    (output,) = scheduler.update(plan, StepResult({"a": 5}, errors={"a": "too large"}), 0.01, 0.0)
+    assert (output.finish_reason, output.error, output.is_refused) == ("error", "too large", True)
+    assert not scheduler.has_work()
+
+
 def test_max_model_len_ends_a_sequence() -> None:
     scheduler = make_scheduler(num_blocks=2, block_size=4)
     scheduler.add(make_request("a", 6, max_tokens=100), 0.0)

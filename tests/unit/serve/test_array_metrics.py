@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from fastserve.core.arrays import ArrayBatch, ArrayOutput, ModelInfo, ModelSpec, PoolingRequest
 from fastserve.core.errors import EngineDeadError, RequestError
 from fastserve.engine.array_client import ArrayClient
-from fastserve.engine.messages import Answers, Ready
+from fastserve.engine.messages import EngineStats, Outputs, Ready
 from fastserve.serve.array_metrics import ArrayMetrics
 
 
@@ -46,9 +46,9 @@ def test_a_call_is_counted_by_how_it_ends(error: BaseException | None, outcome: 
 
 def test_batches_are_told_by_the_engine() -> None:
     _, arrays, registry = make()
-    arrays.take(Answers([], ArrayBatch("a", 3, 100, 104, 0.5)))
-    arrays.take(Answers([ArrayOutput("nobody's")]))  # a refusal comes without one
-    arrays.take(Answers([], ArrayBatch("a", 1, 20, 20, 0.25)))
+    arrays.take(Outputs([], EngineStats(), [], ArrayBatch("a", 3, 100, 104, 0.5)))
+    arrays.take(Outputs([], EngineStats(), [ArrayOutput("nobody's")]))  # a refusal comes without one
+    arrays.take(Outputs([], EngineStats(), [], ArrayBatch("a", 1, 20, 20, 0.25)))
     values = {
         name: registry.get_sample_value(f"fastserve_array_{name}", {"model_name": "a"})
         for name in ("tokens_total", "padding_tokens_total", "step_seconds_total", "batch_requests_sum")
@@ -69,7 +69,7 @@ def test_who_has_no_answer_yet_is_shown_by_model() -> None:
         await asyncio.sleep(0)
         live = {name: registry.get_sample_value("fastserve_array_requests_live", {"model_name": name}) for name in "ab"}
         assert live == {"a": 2, "b": 0}
-        arrays.take(Answers([ArrayOutput("1"), ArrayOutput("2")], ArrayBatch("a", 2, 2, 2, 0.1)))
+        arrays.take(Outputs([], EngineStats(), [ArrayOutput("1"), ArrayOutput("2")], ArrayBatch("a", 2, 2, 2, 0.1)))
         await task
         assert registry.get_sample_value("fastserve_array_requests_live", {"model_name": "a"}) == 0
 

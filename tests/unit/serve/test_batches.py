@@ -84,9 +84,9 @@ def test_batches_of_every_endpoint(api: openai.OpenAI):
         batch = run_batch(api, [line("x", url, **body)], url)
         assert results(api, batch.output_file_id)["x"]["status_code"] == 200
     assert [item.id for item in api.batches.list(limit=1).data] == [batch.id]
-    # An error of the engine's own is an answer too.
+    # A refusal of the engine's is an answer too.
     batch = run_batch(api, [line("x", prompt=[REFUSE])])
-    assert results(api, batch.error_file_id)["x"]["status_code"] == 500
+    assert results(api, batch.error_file_id)["x"]["status_code"] == 400
 
 
 @pytest.mark.parametrize(

@@ -68,5 +68,8 @@ def test_the_repository_is_a_fence(tmp_path: Path) -> None:
             repository_spec(str(inside), name, EngineConfig(), {})
     with pytest.raises(ConfigError, match="named when the server starts"):
         repository_spec(str(inside), "decoder", EngineConfig(), {})
+    for option in ("draft_model", "trust_remote_code", "kv_disk_folder", "device", "num_threads", "scheduler", "model"):
+        with pytest.raises(ConfigError, match=f"unknown option {option}; .* takes dtype"):
+            repository_spec(str(inside), "bert", EngineConfig(), {option: "x"})
     with pytest.raises(ConfigError, match="--model-repository"):
         repository_spec("", "bert", EngineConfig(), {})

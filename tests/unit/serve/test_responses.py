@@ -87,6 +87,15 @@ def test_background_responses(client: openai.OpenAI, server):
     assert server.client.num_live == 0
 
 
+def test_a_background_response_that_cannot_be_kept_holds_nothing(server, http, monkeypatch):
+    def put(stored: StoredResponse) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(server.api._responses.store, "put", put)
+    assert http.post("/v1/responses", json={"input": "hello", "background": True}).status_code == 500
+    assert server.client.num_live == 0 and server.api.generator._admission.num_tokens == 0
+
+
 def test_a_background_response_can_be_cancelled(tmp_path, monkeypatch):
     from tests.unit.serve.server import run_server
 

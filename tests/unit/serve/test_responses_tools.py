@@ -148,6 +148,9 @@ def test_tools_and_a_form_exclude_each_other(client: openai.OpenAI):
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "not"),
         ({"tools": [{**TOOL, "parameters": {"half \ud800": 1}}]}, "tools"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"half \ud800": 1}}}}, "text"),
+        ({"text": {"format": {"type": "text", "description": "\ud800"}}, "background": True}, "text"),
+        ({"tools": [{**TOOL, "description": "\ud800"}], "tool_choice": "none"}, "tools"),
+        ({"input": [{"type": "reasoning", "summary": ["\ud800"]}, {"role": "user", "content": "hi"}]}, "input"),
     ],
 )
 def test_what_forms_cannot_be(client: openai.OpenAI, fields: dict[str, Any], word: str):

@@ -152,11 +152,11 @@ class ModelRunner:
         stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
         needs_prompt = sampling.repetition_penalty != 1.0
         state = SamplingState(sampling, stop_ids, frozenset(request.prompt_ids) if needs_prompt else frozenset())
-        for token_id in entry.output_ids:
-            state.count(token_id)
         if sampling.no_repeat_ngram_size:
             block_size = self._kv_cache.block_size
-            state.history = request.prompt_ids[-(-request.num_source // block_size) * block_size :] + entry.output_ids
+            state.history.extend(request.prompt_ids[-(-request.num_source // block_size) * block_size :])
+        for token_id in entry.output_ids:
+            state.count(token_id)
         self._states[request.request_id] = state
         if self._sources is not None:
             self._sources.admit(request)

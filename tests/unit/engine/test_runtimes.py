@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +19,7 @@ from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.arbiter import Arbiter
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.runtimes import GENERATOR, Runtimes
+from tests.encoder_decoder_folders import encoder_decoder
 
 
 @given(
@@ -181,3 +185,18 @@ def test_models_are_loaded_while_others_work() -> None:
     while not (news := runtimes.tend()):
         time.sleep(0.001)
     assert news[0].info is None and news[0].kind == "CheckpointError" and "damaged" in news[0].error
+
+
+def test_the_memory_of_a_model_that_is_unloaded_is_given_back(tmp_path: Path) -> None:
+    """At once, though the collector of cycles does not look at what was there when the process was ready."""
+    folder = encoder_decoder(tmp_path / "bart", "bart")
+    options = {"model": str(folder), "kv_cache_memory": "8MiB", "kv_host_cache": "8MiB", "num_threads": 1}
+    runtimes = Runtimes(None, [ModelSpec("a", options)])
+    gc.freeze()
+    executor = runtimes._others["a"]._engine._executor  # type: ignore[attr-defined]
+    kept = [weakref.ref(executor), weakref.ref(executor._runner), weakref.ref(executor._kv_cache)]
+    threads = [executor._tiers._thread]
+    del executor
+    runtimes.unload("a")
+    assert [item() for item in kept] == [None] * 3 and not threads[0].is_alive()
+    gc.unfreeze()

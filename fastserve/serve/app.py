@@ -227,6 +227,7 @@ class Api:
             adapter="" if target is not None else self.adapters.find(body.model),
             seconds=min(seconds, default=None),
             target=target,
+            all_score=bool(body.stream),
         )
 
     async def models(self) -> Response:

@@ -136,8 +136,12 @@ class Generation:
                 answers[delta.choice.index].logprobs.extend(delta.logprobs)
         finally:
             self.close()
+        firsts: dict[int, Choice] = {}
         for answer, texts in zip(answers, pieces, strict=True):
             answer.text = "".join(texts)
+            # Only the first choice of a prompt has scored it (see `fork`).
+            first = firsts.setdefault(answer.choice.prompt_index, answer.choice)
+            answer.choice.prompt_logprobs = first.prompt_logprobs
         return answers
 
     def close(self) -> None:
@@ -247,6 +251,7 @@ class Generator:
         adapter: str = "",
         seconds: float | None = None,
         target: Target | None = None,
+        all_score: bool = False,
     ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
 
@@ -255,6 +260,7 @@ class Generator:
             adapter: with which LoRA adapter; "" for none.
             seconds: time that the client gives us; None is no limit of its own.
             target: whom it is for, where that is not the server's own model; `prompts` are sources then.
+            all_score: every choice scores its prompt, for those who read them as they come; see `fork`.
 
         Raises:
             RequestError, ApiError: a prompt is too long, or has ids outside the vocabulary.
@@ -273,7 +279,7 @@ class Generator:
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
             fitted = self._fit(prompt_ids, sampling) if target is None else _fit_source(prompt_ids, sampling, target)
-            for single in fork(fitted):
+            for single in fork(fitted, all_score):
                 request = Request(f"{name}-{len(choices)}", prompt_ids, single, now, priority, tenant, adapter)
                 if target is not None:
                     given, num_source = prompt_ids + target.start_ids, len(prompt_ids)

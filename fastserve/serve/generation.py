@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from msgspec.structs import replace as replace_fields
 
@@ -27,8 +28,13 @@ from fastserve.serve.admission import Admission
 from fastserve.serve.errors import ApiError
 from fastserve.serve.metrics import Metrics
 
-# Longer texts are tokenised in a thread, so that they do not hold up other streams.
 _LONG_TEXT = 20_000
+_T = TypeVar("_T")
+
+
+async def in_thread_if_long(make: Callable[[], _T], num_characters: int) -> _T:
+    """What `make` returns, which tokenises so many characters: if many, in a thread, not to hold up other streams."""
+    return make() if num_characters < _LONG_TEXT else await asyncio.to_thread(make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +236,13 @@ class Generator:
         return self._client.ready.max_model_len
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; long ones are made in a thread.
+        """Token ids of `text`.
 
         Raises:
             RequestError: half of a surrogate pair, which JSON can write and no text can hold.
         """
         check_unicode(text)
-        if len(text) < _LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await in_thread_if_long(lambda: self._tokenizer.encode(text, add_special_tokens), len(text))
 
     def start(
         self,

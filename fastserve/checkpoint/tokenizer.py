@@ -241,12 +241,12 @@ class Tokenizer:
         return str(token).encode()
 
 
-def check_unicode(text: str) -> None:
+def check_unicode(text: str, param: str = "prompt") -> None:
     """Raise RequestError for half of a surrogate pair, which JSON can write and no text can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the text is not valid Unicode at character {error.start}", "prompt") from error
+        raise RequestError(f"the text is not valid Unicode at character {error.start}", param) from error
 
 
 def strip_start(text: str, num_stripped: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from fastserve.core.sampling_params import SamplingParams
+from fastserve.core.sampling_params import MAX_SEED, SamplingParams
 
 # Finish reasons, OpenAI's words: "stop" (end token, stop id or stop string), "length", and our own "abort" and "error".
 FINISH_STOP = "stop"
@@ -118,12 +118,14 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
         )
 
 
-def fork(params: SamplingParams) -> list[SamplingParams]:
+def fork(params: SamplingParams, all_score: bool = False) -> list[SamplingParams]:
     """Split `params` with n completions into n valid single ones with distinct seeds (index i uses seed + i).
 
-    A beam search stays one: its request has n answers.
+    Only the first has prompt_logprobs, unless `all_score`. A beam search stays one: its request has n answers.
     """
     seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(7), "little")
     if params.num_beams > 1:
         return [replace(params, seed=seed)]
-    return [replace(params, n=1, seed=seed + index) for index in range(params.n)]
+    first = replace(params, n=1, seed=seed)
+    other = first if all_score else replace(first, prompt_logprobs=None)
+    return [first, *(replace(other, seed=(seed + index) % (2 * MAX_SEED)) for index in range(1, params.n))]

@@ -6,7 +6,6 @@ again: a `SamplingParams` that exists is valid. It crosses the process boundary 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -131,7 +130,7 @@ class SamplingParams:
 
     @staticmethod
     def _check_range(name: str, value: float, low: float, high: float) -> None:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
+        if not (isinstance(value, (int, float)) and low <= value <= high):
             raise RequestError(f"{name} must be between {low} and {high}, not {value}", name)
 
     def _check_stops(self) -> None:

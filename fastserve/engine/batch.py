@@ -31,11 +31,10 @@ def make_batch(
     row_ranges: list[tuple[int, int]] = []
     for entry in plan.entries:
         start, end = entry.start, entry.start + len(entry.token_ids)
-        first_row = len(logit_rows)
+        first_row, last = len(logit_rows), len(input_ids) + len(entry.token_ids)
         if entry.request_id in all_rows:
-            logit_rows.extend(range(len(input_ids), len(input_ids) + end - start))
+            logit_rows.extend(range(len(input_ids), last))
         elif entry.samples:
-            last = len(input_ids) + end - start
             logit_rows.extend(range(last - 1 - entry.num_drafts, last))
         row_ranges.append((first_row, len(logit_rows)))
         input_ids.extend(entry.token_ids)

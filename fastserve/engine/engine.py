@@ -195,8 +195,7 @@ class Engine:
         """Plan and run what the scheduler has, be it nothing."""
         began = self._clock()
         if isinstance(self._drafts, DraftModel):
-            pool = self._scheduler.block_pool
-            self._drafts.guess(self._scheduler.draftable(MAX_GUESSES), pool.block_size)
+            self._drafts.guess(self._scheduler.draftable(MAX_GUESSES), self._scheduler.block_pool.block_size)
         started = self._clock()
         plan = self._scheduler.plan(started)
         result = self._executor.run(plan)

@@ -6,6 +6,7 @@ state of their own (grammar masks, speculation, adapters) get files of their own
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -62,9 +63,11 @@ class ModelRunner:
         self._adapter_slots: dict[str, int] = {}  # of requests that have one
         self._sources = Sources(model, kernels, kv_cache) if isinstance(model, EncoderDecoder) else None
         self._masks = GrammarMasks(grammars)
+        # Not a method: a recorded step keeps it, and must not keep this runner, whose memory goes when nobody has it.
+        hidden = self._hidden = partial(_hidden, model, kv_cache, adapters)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
-            recorded = kernels.record(self._network, max_model_len)
+            recorded = kernels.record(lambda kernels, batch: model.head(hidden(kernels, batch), kernels), max_model_len)
         self._recorded = None if isinstance(recorded, str) else recorded
         self.report = f"step: operation by operation ({recorded})"
         if self._recorded:
@@ -115,30 +118,18 @@ class ModelRunner:
         self._recorded.run(batch, False)
         return self._model.finish(self._recorded.logits())
 
-    def _network(self, kernels: Kernels, batch: Batch) -> Tensor:
-        """A whole step: [R, V] of the batch's logit rows, to be finished."""
-        return self._model.head(self._hidden(kernels, batch), kernels)
-
-    def _hidden(self, kernels: Kernels, batch: Batch) -> Tensor:
-        """[R, hidden_size] of the batch's logit rows."""
-        context = PagedContext(kernels, self._kv_cache.keys, self._kv_cache.values, batch)
-        self._adapters.step[:] = batch.adapter_slots
-        ids, positions, _, rows = batch.tensors()
-        return self._model.forward(ids, positions, context, rows)
-
     @torch.inference_mode()
     def _run_scoring(
         self, plan: StepPlan, batch: Batch, row_ranges: list[tuple[int, int]], result: StepResult
     ) -> Tensor:
         """A step operation by operation, which scores prompts where asked; logits of the entries that sample."""
         hidden = self._hidden(self._kernels, batch)
+        rows: list[int] = []
         for entry, (first, last) in zip(plan.entries, row_ranges, strict=True):
             if entry.request_id in self._prompts:
                 result.prompt_logprobs[entry.request_id] = self._score_prompt(entry, hidden[first:last])
                 if entry.samples:
                     del self._prompts[entry.request_id]
-        rows: list[int] = []
-        for entry, (_, last) in zip(plan.entries, row_ranges, strict=True):
             if entry.samples:
                 rows.extend(range(last - 1 - entry.num_drafts, last))
         if not rows:
@@ -152,11 +143,11 @@ class ModelRunner:
         stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
         needs_prompt = sampling.repetition_penalty != 1.0
         state = SamplingState(sampling, stop_ids, frozenset(request.prompt_ids) if needs_prompt else frozenset())
-        for token_id in entry.output_ids:
-            state.count(token_id)
         if sampling.no_repeat_ngram_size:
             block_size = self._kv_cache.block_size
-            state.history = request.prompt_ids[-(-request.num_source // block_size) * block_size :] + entry.output_ids
+            state.history.extend(request.prompt_ids[-(-request.num_source // block_size) * block_size :])
+        for token_id in entry.output_ids:
+            state.count(token_id)
         self._states[request.request_id] = state
         if self._sources is not None:
             self._sources.admit(request)
@@ -225,11 +216,9 @@ class ModelRunner:
         wanted = [self._states[entry.request_id].sampling.logprobs for entry in entries]
         places = [place for place, num_top in enumerate(wanted) if num_top is not None]
         if places:
-            rows = [first_rows[place] for place in places]
-            num_top = [wanted[place] or 0 for place in places]
+            rows, num_top = [first_rows[place] for place in places], [wanted[place] or 0 for place in places]
             gathered = gather_logprobs(logits[rows], [tokens[place] for place in places], num_top)
-            for place, logprobs in zip(places, gathered, strict=True):
-                result.logprobs[entries[place].request_id] = logprobs
+            result.logprobs.update(zip((entries[place].request_id for place in places), gathered, strict=True))
 
     def _score_prompt(self, entry: PlanEntry, hidden: Tensor) -> list[TokenLogprobs]:
         """Log probabilities of the prompt tokens that follow each position of this chunk."""
@@ -242,6 +231,13 @@ class ModelRunner:
             logits = self._model.logits(hidden[start : start + len(part)])
             scored.extend(gather_logprobs(logits, part, [num_top] * len(part)))
         return scored
+
+
+def _hidden(model: ServingModel, kv_cache: KVCache, adapters: Adapters, kernels: Kernels, batch: Batch) -> Tensor:
+    """[R, hidden_size] of the batch's logit rows."""
+    adapters.step[:] = batch.adapter_slots
+    ids, positions, _, rows = batch.tensors()
+    return model.forward(ids, positions, PagedContext(kernels, kv_cache.keys, kv_cache.values, batch), rows)
 
 
 def _drafts(entry: PlanEntry) -> list[int]:

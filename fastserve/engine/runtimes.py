@@ -7,6 +7,7 @@ and unloaded while the others work: loading goes on in a thread, and the memory 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -184,14 +185,23 @@ class Runtimes:
         self._loading[spec.name] = self._loader.submit(self._load, spec)
 
     def unload(self, name: str) -> None:
-        """Forget a model and what waits for it.
+        """Forget a model and what waits for it; its memory is given back.
 
         Raises:
             ConfigError: there is none of this name.
         """
-        if self._others.pop(name, None) is None:
+        runtime = self._others.pop(name, None)
+        if runtime is None:
             raise ConfigError(f"there is no model {name!r} that can be unloaded")
         self._arbiter.forget(name)
+        close = getattr(runtime, "close", None)
+        if close is not None:
+            close()
+        del runtime, close
+        # A network of the user's own may refer to itself, and what was loaded at the start is frozen.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     def tend(self) -> list[FromEngine]:
         """What is to be done from time to time, busy or idle; returns news of models that were being loaded."""

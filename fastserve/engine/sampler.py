@@ -7,8 +7,10 @@ draw itself (`Kernels.sample`) takes all rows at once. V vocabulary size, R rows
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ class SamplingState:
         output_counts: id -> times made so far.
         num_output: tokens made so far.
         history: prompt (of an encoder-decoder: the decoder's) and output; only with no_repeat_ngram_size.
+        repeats: for each place in it, how many tokens before it are the last ones; a new one adds to each, or ends it.
     """
 
     sampling: SamplingParams
@@ -40,7 +43,8 @@ class SamplingState:
     prompt_ids: frozenset[int] = frozenset()
     output_counts: dict[int, int] = field(default_factory=dict)
     num_output: int = 0
-    history: list[int] = field(default_factory=list)
+    history: array[int] = field(default_factory=lambda: array("i"))
+    repeats: np.ndarray | None = None
 
     def count(self, token_id: int) -> None:
         self.num_output += 1
@@ -78,9 +82,13 @@ class SamplingState:
         if self.num_output < self.sampling.min_tokens:
             banned += self.stop_ids
         size = self.sampling.no_repeat_ngram_size
-        if size and len(self.history) + 1 >= size:
-            past, begun = self.history, self.history[len(self.history) + 1 - size :]
-            banned += [past[end] for end in range(size - 1, len(past)) if past[end + 1 - size : end] == begun]
+        if size and self.history:
+            past = np.frombuffer(self.history, np.int32)
+            if self.repeats is None:
+                self.repeats = np.zeros(max(0, len(past) + 1 - size), np.int32)
+            for place in range(len(self.repeats), len(past)):
+                self.repeats = np.append(np.int32(0), (self.repeats + 1) * (past[:place] == past[place]))
+            banned += {*past[self.repeats >= size - 1].tolist()}
         return banned
 
 
@@ -141,8 +149,7 @@ def process_logits(logits: Tensor, state: SamplingState) -> Tensor:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device)
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype, device=device)
-    banned = state.banned_ids()
-    if banned:
+    if banned := state.banned_ids():
         logits[torch.tensor(banned, dtype=torch.int64, device=device)] = float("-inf")
     if sampling.forced_eos_token_id is not None and state.is_forced_to_end:
         logits.fill_(float("-inf"))[sampling.forced_eos_token_id] = 0.0

@@ -69,3 +69,7 @@ class TextRuntime:
     def stats(self) -> EngineStats:
         """Its counters and gauges."""
         return self._engine.stats()
+
+    def close(self) -> None:
+        """End its threads."""
+        self._engine.close()

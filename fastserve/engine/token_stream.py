@@ -42,8 +42,9 @@ class TokenStream:
         self._wake.set()
 
     def fail(self, error: FastServeError) -> None:
-        """End the stream with `error`, after what has arrived so far was read; the whole group is stopped."""
-        self._error = error
+        """End what still runs of the stream with `error`, after what has arrived so far was read."""
+        if self._open:
+            self._error = error
         self._stop()
 
     def drop(self, request_id: str) -> None:
@@ -94,13 +95,11 @@ class TokenStream:
 
 def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
     """Two consecutive outputs of one request as one."""
-    logprobs = first.logprobs
-    if second.logprobs:
-        logprobs = [*(first.logprobs or ()), *second.logprobs]
+    logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
     return msgspec.structs.replace(
         second,
         token_ids=first.token_ids + second.token_ids,
-        logprobs=logprobs,
+        logprobs=logprobs or None,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
         num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
         scheduled_time=first.scheduled_time or second.scheduled_time,

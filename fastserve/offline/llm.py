@@ -291,12 +291,13 @@ class _Stream:
     score: float | None = None
 
     def take(self, output: TokenOutput) -> None:
-        self.token_ids.extend(output.token_ids)
-        self.logprobs.extend(output.logprobs or ())
-        if len(self.token_ids) == len(output.token_ids):
+        if not self.token_ids:
             self.prompt_logprobs = output.prompt_logprobs
             self.num_cached_tokens = output.num_cached_tokens
         self.text.push(output.token_ids, output.finish_reason is not None, output.stop_token_id)
+        taken = self.text.num_tokens - len(self.token_ids)  # those after a stop string are not the answer's
+        self.token_ids.extend(output.token_ids[:taken])
+        self.logprobs.extend((output.logprobs or [])[:taken])
         self.finish_reason, self.score = output.finish_reason, output.score
         if self.text.stop_reason is not None:
             self.finish_reason, self.stop_reason = FINISH_STOP, self.text.stop_reason

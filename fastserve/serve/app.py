@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
-from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
 from fastserve.core.arrays import ModelInfo
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
@@ -33,12 +33,11 @@ from fastserve.serve.docs import render_docs
 from fastserve.serve.encoders import Encoders
 from fastserve.serve.errors import ApiError
 from fastserve.serve.files import FILES_PATH, MAX_UPLOAD_BYTES, FilesApi, StateFolder
-from fastserve.serve.generation import Answer, Generation, Generator, Target
+from fastserve.serve.generation import Answer, Generation, Generator, Target, in_thread_if_long
 from fastserve.serve.kserve import KServe
-from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit
+from fastserve.serve.limits import ApiKeyGate, BodyLimit, HeadLimit, header_timeout
 from fastserve.serve.metrics import Metrics
 from fastserve.serve.openai import (
-    MAX_TIMEOUT_SECONDS,
     ChatBody,
     ChatTemplateFields,
     CompletionBody,
@@ -59,7 +58,6 @@ from fastserve.serve.text_models import TextModels
 from fastserve.serve.tools import ChatStyle, ToolUse
 
 _CLIENT_CLOSED_REQUEST = 499
-_TIMEOUT_HEADER = "X-Request-Timeout"
 
 
 class Api:
@@ -143,8 +141,10 @@ class Api:
             raise ApiError("no model of this server generates text", 404, param="model", code="model_not_found")
         name = self.adapters.find(body.model) or self.model_name
         self.generator.check_open()
-        texts = body.prompts()
-        prompts = [await self._encode_prompt(prompt, body) for prompt in texts]
+        texts, sampling = body.prompts(), body.sampling_params(self.defaults)
+        self.client.check_count(len(texts) * max(sampling.n, sampling.num_beams))
+        size = sum(len(prompt) + len(body.suffix or "") for prompt in texts)
+        prompts = await in_thread_if_long(lambda: [self._encode_prompt(prompt, body) for prompt in texts], size)
         echoed = None
         if body.echo:
             echoed = [prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt) for prompt in texts]
@@ -156,12 +156,15 @@ class Api:
                 answers = best_of(answers, body.num_choices)
             return without_text(answers) if body.max_tokens == 0 else answers
 
-        return await self._answer(body, prompts, body.sampling_params(self.defaults), reply, request, choose)
+        return await self._answer(body, prompts, sampling, reply, request, choose)
 
-    async def _encode_prompt(self, prompt: str | list[int], body: CompletionBody) -> list[int]:
+    def _encode_prompt(self, prompt: str | list[int], body: CompletionBody) -> list[int]:
         if body.suffix:
             return fill_in_prompt(self._tokenizer, prompt, body.suffix)
-        return await self.generator.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        check_unicode(prompt)
+        return self._tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
 
     async def _answer(
         self,
@@ -217,7 +220,7 @@ class Api:
             FastServeError: see `Generator.start` and `GrammarGate.check`.
         """
         await self._grammars.check(sampling.structured_outputs)
-        seconds = [item for item in (body.timeout, _header_timeout(request)) if item is not None]
+        seconds = [item for item in (body.timeout, header_timeout(request)) if item is not None]
         return self.generator.start(
             name,
             prompts,
@@ -227,6 +230,7 @@ class Api:
             adapter="" if target is not None else self.adapters.find(body.model),
             seconds=min(seconds, default=None),
             target=target,
+            all_score=bool(body.stream),
         )
 
     async def models(self) -> Response:
@@ -414,19 +418,6 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guarded(scope, receive, send)
-
-
-def _header_timeout(request: Request) -> float | None:
-    text = request.headers.get(_TIMEOUT_HEADER)
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
-        raise ApiError(f"{_TIMEOUT_HEADER} must be seconds, above 0 and at most {MAX_TIMEOUT_SECONDS}")
-    return seconds
 
 
 async def _events(generation: Generation, reply: Reply, body: GenerationBody) -> AsyncGenerator[bytes, None]:

@@ -12,6 +12,7 @@ from fastserve.engine.client import EngineClient
 from fastserve.serve.admission import Admission
 from fastserve.serve.array_metrics import ArrayMetrics
 from fastserve.serve.errors import ApiError
+from fastserve.serve.limits import header_timeout
 from fastserve.serve.stream import ClientGoneError, while_connected
 from fastserve.serve.tenants import tenant_of
 
@@ -50,18 +51,19 @@ class ArrayRequests:
             cost: tokens of all of them.
 
         Raises:
-            ApiError: time is over, or the client went away.
+            ApiError: time is over (the server's, or the client's own), or the client went away.
             FastServeError: see `EngineClient.run` and `Admission.enter`.
         """
+        limit = min(filter(None, (header_timeout(request), self._max_seconds)), default=0.0)
         capacity = self.client.capacity
         self.client.check_count(len(asked))
         leave = self._admission.enter(tenant_of(request), len(asked), cost, capacity, full_batch=max(1, cost))
         try:
             with self._metrics.call(asked[0].model, len(asked)):
-                async with asyncio.timeout(self._max_seconds or None):
+                async with asyncio.timeout(limit or None):
                     return await while_connected(request.receive, self.client.run(asked))
         except TimeoutError as error:
-            message = f"the answer was not ready within {self._max_seconds:g} s"
+            message = f"the answer was not ready within {limit:g} s"
             raise ApiError(message, 504, code="deadline_exceeded") from error
         except ClientGoneError as error:
             raise ApiError("the client went away", _CLIENT_CLOSED_REQUEST) from error

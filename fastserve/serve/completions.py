@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
 from fastserve.core.errors import RequestError
 from fastserve.serve.generation import Answer
 
@@ -23,7 +23,7 @@ def fill_in_prompt(tokenizer: Tokenizer, before: str | Sequence[int], after: str
     """Token ids that ask for the text between `before` and `after`.
 
     Raises:
-        RequestError: the model was not trained to fill gaps, or `before` is not text.
+        RequestError: the model was not trained to fill gaps, or a part is no valid text.
     """
     found = next((ids for ids in (_token_ids(tokenizer, names) for names in _GAP_TOKENS) if ids), None)
     if found is None:
@@ -33,6 +33,8 @@ def fill_in_prompt(tokenizer: Tokenizer, before: str | Sequence[int], after: str
         )
     if not isinstance(before, str):
         raise RequestError("suffix needs prompts that are text, not token ids", "suffix")
+    check_unicode(before)
+    check_unicode(after, "suffix")
     start = tokenizer.encode("")[:1]
     bos = start if start == [tokenizer.bos_token_id] else []
     prefix, suffix, middle = found

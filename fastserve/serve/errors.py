@@ -102,10 +102,10 @@ def install(app: FastAPI) -> None:
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        kind = request.headers.get("content-type", "")
-        if "json" not in kind:
+        problems, kind = error.errors(), request.headers.get("content-type", "")
+        if problems[0]["loc"][0] == "body" and "json" not in kind:
             return error_response(ApiError(f"send JSON with Content-Type: application/json, not {kind or 'none'}"))
-        return error_response(_from_validation(error.errors()))
+        return error_response(_from_validation(problems))
 
     app.add_exception_handler(FastServeError, on_known)
     app.add_exception_handler(HTTPException, on_http)
@@ -127,7 +127,7 @@ def _describe_http(error: HTTPException) -> str:
 
 
 def _from_validation(problems: Sequence[Any]) -> ApiError:
-    """The first problem of a body, named by its path such as messages.0.content."""
+    """The first problem of a body or a query, named by its path such as messages.0.content."""
     problem = problems[0]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from msgspec.structs import replace as replace_fields
 
@@ -27,8 +28,13 @@ from fastserve.serve.admission import Admission
 from fastserve.serve.errors import ApiError
 from fastserve.serve.metrics import Metrics
 
-# Longer texts are tokenised in a thread, so that they do not hold up other streams.
 _LONG_TEXT = 20_000
+_T = TypeVar("_T")
+
+
+async def in_thread_if_long(make: Callable[[], _T], num_characters: int) -> _T:
+    """What `make` returns, which tokenises so many characters: if many, in a thread, not to hold up other streams."""
+    return make() if num_characters < _LONG_TEXT else await asyncio.to_thread(make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +143,12 @@ class Generation:
                 answers[delta.choice.index].logprobs.extend(delta.logprobs)
         finally:
             self.close()
+        firsts: dict[int, Choice] = {}
         for answer, texts in zip(answers, pieces, strict=True):
             answer.text = "".join(texts)
+            # Only the first choice of a prompt has scored it (see `fork`).
+            first = firsts.setdefault(answer.choice.prompt_index, answer.choice)
+            answer.choice.prompt_logprobs = first.prompt_logprobs
         return answers
 
     def close(self) -> None:
@@ -227,15 +237,13 @@ class Generator:
         return self._client.ready.max_model_len
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; long ones are made in a thread.
+        """Token ids of `text`.
 
         Raises:
             RequestError: half of a surrogate pair, which JSON can write and no text can hold.
         """
         check_unicode(text)
-        if len(text) < _LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await in_thread_if_long(lambda: self._tokenizer.encode(text, add_special_tokens), len(text))
 
     def start(
         self,
@@ -248,6 +256,7 @@ class Generator:
         adapter: str = "",
         seconds: float | None = None,
         target: Target | None = None,
+        all_score: bool = False,
     ) -> Generation:
         """Queue every choice of every prompt under request ids that begin with `name`.
 
@@ -256,6 +265,7 @@ class Generator:
             adapter: with which LoRA adapter; "" for none.
             seconds: time that the client gives us; None is no limit of its own.
             target: whom it is for, where that is not the server's own model; `prompts` are sources then.
+            all_score: every choice scores its prompt, for those who read them as they come; see `fork`.
 
         Raises:
             RequestError, ApiError: a prompt is too long, or has ids outside the vocabulary.
@@ -274,7 +284,7 @@ class Generator:
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
             fitted = self._fit(prompt_ids, sampling) if target is None else _fit_source(prompt_ids, sampling, target)
-            for single in fork(fitted):
+            for single in fork(fitted, all_score):
                 request = Request(f"{name}-{len(choices)}", prompt_ids, single, now, priority, tenant, adapter)
                 if target is not None:
                     given, num_source = prompt_ids + target.start_ids, len(prompt_ids)

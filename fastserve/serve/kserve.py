@@ -66,6 +66,16 @@ class InferBody(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
+class LoadParameters(msgspec.Struct):
+    config: str | None = None
+
+
+class LoadBody(msgspec.Struct):
+    """The JSON of a load; `parameters.config` is JSON of engine options in a text, as in Triton."""
+
+    parameters: LoadParameters | None = None
+
+
 class KServe:
     """The endpoints below /v2.
 
@@ -148,10 +158,11 @@ class KServe:
         return _json([{"name": name, "version": "1", "state": "READY"} for name in self._client.arrays.models])
 
     async def load(self, request: Request) -> Response:
-        """Load a folder of the model repository by its name; `parameters.config` is JSON of engine options."""
+        """Load a folder of the model repository by its name."""
         self._requests.check_open()
-        parameters = (msgspec.json.decode(await request.body() or b"{}", type=dict[str, Any])).get("parameters") or {}
-        options = msgspec.json.decode(parameters.get("config") or "{}", type=dict[str, Any])
+        body = msgspec.json.decode(await request.body() or b"{}", type=LoadBody)
+        config = None if body.parameters is None else body.parameters.config
+        options = msgspec.json.decode(config or "{}", type=dict[str, Any])
         base: EngineConfig = self._client.config
         await self._client.arrays.load(repository_spec(self._repository, request.path_params["name"], base, options))
         return _json({})

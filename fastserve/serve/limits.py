@@ -10,9 +10,11 @@ import asyncio
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.serve.errors import ApiError, error_response
+from fastserve.serve.openai import MAX_TIMEOUT_SECONDS
 from fastserve.serve.tenants import KeyRing
 
 OPEN_PATHS = frozenset({"/health"})
@@ -20,6 +22,7 @@ BODY_TIMEOUT_SECONDS = 60.0
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 * 1024
+TIMEOUT_HEADER = "X-Request-Timeout"
 
 
 class ApiKeyGate:
@@ -133,6 +136,20 @@ class BodyLimit:
                         return bytes(body)
         except TimeoutError as error:
             raise ApiError(f"the body did not arrive within {self._timeout_seconds:g} s", 408) from error
+
+
+def header_timeout(request: Request) -> float | None:
+    """Seconds that a client gives a request by a header, if it says any. Raises ApiError for what is no such time."""
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise ApiError(f"{TIMEOUT_HEADER} must be seconds, above 0 and at most {MAX_TIMEOUT_SECONDS}")
+    return seconds
 
 
 def _too_large(limit: int) -> ApiError:

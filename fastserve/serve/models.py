@@ -118,7 +118,7 @@ def _read(text: str) -> tuple[dict[str, str], float]:
 def _weight(value: Any) -> float:
     try:
         weight = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = 0.0
     if not 0 < weight < float("inf"):
         raise ConfigError(f"weight must be a number above 0, not {value!r}")

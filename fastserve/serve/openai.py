@@ -217,7 +217,8 @@ class GenerationBody(Body):
         Raises:
             RequestError: a value is out of its range.
         """
-        num_beams = self.asked_width() or 1
+        width = self.asked_width()
+        num_beams = 1 if width is None else width
         # A search is not sampled, so the model's defaults of sampling have no place in it.
         base = {"temperature": 0.0} if num_beams > 1 else defaults
         return SamplingParams(**{**base, "num_beams": num_beams, **self.given()})
@@ -233,12 +234,16 @@ class GenerationBody(Body):
 
     def asked_width(self) -> int | None:
         """Beams of a search, as `num_beams` or as vLLM has it; 1 for no search, None when nothing is said."""
-        if self.num_beams is None and self.use_beam_search:
-            width: int = getattr(self, "best_of", None) or self.n or 1
+        width = self.num_beams
+        if self.use_beam_search:
+            width = getattr(self, "best_of", None) or self.n or 1 if width is None else width
             if width < 2:
                 raise RequestError("use_beam_search needs num_beams, or n, above 1", "use_beam_search")
-            return width
-        return 1 if self.use_beam_search is False else self.num_beams
+        elif self.use_beam_search is False:
+            if width is not None and width != 1:
+                raise RequestError("num_beams asks for a search, use_beam_search for none; leave out one", "num_beams")
+            width = 1
+        return width
 
     def wanted_structure(self) -> StructuredOutputs | None:
         """The form that the answer must have, in whichever of the three ways it was asked for.
@@ -328,7 +333,7 @@ class CompletionBody(GenerationBody):
 
     def _max_tokens(self) -> int | None:
         # OpenAI's default is 16. The engine always makes a token; with 0 it is not shown.
-        return 16 if self.max_tokens is None else max(1, self.max_tokens) if self.echo else self.max_tokens
+        return 16 if self.max_tokens is None else self.max_tokens or 1
 
     @property
     def num_logprobs(self) -> int | None:

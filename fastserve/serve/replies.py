@@ -169,6 +169,7 @@ class _BaseReply:
         self.id = reply_id
         self._tokenizer = tokenizer
         self._num_top = num_top
+        self._prompts: dict[int, PromptLogprobs] = {}  # by the place of the prompt: its choices show the same
         head = Head(reply_id, self.KIND, int(time.time()), model, f"fastserve-{__version__}")
         chunk_head = Head(reply_id, self.CHUNK_KIND, head.created, model, head.system_fingerprint)
         # Without the closing brace: choices and usage follow.
@@ -189,7 +190,10 @@ class _BaseReply:
     def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
         if choice.prompt_logprobs is None:
             return UNSET
-        return [None if item is None else self._named(item) for item in choice.prompt_logprobs]
+        if choice.prompt_index not in self._prompts:
+            named = [None if item is None else self._named(item) for item in choice.prompt_logprobs]
+            self._prompts[choice.prompt_index] = named
+        return self._prompts[choice.prompt_index]
 
     def _named(self, item: TokenLogprobs) -> dict[str, PromptLogprob]:
         named: dict[str, PromptLogprob] = {}

@@ -112,9 +112,9 @@ _KINDS = {
 
 def _kind(item: Any) -> str:
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise RequestError(f"input items of type {str(kind)[:50]!r} are not supported", "input")
-    return str(kind)
+    return kind
 
 
 InputItem = Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from fastserve.core.errors import RequestError
 from fastserve.core.sampling_params import WITH_BEAMS, SamplingParams
 from fastserve.engine.client import EngineClient
 from fastserve.serve.errors import ApiError
-from fastserve.serve.generation import Target
+from fastserve.serve.generation import Target, in_thread_if_long
 from fastserve.serve.openai import MAX_PROMPTS, CompletionBody, GenerationBody, Name
 from fastserve.serve.replies import CompletionReply, Reply
 
@@ -35,6 +35,7 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "prompt_logprobs": (None,),
 }
+Sources = list[tuple[list[int], list[int]]]  # token ids, and what the decoder begins with
 Answer = Callable[[GenerationBody, list[list[int]], SamplingParams, Reply, Request, Target], Awaitable[Response]]
 
 
@@ -101,7 +102,8 @@ class TextModels:
             raise ApiError(message, 404, param="model", code="model_not_found")
         model = await self._open(body.model or names[0])
         texts = [body.text] if isinstance(body.text, str) else body.text
-        sources = [model.text.encode(text, body.source_language, body.target_language) for text in texts]
+        languages = body.source_language, body.target_language
+        sources = await self._encode(texts, lambda: [model.text.encode(text, *languages) for text in texts])
         reply = TranslationReply(f"trans-{uuid.uuid4().hex}", model.info.name, model.text.tokenizer, None)
         return await self._start(body, model, sources, reply, request)
 
@@ -112,18 +114,25 @@ class TextModels:
                 raise RequestError(f"{field} has no meaning for {name}, an encoder-decoder; leave it out", field)
         self._check_open()
         model = await self._open(name)
-        start = model.text.encode("")[1] if any(not isinstance(prompt, str) for prompt in body.prompts()) else []
-        sources = [
-            model.text.encode(prompt) if isinstance(prompt, str) else (prompt, start) for prompt in body.prompts()
-        ]
+        prompts = body.prompts()
+        start = model.text.encode("")[1] if any(not isinstance(prompt, str) for prompt in prompts) else []
+        sources = await self._encode(
+            prompts,
+            lambda: [model.text.encode(prompt) if isinstance(prompt, str) else (prompt, start) for prompt in prompts],
+        )
         reply = CompletionReply(f"cmpl-{uuid.uuid4().hex}", name, model.text.tokenizer, body.num_logprobs)
         return await self._start(body, model, sources, reply, request)
+
+    async def _encode(self, texts: Sequence[str | list[int]], make: Callable[[], Sources]) -> Sources:
+        """What `make` makes of `texts`, if they are not too many."""
+        self._client.check_count(len(texts))
+        return await in_thread_if_long(make, sum(len(text) for text in texts))
 
     async def _start(
         self,
         body: GenerationBody,
         model: TextModel,
-        sources: list[tuple[list[int], list[int]]],
+        sources: Sources,
         reply: Reply,
         request: Request,
     ) -> Response:

@@ -73,6 +73,14 @@ def test_with_little_memory_and_small_steps(folder: Path, without: list) -> None
     assert llm.engine.stats().num_preemptions > 0
 
 
+def test_a_stop_string_ends_the_tokens_among_guesses(folder: Path) -> None:
+    llm = LLM(folder, dtype="float32", speculation="ngram", kv_cache_memory="8MiB")
+    whole = llm.generate(PROMPTS[4], GREEDY)[0].outputs[0]  # one token of two characters, over and over
+    for count in range(8, 24, 3):
+        found = llm.generate(PROMPTS[4], replace(GREEDY, stop=whole.text[: 2 * count]))[0].outputs[0]
+        assert (found.token_ids, found.stop_reason) == (whole.token_ids[:count], whole.text[: 2 * count])
+
+
 def test_auto_gives_the_same(folder: Path, without: list) -> None:
     assert results(LLM(folder, dtype="float32", speculation="auto", kv_cache_memory="8MiB")) == without
 

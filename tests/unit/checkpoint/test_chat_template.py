@@ -160,6 +160,9 @@ def test_messages_are_prepared_and_not_changed() -> None:
     text = ChatTemplate(source, SPECIAL).render(messages, variables={"thinking": False, "messages": []})
     assert text == "ab1False<s>"
     assert json.dumps(messages) == before
+    deep = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}
+    source_of_text = "{{ messages[0].tool_calls[0].function.arguments[:3] }}"
+    assert ChatTemplate(source_of_text, {}).render([deep]) == "[[["
     with pytest.raises(RequestError, match="image_url"):
         ChatTemplate(source, {}).render([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
     with pytest.raises(RequestError, match="at least one"):

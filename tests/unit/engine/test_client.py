@@ -392,3 +392,13 @@ def test_merge_keeps_order_and_the_end():
     assert merged.token_ids == [1, 2, 3]
     assert (merged.finish_reason, merged.stop_token_id) == ("stop", 3)
     assert (merged.num_cached_tokens, merged.scheduled_time) == (4, 2.0)
+
+
+def test_an_error_that_comes_after_the_end_is_nobodys():
+    async def scenario():
+        stream = TokenStream(["a"], lambda ids: None)
+        stream.push(TokenOutput("a", [1], finish_reason="length"))
+        stream.fail(EngineDeadError("late"))
+        assert await read(stream) == {"a": [1]}
+
+    run(scenario())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from fastserve.engine.array_codec import split_bytes
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.runtimes import GENERATOR, Runtimes
 from fastserve.engine.servable_runtime import ServableRuntime
+
+
+from tests.encoder_decoder_folders import encoder_decoder
 
 
 @given(
@@ -205,3 +210,18 @@ def test_a_network_whose_answer_cannot_be_sent_is_told_of(tmp_path: Path) -> Non
         outputs += runtime.step()
     assert split_bytes(outputs[0].arrays["y"].data) == ["é".encode()]
     assert "a failed: TypeError" in outputs[1].error and not outputs[1].is_refused
+
+
+def test_the_memory_of_a_model_that_is_unloaded_is_given_back(tmp_path: Path) -> None:
+    """At once, though the collector of cycles does not look at what was there when the process was ready."""
+    folder = encoder_decoder(tmp_path / "bart", "bart")
+    options = {"model": str(folder), "kv_cache_memory": "8MiB", "kv_host_cache": "8MiB", "num_threads": 1}
+    runtimes = Runtimes(None, [ModelSpec("a", options)])
+    gc.freeze()
+    executor = runtimes._others["a"]._engine._executor  # type: ignore[attr-defined]
+    kept = [weakref.ref(executor), weakref.ref(executor._runner), weakref.ref(executor._kv_cache)]
+    threads = [executor._tiers._thread]
+    del executor
+    runtimes.unload("a")
+    assert [item() for item in kept] == [None] * 3 and not threads[0].is_alive()
+    gc.unfreeze()

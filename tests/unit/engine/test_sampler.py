@@ -83,3 +83,18 @@ def test_logprobs_give_the_token_its_rank_and_the_best() -> None:
     assert item.logprobs == pytest.approx([reference[2].item(), reference[1].item(), reference[2].item()])
     (bare,) = gather_logprobs(logits, [0], [0])
     assert (bare.token_ids, bare.rank) == ([0], 3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
+def test_no_run_of_tokens_comes_twice(size: int) -> None:
+    """Whatever was looked at before: after a prompt, token by token, and with a last one that a search changed."""
+    tokens = torch.randint(3, (300,), generator=torch.Generator().manual_seed(size)).tolist()
+    tokens[100:180] = [1] * 80
+    state = make_state(no_repeat_ngram_size=size)
+    state.history.extend(tokens[:30])
+    for end in range(30, 300):
+        past, begun = tokens[:end], tokens[end + 1 - size : end]
+        expected = {past[last] for last in range(size - 1, end) if past[last + 1 - size : last] == begun}
+        assert set(state.banned_ids()) == expected
+        state.count(0)
+        state.history[-1] = tokens[end]

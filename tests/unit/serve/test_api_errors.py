@@ -45,6 +45,9 @@ def check_form(response: httpx.Response, status: int) -> dict:
         ("max_tokens", 10**30),
         ("min_tokens", 3),
         ("seed", 2**70),
+        ("seed", 10**400),
+        ("top_k", 10**4000),
+        ("num_beams", 0),
         ("stop", ["x"] * 100),
         ("stop", [""]),
         ("stop", [5]),
@@ -186,6 +189,25 @@ def test_nul_and_control_characters_are_just_text(http):
 def test_wrong_content_type_is_told(http):
     response = http.post(CHAT, content=json.dumps(HELLO), headers={"content-type": "text/plain"})
     assert "application/json" in check_form(response, 400)["message"]
+
+
+def test_what_is_wrong_with_a_query_is_told(http):
+    error = check_form(http.get("/v1/files?limit=abc"), 400)
+    assert error["param"] == "limit" and "integer" in error["message"]
+
+
+@pytest.mark.parametrize("body", [{"parameters": ["x"]}, {"parameters": {"config": {"a": 1}}}])
+def test_loads_that_cannot_be_read(http, body):
+    reply = http.post("/v2/repository/models/late/load", json=body)
+    assert reply.status_code == 400 and "cannot be read" in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_beams": 4, "use_beam_search": False}, {"num_beams": 1, "use_beam_search": True}]
+)
+def test_a_search_and_none_exclude_each_other(http, fields):
+    for path, body in (("/v1/completions", TEXT), (CHAT, HELLO)):
+        assert "beam" in check_form(http.post(path, json={**body, **fields}), 400)["message"]
 
 
 def test_unknown_paths_and_methods(http):

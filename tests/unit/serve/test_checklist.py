@@ -20,17 +20,25 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
 
+from fastserve.core.arrays import ModelSpec, PoolingRequest
 from fastserve.core.config import EngineConfig
 from fastserve.core.errors import ConfigError, QueueFullError, RequestError
 from fastserve.core.metrics import CATALOGUE, NOT_IN_VLLM
+from fastserve.engine.array_client import ArrayClient
 from fastserve.serve.admission import Admission
+from fastserve.serve.array_metrics import ArrayMetrics
+from fastserve.serve.array_requests import ArrayRequests
 from fastserve.serve.connection import BoundedConnection
+from fastserve.serve.errors import ApiError
 from fastserve.serve.limits import MAX_HEADER_BYTES
 from fastserve.serve.tenants import KeyRing
 from tests.conftest import REPOSITORY
@@ -261,6 +269,21 @@ def test_07_a_deadline_ends_a_request(tmp_path: Path, stream: bool) -> None:
         for value in ("0", "-1", "x", "nan", "1e99"):
             refused = http.post("/v1/completions", json=TEXT, headers={"X-Request-Timeout": value})
             assert refused.status_code == 400
+
+
+def test_07_a_client_may_give_less_time_than_the_server_to_any_request() -> None:
+    """Of one that is answered once: encoders, tensors."""
+
+    async def never(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    arrays = ArrayClient([ModelSpec("a", {})], lambda frame: True, 3)
+    client: Any = SimpleNamespace(capacity=9, check_count=lambda count: None, run=never)
+    requests = ArrayRequests(client, Admission(), ArrayMetrics(arrays, CollectorRegistry()), lambda: None, 1.0)
+    for value, word in (("0.01", "within 0.01 s"), ("x", "must be seconds")):
+        head = {"type": "http", "headers": [(b"x-request-timeout", value.encode())], "state": {}}
+        with pytest.raises(ApiError, match=word):
+            asyncio.run(requests.run(Request(head, never), [PoolingRequest("1", "a", [1])], 1))
 
 
 def test_08_what_does_not_fit_is_refused_or_waits(tmp_path: Path) -> None:

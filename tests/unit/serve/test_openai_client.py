@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import openai
 import pytest
 
+from fastserve.checkpoint.tokenizer import Tokenizer
 from tests.unit.engine.fake_engine import MAX_MODEL_LEN
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -148,6 +151,46 @@ def test_prompt_logprobs(client):
     assert first is None
     assert len(rest) == 2
     assert [next(iter(item.values()))["decoded_token"] for item in rest] == ["b", "c"]
+
+
+def test_a_prompt_is_scored_once_and_shown_with_every_choice(client, http, server, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        server.client, "stream", lambda *given, real=server.client.stream: sent.extend(given) or real(*given)
+    )
+    body = {"prompt": ["abc", "de"], "n": 3, "max_tokens": 1}
+    choices = http.post("/v1/completions", json={**body, "prompt_logprobs": 1}).json()["choices"]
+    assert [request.sampling.prompt_logprobs for request in sent] == [1, None, None] * 2
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 3, 3, 2, 2, 2]
+    best = http.post("/v1/completions", json={**body, "n": 1, "best_of": 3, "echo": True, "logprobs": 1}).json()[
+        "choices"
+    ]
+    assert [choice["logprobs"]["tokens"] for choice in best] == [list("abca"), list("ded")]
+    shown = ["", "", "", "", "", ""]
+    with client.completions.create(model="fake", **body, echo=True, logprobs=1, stream=True) as chunks:
+        for chunk in chunks:
+            shown[chunk.choices[0].index] += "".join(chunk.choices[0].logprobs.tokens)
+    assert shown == ["abca"] * 3 + ["ded"] * 3
+
+
+def test_seeds_of_several_choices_stay_within_their_range(client):
+    answer = client.completions.create(model="fake", prompt="abc", max_tokens=1, n=2, seed=2**64 - 1)
+    assert len(answer.choices) == 2
+
+
+def test_long_prompts_are_tokenised_in_a_thread_and_too_many_not_at_all(http, monkeypatch):
+    threads = []
+
+    def encode(self, text, add_special_tokens=True):
+        threads.append(threading.current_thread().name)
+        return [5]
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    body = {"prompt": ["x" * 9000] * 3, "max_tokens": 1}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    assert len(threads) == 3 and all(name.startswith("asyncio") for name in threads)
+    many = http.post("/v1/completions", json={"prompt": ["x"] * 2048, "n": 128, "max_tokens": 1})
+    assert many.status_code == 400 and "sequences" in many.text and len(threads) == 3
 
 
 def test_no_character_is_broken_across_chunks(client):

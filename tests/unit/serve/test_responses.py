@@ -119,6 +119,7 @@ def test_a_background_response_can_be_cancelled(tmp_path, monkeypatch):
     [
         ("input", None),
         ("input", []),
+        ("input", [{"type": []}]),
         ("input", [{"type": "item_reference", "id": "x"}]),
         ("input", [{"type": "reasoning"}]),
         ("input", [{"type": "function_call", "call_id": "1"}]),
@@ -231,7 +232,7 @@ def test_echo_alone(client: openai.OpenAI, http: httpx.Client):
     [choice] = reply.choices
     assert (choice.text, choice.finish_reason, reply.usage.completion_tokens) == ("abc", "length", 0)
     assert choice.logprobs.tokens == ["a", "b", "c"]
-    for fields in ({}, {"echo": True, "stream": True}):
+    for fields in ({}, {"echo": True, "stream": True}, {"echo": True, "max_tokens": -5}):
         assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 0, **fields}).status_code == 400
 
 
@@ -248,3 +249,6 @@ def test_suffix(tmp_path, http: httpx.Client):
     assert text.endswith("<fim_prefix>ab<fim_suffix>cd<fim_middle>")
     with pytest.raises(RequestError, match="token ids"):
         fill_in_prompt(tokenizer, [1], "cd")
+    for before, after in (("\ud800", "cd"), ("ab", "\ud800")):
+        with pytest.raises(RequestError, match="Unicode"):
+            fill_in_prompt(tokenizer, before, after)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.compress import smoothing
+from fastserve.compress.activations import observe, siblings
 from fastserve.compress.calibration import inputs_of
 from fastserve.compress.mixed import Sensitivity, distribute
 from fastserve.compress.network import Network, load_dense
@@ -22,6 +24,7 @@ from fastserve.compress.walk import walk
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
 from fastserve.models.loader import load_model
 from tests import folders
+from tests.encoder_decoder_folders import encoder_decoder
 from tests.paged_driver import PagedDriver
 
 IDS = [5, 17, 99, 3, 250, 8, 8, 41]
@@ -98,6 +101,42 @@ def test_smoothing_changes_nothing_but_rounding(models: dict[str, Path], text: P
         ]
         old, new = (item.weights.view(norms[0], item.weights.shape(norms[0])).clone() for item in (source, folder))
         assert not torch.allclose(old, new)
+
+
+FOLDS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("llama", {}, ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj")),
+    ("gemma2", {}, ("input_layernorm", "pre_feedforward_layernorm", "self_attn.v_proj", "mlp.up_proj")),
+    ("olmo2", {}, ("self_attn.v_proj", "mlp.up_proj")),  # norms after the branches
+    ("nemotron", {}, ("self_attn.v_proj",)),  # norms stored less one, an activation between up and down
+    ("opt", {}, ("self_attn_layer_norm", "final_layer_norm", "self_attn.v_proj")),
+    ("opt", {"do_layer_norm_before": False}, ("self_attn.v_proj",)),
+    ("bart", {}, ("self_attn.v_proj",)),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "sources"), FOLDS)
+def test_folds_leave_a_block_s_function_alone(
+    tmp_path: Path, family: str, options: dict[str, Any], sources: tuple[str, ...]
+) -> None:
+    if family == "bart":
+        folder = ModelFolder.open(str(encoder_decoder(tmp_path / "model", "bart")))
+    elif family == "nemotron":
+        folder = ModelFolder.open(str(folders.other(tmp_path / "model", "NemotronConfig")))
+    else:
+        folder = ModelFolder.open(str(folders.FAMILIES[family](tmp_path / "model", **options)))
+    network = Network(folder)
+    for visit in walk(network, [inputs_of(folder, torch.tensor([IDS]))]):
+        linears = network.linears(visit.block)
+        statistics = observe(visit, linears)
+        [before] = visit.outputs()
+        folds = smoothing.find_folds(visit, linears, siblings(statistics))
+        names = {id(module): name for name, module in visit.module.named_modules()}
+        assert {names[id(fold.source)] for fold in folds} == set(sources)
+        for fold in folds:
+            reader = next(iter(fold.linears.values()))
+            smoothing.apply(fold, torch.rand(reader.in_features) + 0.5, statistics, torch.float32)
+        [after] = visit.outputs()
+        assert (first(after) - first(before)).abs().max() < 1e-4 * first(before).abs().max()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])

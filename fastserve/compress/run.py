@@ -33,7 +33,7 @@ from fastserve.compress import (
     window,
 )
 from fastserve.compress.dense import expand
-from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
+from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, is_made, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
@@ -73,7 +73,7 @@ def compress(
         is_last = number == len(recipe.steps)
         target = out if is_last else out.with_name(f"{out.name}.step{number}")
         between += [] if is_last else [target]
-        if not is_last and (target / CARD_FILE).is_file():
+        if not is_last and is_made(target, current, _settings(step, recipe)):
             current = ModelFolder.open(str(target))
             continue
         current = _run_step(current, target, step, recipe, source, say)
@@ -172,9 +172,14 @@ def _check_vocabulary(recipe: Recipe) -> None:
 
 
 def _run_step(
+def _settings(step: Step, recipe: Recipe) -> dict[str, Any]:
+    """What a step's result depends on besides its model."""
+    return {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
+
+
     current: ModelFolder, target: Path, step: Step, recipe: Recipe, original: ModelFolder, progress: Progress
 ) -> ModelFolder:
-    plain = {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
+    plain = _settings(step, recipe)
     writer = FolderWriter(target, current, plain)
     if isinstance(step, Distill):
         return _distill(current, step, recipe, original, writer, plain, progress)
@@ -215,7 +220,7 @@ def _distill(
     student = ModelFolder.open(step.student) if step.student else current
     if step.layers:
         short = writer.target.with_name(f"{writer.target.name}.student")
-        if not short.exists():
+        if not is_made(short, student, plain):
             network, layers = Network(student), FolderWriter(short, student, plain)
             changes = prune.write_layers(network, list(step.layers), layers)
             layers.finish({**student.config, **changes}, {})

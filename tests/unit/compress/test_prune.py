@@ -278,6 +278,32 @@ def test_thin_factors_take_their_share(models: dict[str, Path], text: Path, tmp_
     factored = [name.removesuffix(".left_factor") for name in thin.weights.names() if name.endswith(".left_factor")]
     assert len(factored) == {"llama": 6, "bert": 4, "t5": 12}[kind]
     sizes = [dense.weights.info(f"{name}.weight") for name in factored]
+def test_what_another_run_left_is_no_result_of_this_one(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    steps = [{"do": "prune", "method": "magnitude", "ratio": 0.3}, {"do": "quantize", "bits": 8}]
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantize", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps), interrupt)
+    other = folders.llama(tmp_path / "other", hidden_size=64, intermediate_size=128, seed=1)
+    for source, wanted in ((other, steps), (models["llama"], [{**steps[0], "ratio": 0.4}, steps[1]])):
+        with pytest.raises(ConfigError, match=r"out\.step1 exists"):
+            compress(str(source), tmp_path / "out", recipe(text, *wanted))
+    compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["other", "out"]
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart", "m2m100"])
+def test_channels_of_either_side(text: Path, tmp_path: Path, family: str) -> None:
+    source = encoder_decoder(tmp_path / "source", family, decoder_ffn_dim=64)
+    folder = compress(str(source), tmp_path / "out", recipe(text, {"do": "prune", "method": "channels", "ratio": 0.25}))
+    assert (folder.config["encoder_ffn_dim"], folder.config["decoder_ffn_dim"]) == (72, 48)
+    served = decode_from_source(load_model(folder, dtype="float32", kernels="reference"), IDS, IDS)
+    assert torch.allclose(served, logits(load_dense(folder), folder), atol=1e-3)
+
+
     whole = sum(info.end - info.start for info in sizes)
     assert dense.weight_bytes - thin.weight_bytes == pytest.approx(0.5 * whole, rel=0.05)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastserve.compress.report import as_text, front, page
 from fastserve.compress.run import compress
 from fastserve.compress.search import search
 from fastserve.core.errors import ConfigError
+from tests.folders import IM_START, llama
 from tests.unit.compress.test_quantize import logits
 
 runner = CliRunner()
@@ -167,3 +169,27 @@ def test_a_search(models: dict[str, Path], text: Path, tmp_path: Path, monkeypat
         search(model, tmp_path / "none", *settings, max_bytes=1000)
     with pytest.raises(ConfigError, match="one limit"):
         search(model, tmp_path / "none", *settings)
+
+
+def test_a_search_takes_no_variant_of_another(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "LADDER", {name: search_module.LADDER[name] for name in ("int8", "codebook3")})
+    settings = (Calibration(str(text), 4, 32), Evaluation(str(text), 200, 40))
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "quantize" and list(tmp_path.glob("*.try-codebook3.partial")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(str(models["llama"]), tmp_path / "out", *settings, max_loss=1000.0, progress=interrupt)
+    left = tmp_path / "out.try-int8"
+    stamp = (left / "config.json").stat().st_mtime_ns
+    other = llama(tmp_path / "other", hidden_size=64, intermediate_size=128, seed=1)
+    with pytest.raises(ConfigError, match="begun with another recipe or model"):
+        search(str(other), tmp_path / "out", *settings, max_loss=1000.0)
+    assert (left / "config.json").stat().st_mtime_ns != stamp  # tried anew
+    shutil.rmtree(tmp_path / "out.try-codebook3.partial")
+    found, fresh = (search(str(other), tmp_path / name, *settings, max_loss=1000.0) for name in ("out", "fresh"))
+    cards = [json.loads((folder.path / "fastserve.json").read_text())["compressed"] for folder in (found, fresh)]
+    assert cards[0]["variants"] == cards[1]["variants"]

@@ -24,7 +24,7 @@ from fastserve.compress.constraints import Masks, constrain, release
 from fastserve.compress.evaluate import task
 from fastserve.compress.folder_writer import FolderWriter, fingerprint
 from fastserve.compress.losses import hidden_loss, relation_loss, soft_loss
-from fastserve.compress.network import Network, find_blocks, load_dense
+from fastserve.compress.network import Network, find_blocks, layer_lists, load_dense
 from fastserve.compress.recipe import Distill
 from fastserve.compress.teacher import CachedTeacher, ServerTeacher, Teacher, Wanted, in_process, is_server
 from fastserve.core.errors import ConfigError
@@ -78,7 +78,8 @@ def run(
     if not writer.has("0000"):
         writer.write("0000", values)
     (writer.work / "kept-state.safetensors").unlink(missing_ok=True)
-    return dict(step.shape), {"losses": losses}
+    lists = layer_lists(model.config, range(model.config.num_hidden_layers)) if step.shape else {}
+    return {**step.shape, **lists}, {"losses": losses}
 
 
 def new_student(folder: ModelFolder, step: Distill) -> Any:
@@ -88,8 +89,8 @@ def new_student(folder: ModelFolder, step: Distill) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder.path)
     for key, value in step.shape.items():
         setattr(config, key, value)
-    if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    for key, items in layer_lists(config, range(config.num_hidden_layers)).items():
+        setattr(config, key, items)
     config.use_cache = False
     return getattr(transformers, folder.architecture)(config)
 

@@ -7,7 +7,7 @@ of a quantised folder are read as what their values stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -202,6 +202,13 @@ def load_dense(folder: ModelFolder) -> Any:
     for name in ("", *network.blocks):
         network.fill(name)
     return network.model
+
+def layer_lists(config: Any, kept: Sequence[int]) -> dict[str, list[Any]]:
+    """What transformers' config lists layer by layer (not every config.json does), for these layers alone."""
+    found = ((key, getattr(config, key, None)) for key in ("layer_types", "no_rope_layers"))
+    lists = {key: item for key, item in found if isinstance(item, list) and len(item) > max(kept)}
+    return {key: [item[at] for at in kept] for key, item in lists.items()}
+
 
 
 def _without_weights(folder: ModelFolder) -> Any:

@@ -133,20 +133,20 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
     if source.config.get("quantization_config"):
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
-    num_channels = 0  # that a step before leaves
+    channels: dict[str, int] = {}  # that a step before leaves
     _check_vocabulary(recipe)
     for step in recipe.steps:
         if isinstance(step, Quantize):
             plan = quantize.Plan.make(network, step)
             group = next(iter(plan.schemes.values())).weights.group_size
-            if group > 0 and num_channels % group:
+            if wrong := [count for count in channels.values() if group > 0 and count % group]:
                 raise ConfigError(
-                    f"the steps before leave {num_channels} channels, which groups of {group} do not divide; choose "
+                    f"the steps before leave {wrong[0]} channels, which groups of {group} do not divide; choose "
                     "another group_size (0: one scale per row) or another ratio"
                 )
         elif isinstance(step, Prune):
             prune.check(network, step)
-            num_channels = prune.num_channels(network, step) or num_channels
+            channels |= prune.channels(network, step)
         elif isinstance(step, Rotate):
             rotate.check(network)
         elif isinstance(step, Window):

@@ -73,8 +73,10 @@ def run(
         model = new_student(student, step) if step.shape else load_dense(student)
         losses = train(original, model, step, text, progress, writer.work)
     kept = student.weights.dtype(student.weights.names()[0])
-    tied = set(model.all_tied_weights_keys)
-    values = {name: item.detach().to(kept) for name, item in model.named_parameters() if name not in tied}
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    saved = model.state_dict().keys() - left_out  # buffers, too, such as Marian's bias of the logits
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    values = {name: item.detach().to(kept) for name, item in tensors if name in saved}
     if not writer.has("0000"):
         writer.write("0000", values)
     (writer.work / "kept-state.safetensors").unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
 from fastserve.models.loader import load_model
 from tests import folders
 from tests.encoder_decoder_folders import encoder_decoder
-from tests.paged_driver import PagedDriver
+from tests.paged_driver import PagedDriver, decode_from_source
 
 IDS = [5, 17, 99, 3, 250, 8, 8, 41]
 STEPS: dict[str, dict[str, Any]] = {
@@ -44,6 +44,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "kmeans3": {"method": "kmeans", "bits": 3},
     "float8": {"kind": "float", "bits": 8},
     "w8a8": {"bits": 8, "activations": "dynamic"},
+    "w8a8-tensor-asymmetric": {"bits": 8, "group_size": -1, "symmetric": False, "activations": "dynamic"},
     "smoothquant": {"method": "smoothquant", "bits": 8, "activations": "static", "observer": "percentile"},
 }
 
@@ -280,6 +281,24 @@ def test_bad_folders_are_refused_before_work(models: dict[str, Path], text: Path
     short.write_text("the fox")
     with pytest.raises(ConfigError, match="fewer than one window"):
         compress(str(models["llama"]), tmp_path / "new", recipe(short, method="gptq", group_size=32))
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus"])
+def test_positions_that_are_computed_and_a_bias_of_the_logits(tmp_path: Path, family: str) -> None:
+    """Folders of Marian have no positions, and older ones of Pegasus neither; the bias is a buffer."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    source = ModelFolder.open(str(encoder_decoder(tmp_path / "source", family)))
+    tensors = {name: values for name, values in load_file(source.shards[0]).items() if "embed_positions" not in name}
+    assert bool(tensors["final_logits_bias"].any())
+    save_file(tensors, source.shards[0], metadata={"format": "pt"})
+    source = ModelFolder.open(str(source.path))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(source.path).eval()
+    assert torch.allclose(logits(load_dense(source), source), logits(theirs, source), atol=1e-4)
+    folder = compress(str(source.path), tmp_path / "out", recipe(None, bits=8))
+    assert not [name for name in folder.weights.names() if "embed_positions" in name]
+    served = decode_from_source(load_model(folder, dtype="float32", kernels="reference"), IDS, IDS)
+    assert torch.allclose(served, logits(load_dense(folder), folder), atol=1e-3)
 
 
 def test_an_unknown_architecture(models: dict[str, Path], tmp_path: Path) -> None:

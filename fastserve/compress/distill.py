@@ -21,7 +21,7 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.compress.calibration import max_length, text_ids
 from fastserve.compress.constraints import Masks, constrain, release
-from fastserve.compress.evaluate import task
+from fastserve.compress.evaluate import check_task, task
 from fastserve.compress.folder_writer import FolderWriter, fingerprint
 from fastserve.compress.losses import hidden_loss, relation_loss, soft_loss
 from fastserve.compress.network import Network, find_blocks, layer_lists, load_dense
@@ -40,6 +40,7 @@ def check(original: ModelFolder, step: Distill, text: str) -> None:
     """ConfigError for what cannot be done, before work starts; original: what the recipe began with."""
     if not Path(text).is_file():
         raise ConfigError(f"distill: text = {text!r} is no file; give a plain text file")
+    check_task(original)
     teacher = ModelFolder.open(step.teacher) if step.teacher and not is_server(step.teacher) else original
     if is_server(step.teacher):
         ServerTeacher(step.teacher, step.top)

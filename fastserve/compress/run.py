@@ -130,6 +130,7 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         calibration.check_text(recipe.calibration.text, "calibration.text")
     if recipe.evaluation.text:
         calibration.check_text(recipe.evaluation.text, "evaluation.text")
+        evaluate.check_task(source)
     if source.config.get("quantization_config"):
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
@@ -171,12 +172,12 @@ def _check_vocabulary(recipe: Recipe) -> None:
                 )
 
 
-def _run_step(
 def _settings(step: Step, recipe: Recipe) -> dict[str, Any]:
     """What a step's result depends on besides its model."""
     return {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
 
 
+def _run_step(
     current: ModelFolder, target: Path, step: Step, recipe: Recipe, original: ModelFolder, progress: Progress
 ) -> ModelFolder:
     plain = _settings(step, recipe)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.cli.main import app
 from fastserve.compress import search as search_module
-from fastserve.compress.evaluate import compare
+from fastserve.compress.evaluate import compare, task
 from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate, Window, make_recipe
 from fastserve.compress.report import as_text, front, page
@@ -84,6 +84,28 @@ def test_a_model_does_not_differ_from_itself(models: dict[str, Path], text: Path
     found = compare(folder, folder, Evaluation(str(text), tokens=200, length=40), lambda *_: None)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.same_top == 1 and found.increase == 0
     assert found.tokens == {"llama": 195, "t5": 100}.get(kind, found.tokens)
+
+
+def test_masked_models_see_the_mask_of_their_tokenizer(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    folder = ModelFolder.open(str(models["bert"]))
+    inputs, targets = task(folder, torch.full((2, 50), 7))
+    assert set(inputs["input_ids"][targets >= 0].tolist()) == {IM_START} and not bool((targets == IM_START).any())
+    shutil.copytree(models["bert"], tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer_config.json"
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "mask_token"}
+    file.write_text(json.dumps(settings))
+    evaluated = {"steps": [{"do": "quantize", "bits": 8}], "evaluation": {"text": str(text)}}
+    for values in (evaluated, {"steps": [{"do": "distill", "text": str(text)}]}):
+        with pytest.raises(ConfigError, match="names no mask token"):
+            compress(str(tmp_path / "bare"), tmp_path / "out", make_recipe(values))
+    assert [item.name for item in tmp_path.iterdir()] == ["bare"]
+
+
+def test_a_model_is_not_judged_on_what_it_writes(models: dict[str, Path], tmp_path: Path) -> None:
+    values = {"steps": [{"do": "quantize", "bits": 8}], "evaluation": {"text": "generated"}}
+    with pytest.raises(ConfigError, match=r"evaluation\.text = 'generated' is no file"):
+        compress(str(models["llama"]), tmp_path / "out", make_recipe(values))
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_by_the_model_itself_and_speed(models: dict[str, Path], text: Path, tmp_path: Path) -> None:

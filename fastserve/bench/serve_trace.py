@@ -80,9 +80,7 @@ def run(
     return report.as_dict()
 
 
-async def _send(
-    client: StreamingClient, model: str, trace: Trace, seed: int
-) -> tuple[list[RequestTimes], list[str]]:
+async def _send(client: StreamingClient, model: str, trace: Trace, seed: int) -> tuple[list[RequestTimes], list[str]]:
     """Every request at its time; the times of those that were answered in full, and the errors of the others.
 
     Another seed makes other prompts of the same lengths: a server that keeps prefixes has not seen them.

@@ -54,7 +54,7 @@ class ModelFolder:
         name: the folder's own name (a hub id's last part); the card's name for the built-in model.
         config, generation_config: contents of the JSON files; generation_config is {} when absent.
         shards: the safetensors files, in order.
-        weight_map: tensor name -> file name from the index; {} without one.
+        weight_map: tensor name -> file name from the index; {} where there is none or a single file.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -142,9 +142,9 @@ class ModelFolder:
         return ()
 
     def _find_shards(self) -> tuple[dict[str, str], list[Path]]:
-        if self.has(INDEX_FILE):
-            return self._read_index()
         single = self.path / "model.safetensors"
+        if self.has(INDEX_FILE) and not single.is_file():  # beside a single file it is left from before
+            return self._read_index()
         files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
         files = [file for file in files if not file.name.startswith(("adapter_", "consolidated"))]
         if files:

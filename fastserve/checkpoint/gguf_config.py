@@ -36,7 +36,6 @@ _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-    "gemma": ("GemmaForCausalLM", "gemma"),
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
@@ -142,11 +141,10 @@ def make_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], frequ
 
 
 def _gemma(read: _Reader, name: str, head_size: int, config: Metadata) -> dict[str, Any]:
-    fields: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-    if name == "gemma":
-        return fields
     is_largest = config["num_hidden_layers"] == _LAYERS_OF_LARGEST[name]
-    fields |= {
+    fields: dict[str, Any] = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if is_largest else head_size,
         "sliding_window": read("attention.sliding_window"),
         "attn_logit_softcapping": read("attn_logit_softcapping", None),

@@ -21,8 +21,13 @@ from fastserve.core.errors import CheckpointError, ConfigError
 
 _GROUP_SIZES = (0, 32, 64, 128)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where AWQ's words keep the columns 0..7
-_INTEGERS = (torch.int8, torch.uint8, torch.int32)
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
+# Types of a module's tensors by suffix; all others are words.
+_TYPES = {
+    "weight": (torch.int8,),
+    "weight_zero_point": (torch.int8, torch.int32),
+    **dict.fromkeys(("weight_scale", "scales", "weight_codebook"), _SCALES),
+}
 
 _Read = Callable[[str, tuple[int, ...]], Tensor]  # a tensor of the module, by suffix, which must have this shape
 
@@ -123,25 +128,26 @@ def read_quantized(
     def read(suffix: str, expected: tuple[int, ...]) -> Tensor:
         name = f"{module}.{suffix}"
         tensor = reader.view(name, expected)
-        is_scale = suffix in ("weight_scale", "scales", "weight_codebook")
-        if tensor.dtype not in (_SCALES if is_scale else _INTEGERS):
+        if tensor.dtype not in _TYPES.get(suffix, (torch.int32,)):
             raise CheckpointError(f"tensor {name} has type {tensor.dtype}, which its quantisation scheme does not have")
         return tensor
+
+    def read_per_group(suffix: str) -> Tensor:
+        """[N, G], of which there may be one for the whole tensor."""
+        found = reader.shape(f"{module}.{suffix}")
+        return read(suffix, found if found in ((), (1,)) else scale_shape).expand(scale_shape).contiguous()
 
     num_outputs, num_inputs = shape
     groups = -(-num_inputs // (layout.group_size or num_inputs))
     if layout.layout in ("gptq", "gptq_v2", "awq"):
         return _read_transposed(read, scheme, shape, groups, layout.layout, f"{module}.g_idx" in reader)
     scale_shape = (num_outputs, groups)
-    if reader.info(f"{module}.weight_scale").shape in ((), (1,)):  # one for the whole tensor
-        scales = read("weight_scale", reader.shape(f"{module}.weight_scale")).expand(scale_shape).contiguous()
-    else:
-        scales = read("weight_scale", scale_shape)
+    scales = read_per_group("weight_scale")
     if layout.layout == "float-quantized":
         return reader.view(f"{module}.weight", shape).float() * scales.float()
     lift = scheme.centre - (1 << (layout.bits - 1))  # the same weights around the centre of more bits
     if layout.layout == "int-quantized":
-        values = _unsigned(read("weight", shape), scheme)
+        values = _unsigned(read("weight", shape), layout.bits)
     else:
         words = read("weight_packed", (num_outputs, _words(num_inputs, layout.bits)))
         values = unpack_words(words, layout.bits, num_inputs)
@@ -150,22 +156,17 @@ def read_quantized(
         return QuantizedWeight(
             scheme, values, scales, codebook=torch.nn.functional.pad(codebook, (0, 16 - len(codebook)))
         )
-    zeros = None if scheme.is_symmetric else _read_zeros(reader, read, module, layout, scale_shape) + lift
+    zeros: Tensor | None = None
+    if not scheme.is_symmetric and reader.dtype(f"{module}.weight_zero_point") is torch.int32:  # packed along N
+        words = read("weight_zero_point", (_words(num_outputs, layout.bits), groups))
+        zeros = unpack_words(words.t(), layout.bits, num_outputs).t().contiguous() + lift
+    elif not scheme.is_symmetric:
+        zeros = _unsigned(read_per_group("weight_zero_point"), layout.bits) + lift
     if layout.is_dense:
         centre = torch.full(scale_shape, scheme.centre) if zeros is None else zeros
         spread = [item.repeat_interleave(layout.group_size, dim=1)[:, :num_inputs] for item in (centre, scales)]
         return (values.float() + lift - spread[0]) * spread[1].float()
     return QuantizedWeight(scheme, values + lift, scales, zeros)
-
-
-def _read_zeros(
-    reader: WeightReader, read: _Read, module: str, layout: QuantizedFormat, shape: tuple[int, int]
-) -> Tensor:
-    """Zero points [N, G]: bytes, or words that are packed along N."""
-    if reader.dtype(f"{module}.weight_zero_point") is not torch.int32:
-        return read("weight_zero_point", shape).view(torch.uint8) + (1 << (layout.bits - 1))
-    words = read("weight_zero_point", (_words(shape[0], layout.bits), shape[1]))
-    return unpack_words(words.t(), layout.bits, shape[0]).t().contiguous()
 
 
 def _read_transposed(
@@ -209,9 +210,15 @@ def _awq_columns(values: Tensor) -> Tensor:
     return values.view(values.shape[0], -1, 8)[..., _AWQ_ORDER].reshape(values.shape[0], -1)
 
 
-def _unsigned(values: Tensor, scheme: QuantScheme) -> Tensor:
-    """Signed bytes around 0 -> unsigned ones around the scheme's centre."""
-    return values.view(torch.uint8) + scheme.centre
+def _unsigned(values: Tensor, num_bits: int) -> Tensor:
+    """Signed bytes around 0 -> unsigned ones around the centre of `num_bits`."""
+    return values.view(torch.uint8) + (1 << (num_bits - 1))
+
+
+def is_empty_bias(reader: WeightReader, name: str) -> bool:
+    """Whether this is a bias of zeros, which older GPTQ tools gave to every module."""
+    module, _, suffix = name.rpartition(".")
+    return suffix == "bias" and f"{module}.qweight" in reader and not reader.view(name, reader.shape(name)).any()
 
 
 def _words(count: int, num_bits: int) -> int:

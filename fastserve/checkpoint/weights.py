@@ -217,7 +217,9 @@ def _read_entry(file: Path, name: str, entry: Any, offset: int) -> TensorInfo:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(file, f"tensor {name} lacks dtype, shape or data_offsets") from error
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str):
+        raise _damaged(file, f"tensor {name} has a type that is no text")
+    if dtype not in _DTYPES:
         raise CheckpointError(f"{file}: tensor {name} has type {dtype!r}, which is not supported")
     if not isinstance(shape, list) or not all(type(item) is int and item >= 0 for item in (*shape, start, end)):
         raise _damaged(file, f"tensor {name} has a shape or offsets that are no whole numbers")

@@ -23,7 +23,7 @@ _SEEDS_PER_RUN = 16  # samples that the model writes at once
 
 def check_text(text: str, what: str) -> None:
     """ConfigError when a text file cannot be read; what: the key that names it."""
-    if text != GENERATED and not Path(text).is_file():
+    if not Path(text).is_file() and (text != GENERATED or what not in _ALSO):
         raise ConfigError(f"{what} = {text!r} is no file; give a plain text file" + _ALSO.get(what, ""))
 
 

@@ -21,10 +21,10 @@ from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.compress.calibration import max_length, text_ids
 from fastserve.compress.constraints import Masks, constrain, release
-from fastserve.compress.evaluate import task
+from fastserve.compress.evaluate import check_task, task
 from fastserve.compress.folder_writer import FolderWriter, fingerprint
 from fastserve.compress.losses import hidden_loss, relation_loss, soft_loss
-from fastserve.compress.network import Network, find_blocks, load_dense
+from fastserve.compress.network import Network, find_blocks, layer_lists, load_dense
 from fastserve.compress.recipe import Distill
 from fastserve.compress.teacher import CachedTeacher, ServerTeacher, Teacher, Wanted, in_process, is_server
 from fastserve.core.errors import ConfigError
@@ -40,6 +40,7 @@ def check(original: ModelFolder, step: Distill, text: str) -> None:
     """ConfigError for what cannot be done, before work starts; original: what the recipe began with."""
     if not Path(text).is_file():
         raise ConfigError(f"distill: text = {text!r} is no file; give a plain text file")
+    check_task(original)
     teacher = ModelFolder.open(step.teacher) if step.teacher and not is_server(step.teacher) else original
     if is_server(step.teacher):
         ServerTeacher(step.teacher, step.top)
@@ -73,12 +74,15 @@ def run(
         model = new_student(student, step) if step.shape else load_dense(student)
         losses = train(original, model, step, text, progress, writer.work)
     kept = student.weights.dtype(student.weights.names()[0])
-    tied = set(model.all_tied_weights_keys)
-    values = {name: item.detach().to(kept) for name, item in model.named_parameters() if name not in tied}
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    saved = model.state_dict().keys() - left_out  # buffers, too, such as Marian's bias of the logits
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    values = {name: item.detach().to(kept) for name, item in tensors if name in saved}
     if not writer.has("0000"):
         writer.write("0000", values)
     (writer.work / "kept-state.safetensors").unlink(missing_ok=True)
-    return dict(step.shape), {"losses": losses}
+    lists = layer_lists(model.config, range(model.config.num_hidden_layers)) if step.shape else {}
+    return {**step.shape, **lists}, {"losses": losses}
 
 
 def new_student(folder: ModelFolder, step: Distill) -> Any:
@@ -88,8 +92,8 @@ def new_student(folder: ModelFolder, step: Distill) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder.path)
     for key, value in step.shape.items():
         setattr(config, key, value)
-    if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    for key, items in layer_lists(config, range(config.num_hidden_layers)).items():
+        setattr(config, key, items)
     config.use_cache = False
     return getattr(transformers, folder.architecture)(config)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.compress.calibration import max_length, text_ids
 from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import Evaluation
@@ -91,14 +93,30 @@ def task(folder: ModelFolder, windows: Tensor, seed: int = 0) -> tuple[Mapping[s
         start = int(folder.config.get("decoder_start_token_id") or 0)
         begun = torch.cat([torch.full((len(windows), 1), start), windows[:, half:-1]], dim=1)
         return {"input_ids": windows[:, :half], "decoder_input_ids": begun}, windows[:, half:]
-    if folder.architecture.endswith("ForMaskedLM"):
+    if folder.task == "fill-mask":
         draw = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)) < _MASKED_SHARE
         draw[:, 0] = True
-        mask = int(folder.config.get("mask_token_id") or 103)
-        size = int(folder.config["vocab_size"])
-        return {"input_ids": windows.masked_fill(draw, min(mask, size - 1))}, windows.masked_fill(~draw, -1)
+        return {"input_ids": windows.masked_fill(draw, _mask_id(folder))}, windows.masked_fill(~draw, -1)
     targets = torch.cat([windows[:, 1:], torch.full((len(windows), 1), -1)], dim=1)
     return {"input_ids": windows}, targets
+
+
+def check_task(folder: ModelFolder) -> None:
+    """ConfigError when `task` cannot be set for a folder."""
+    if folder.task == "fill-mask":
+        _mask_id(folder)
+
+
+@lru_cache(maxsize=4)  # asked for at every step of a training
+def _mask_id(folder: ModelFolder) -> int:
+    tokenizer = Tokenizer.load(folder)
+    found = tokenizer.token_id(tokenizer.special_tokens.get("mask_token", ""))
+    if found is None:
+        raise ConfigError(
+            f"the tokenizer of {folder.path} names no mask token, by which {folder.architecture} is compared and "
+            "trained; add mask_token to tokenizer_config.json, or leave out evaluation.text and distill"
+        )
+    return found
 
 
 def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

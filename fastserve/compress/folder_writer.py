@@ -22,6 +22,7 @@ from fastserve.core.errors import ConfigError
 
 CARD_FILE = "fastserve.json"
 _FINGERPRINT = "begun.json"
+_MARK = "fingerprint"  # of the card
 _NOT_COPIED = (CARD_FILE, "config.json", INDEX_FILE, "README.md", _FINGERPRINT)
 
 
@@ -43,7 +44,8 @@ class FolderWriter:
         self.target = target
         self.work = target.with_name(f"{target.name}.partial")
         self._source = source
-        self._begin(fingerprint(source, recipe))
+        self._mark = fingerprint(source, recipe)
+        self._begin()
 
     def has(self, shard: str) -> bool:
         """Whether this shard was written already."""
@@ -95,7 +97,7 @@ class FolderWriter:
             os.replace(file, self.work / name)
         write_json(self.work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(self.work / "config.json", config)
-        write_json(self.work / CARD_FILE, card)
+        write_json(self.work / CARD_FILE, {**card, _MARK: self._mark})
         for other in sorted(self._source.path.iterdir()):
             if (
                 other.is_file()
@@ -116,17 +118,23 @@ class FolderWriter:
     def _file(self, shard: str) -> Path:
         return self.work / f"shard-{shard}.safetensors"
 
-    def _begin(self, mark: str) -> None:
+    def _begin(self) -> None:
         file = self.work / _FINGERPRINT
         if self.work.exists() and any(self.work.iterdir()):
-            if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("recipe") != mark:
+            if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("recipe") != self._mark:
                 raise ConfigError(
                     f"{self.work} holds work that was begun with another recipe or model; remove it, or name "
                     "another --out"
                 )
             return
         self.work.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"recipe": mark})
+        write_json(file, {"recipe": self._mark})
+
+
+def is_made(target: Path, source: ModelFolder, recipe: Mapping[str, Any]) -> bool:
+    """Whether a `FolderWriter` with the same arguments has finished `target`."""
+    card = target / CARD_FILE
+    return card.is_file() and read_json(card).get(_MARK) == fingerprint(source, recipe)
 
 
 def fingerprint(source: ModelFolder, recipe: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fastserve import __version__
-from fastserve.checkpoint import bitmask
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.checkpoint.gguf_config import METADATA_KEYS, gguf_name
-from fastserve.checkpoint.quantization import Quantization, read_quantization
+from fastserve.checkpoint.quantization import KV_CACHE_SCALES, Quantization, read_quantization
 from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
 from fastserve.compress.quantize import Progress
 from fastserve.core.errors import ConfigError
@@ -39,7 +39,8 @@ _ARCHITECTURES = {
 _OUTSIDE = ("token_embd", "output")
 # What llama.cpp calls the ways in which byte-level tokenizers cut text, by a part of their pattern that no other has.
 _CUTS = ((r"\p{N}{1,3}", "llama-bpe"), (r"\p{L}+|\p{N}|", "qwen2"))
-_QUANTIZED_SUFFIXES = ("weight_packed", "qweight", "weight_scale", "bitmask")
+_QUANTIZED_SUFFIXES = ("weight_packed", "qweight", "weight_scale", "bitmask", "left_factor")
+_NOT_WRITTEN = re.compile(rf"{KV_CACHE_SCALES}|.*\.rotary_emb\.inv_freq")
 
 
 def export(folder: ModelFolder, file: Path, kind: str, progress: Progress | None = None) -> Path:
@@ -95,6 +96,8 @@ def _tensors(folder: ModelFolder) -> Iterator[tuple[str, Tensor | QuantizedWeigh
                 yield f"{module}.bias", reader.view(f"{module}.bias", reader.shape(f"{module}.bias"))
         elif suffix in ("weight", "bias"):
             yield name, reader.view(name, reader.shape(name))
+        elif not _NOT_WRITTEN.fullmatch(name):
+            raise ConfigError(f"{folder.path} has a tensor {name}, for which GGUF has no form here")
         reader.release(name)
 
 
@@ -106,9 +109,10 @@ def _quantized(folder: ModelFolder, module: str, quantization: Quantization) -> 
     if layout.layout in ("gptq", "gptq_v2", "awq"):
         raise ConfigError("GPTQ and AWQ folders of others are not written as GGUF; give the folder they were made from")
     sizes = next((f"{module}.{name}" for name in ("weight_shape", "shape") if f"{module}.{name}" in reader), "")
-    rows, columns = reader.view(sizes, (2,)).tolist() if sizes else reader.shape(f"{module}.weight")
-    if layout.layout == bitmask.FORMAT:
-        return bitmask.read(reader, module, (rows, columns))
+    if f"{module}.left_factor" in reader:
+        rows, columns = reader.shape(f"{module}.left_factor")[0], reader.shape(f"{module}.right_factor")[-1]
+    else:
+        rows, columns = reader.view(sizes, (2,)).tolist() if sizes else reader.shape(f"{module}.weight")
     return read_quantized(reader, module, (rows, columns), layout)
 
 

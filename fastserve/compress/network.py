@@ -7,7 +7,7 @@ of a quantised folder are read as what their values stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ class Network:
 
     Attributes:
         folder, model: where the weights lie, and the modules.
-        others: tensors of the folder that are no parameters (buffers).
+        others: tensors of the folder that are no parameters; the modules' buffers among them have these values.
         blocks: names of the repeated layers, in the order in which the modules list them.
-        tied: parameters that the folder does not have because they share another one's values.
+        tied: parameters that the folder does not have: they share another one's values, or are computed (positions).
 
     Raises:
         CheckpointError: transformers does not know the architecture, or folder and modules do not belong together.
@@ -43,6 +43,9 @@ class Network:
         self._tensor_of = self._match_names()
         self.tied = {name for name, _ in self.model.named_parameters() if name not in self._tensor_of}
         self.others = sorted(set(self._reader.names()) - set(self._tensor_of.values()))
+        for name, values in self.model.named_buffers():
+            if name in self.others and self._reader.shape(name) == tuple(values.shape):
+                self._reader.read_into(name, values)
         self.blocks = find_blocks(self.model)
         if not self.blocks:
             raise CheckpointError(f"{folder.architecture} repeats no layers that could be compressed one by one")
@@ -176,11 +179,15 @@ class Network:
         prefix = f"{self.model.base_model_prefix}."
         tied = set(self.model.all_tied_weights_keys)
         found, missing = {}, []
-        for name, values in self.model.named_parameters():
+        for name, values in list(self.model.named_parameters()):
             options = (name, name.removeprefix(prefix), prefix + name)
             match = next((item for item in options if item in self._reader or self._format(item)), None)
             if match is None:
-                missing += [] if name in tied else [name]
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                if hasattr(module, "create_weight"):  # sinusoids, which few folders have
+                    self.set(name, module.create_weight())
+                elif name not in tied:
+                    missing.append(name)
             elif match in self._reader and self._reader.shape(match) != tuple(values.shape):
                 raise CheckpointError(
                     f"tensor {match} has shape {list(self._reader.shape(match))}, but the config asks for "
@@ -194,6 +201,13 @@ class Network:
                 "tensors are arranged otherwise than transformers' modules (experts, for one) cannot be compressed"
             )
         return found
+
+
+def layer_lists(config: Any, kept: Sequence[int]) -> dict[str, list[Any]]:
+    """What transformers' config lists layer by layer (not every config.json does), for these layers alone."""
+    found = ((key, getattr(config, key, None)) for key in ("layer_types", "no_rope_layers"))
+    lists = {key: item for key, item in found if isinstance(item, list) and len(item) > max(kept)}
+    return {key: [item[at] for at in kept] for key, item in lists.items()}
 
 
 def load_dense(folder: ModelFolder) -> Any:

@@ -16,14 +16,14 @@ from fastserve.checkpoint import bitmask, factors
 from fastserve.compress import low_rank, operators, sparse, structure, vocabulary
 from fastserve.compress.activations import InputStatistics, observe
 from fastserve.compress.folder_writer import FolderWriter
-from fastserve.compress.network import Network, unsupported
+from fastserve.compress.network import Network, layer_lists, unsupported
 from fastserve.compress.quantize import Progress, is_named
 from fastserve.compress.recipe import Prune
 from fastserve.compress.walk import Visit, walk
 from fastserve.core.errors import ConfigError
 
 Thin = tuple[Tensor, Tensor]  # the factors of a matrix
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 
 
 def check(network: Network, step: Prune) -> None:
@@ -47,6 +47,7 @@ def check(network: Network, step: Prune) -> None:
     elif step.method in ("channels", "rank"):
         for name in network.blocks:
             structure.feed_forward(name, network.linears(name))
+        channels(network, step)
     elif step.method == "layers":
         _num_dropped(network, step)
     if step.pattern == "2:4":
@@ -94,7 +95,7 @@ def _changes(network: Network, step: Prune) -> dict[str, Any]:
     if step.method == "kv-heads":
         return {"num_key_value_heads": structure.kept_kv_heads(config, step.ratio)}
     if step.method == "channels":
-        return {_channels_key(network): num_channels(network, step)}
+        return dict(channels(network, step))
     return _stored_config(step)
 
 
@@ -124,16 +125,12 @@ def _stored(network: Network, block: str, step: Prune, thin: Mapping[str, Thin])
     return found
 
 
-def num_channels(network: Network, step: Prune) -> int:
-    """Channels of the feed-forwards that the step leaves; 0 when it is not about them."""
+def channels(network: Network, step: Prune) -> dict[str, int]:
+    """How many channels of the feed-forwards the step leaves, by the config's keys; none when it is not about them."""
     if step.method != "channels":
-        return 0
-    return structure.kept_channels(network.folder.config, _channels_key(network), step.ratio)
-
-
-def _channels_key(network: Network) -> str:
-    first = network.blocks[0]
-    return structure.feed_forward(first, network.linears(first)).key
+        return {}
+    parts = ((name, structure.feed_forward(name, network.linears(name))) for name in network.blocks)
+    return dict(structure.kept_channels(network.folder.config, name, part, step.ratio) for name, part in parts)
 
 
 def _prune_block(network: Network, visit: Visit, step: Prune) -> dict[str, Thin]:
@@ -145,7 +142,7 @@ def _prune_block(network: Network, visit: Visit, step: Prune) -> dict[str, Thin]
         return _lower_ranks(network, visit.block, known, step)
     if step.method == "channels":
         part = structure.feed_forward(visit.block, linears)
-        kept = structure.kept_channels(config, part.key, step.ratio)
+        _, kept = structure.kept_channels(config, visit.block, part, step.ratio)
         structure.prune_channels(linears, part, known[part.reader], kept)
         return {}
     if step.method == "heads":
@@ -243,7 +240,9 @@ def _drop_layers(
     for number, visit in enumerate(walk(network, batches), 1):
         progress("look at layers", number, total)
         influence[visit.block] = _influence(visit)
-    dropped = set(sorted(influence, key=lambda name: influence[name])[: _num_dropped(network, step)])
+    own = [_own_names(network, name) for name in network.blocks]
+    movable = [name for name, names in zip(network.blocks, own, strict=True) if names == own[-1]]
+    dropped = set(sorted(movable, key=lambda name: influence[name])[: _num_dropped(network, step)])
     kept = [name for name in network.blocks if name not in dropped]
     return write_layers(network, [network.blocks.index(name) for name in kept], writer), {"layer_influence": influence}
 
@@ -272,7 +271,16 @@ def drop_tokens(network: Network, kept: list[int], writer: FolderWriter) -> dict
 
 
 def write_layers(network: Network, kept: list[int], writer: FolderWriter) -> dict[str, Any]:
-    """Write the network with these layers alone; returns what changes in config.json."""
+    """Write the network with these layers alone; returns what changes in config.json.
+
+    Raises:
+        ConfigError: a layer would come into the place of one that has other parameters.
+    """
+    for number, index in enumerate(kept):
+        if _own_names(network, network.blocks[index]) != _own_names(network, network.blocks[number]):
+            raise ConfigError(
+                f"layer {index} would take the place of layer {number}, which has other parameters; keep layer {number}"
+            )
     writer.write("0000", outside(network))
     for number, name in enumerate(network.blocks[index] for index in kept):
         tensors = {}
@@ -282,6 +290,11 @@ def write_layers(network: Network, kept: list[int], writer: FolderWriter) -> dic
             tensors[f"{stem}{number}.{rest}"] = network.read(parameter, None)
         writer.write(f"{number + 1:04d}", tensors)
     return _fewer_layers(network, kept)
+
+
+def _own_names(network: Network, block: str) -> set[str]:
+    """What a block's parameters are called within it (ModernBERT's first layer has no norm before its attention)."""
+    return {name.removeprefix(block) for name in network.parameters_of(block)}
 
 
 def _influence(visit: Visit) -> float:
@@ -298,7 +311,5 @@ def _fewer_layers(network: Network, kept: list[int]) -> dict[str, Any]:
     """config.json with fewer layers: counts, and lists with an entry per layer."""
     config, total = network.folder.config, len(network.blocks)
     changes: dict[str, Any] = {key: len(kept) for key in _LAYER_COUNTS if config.get(key) == total}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == total and key in ("layer_types", "no_rope_layers"):
-            changes[key] = [value[index] for index in kept]
-    return changes
+    changes = changes or {"num_hidden_layers": len(kept)}  # the class's default, which config.json leaves out
+    return changes | layer_lists(network.model.config, kept)

@@ -242,7 +242,7 @@ def _smooth(
 ) -> bool:
     if plan.step.method not in ("awq", "smoothquant"):
         return False
-    folds = smoothing.find_folds(visit.module, visit.block, linears, siblings(statistics))
+    folds = smoothing.find_folds(visit, linears, siblings(statistics))
     for fold in folds:
         first = next(iter(fold.linears))
         if plan.step.method == "awq":

@@ -33,7 +33,7 @@ from fastserve.compress import (
     window,
 )
 from fastserve.compress.dense import expand
-from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, write_json
+from fastserve.compress.folder_writer import CARD_FILE, FolderWriter, is_made, write_json
 from fastserve.compress.network import Network
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Distill, Prune, Quantize, Recipe, Rotate, Step, Window
@@ -73,7 +73,7 @@ def compress(
         is_last = number == len(recipe.steps)
         target = out if is_last else out.with_name(f"{out.name}.step{number}")
         between += [] if is_last else [target]
-        if not is_last and (target / CARD_FILE).is_file():
+        if not is_last and is_made(target, current, _settings(step, recipe)):
             current = ModelFolder.open(str(target))
             continue
         current = _run_step(current, target, step, recipe, source, say)
@@ -130,23 +130,24 @@ def _check(source: ModelFolder, recipe: Recipe, progress: Progress) -> None:
         calibration.check_text(recipe.calibration.text, "calibration.text")
     if recipe.evaluation.text:
         calibration.check_text(recipe.evaluation.text, "evaluation.text")
+        evaluate.check_task(source)
     if source.config.get("quantization_config"):
         raise ConfigError(f"{source.path} is quantised already; give the folder that it was made from")
     network = Network(source)
-    num_channels = 0  # that a step before leaves
+    channels: dict[str, int] = {}  # that a step before leaves
     _check_vocabulary(recipe)
     for step in recipe.steps:
         if isinstance(step, Quantize):
             plan = quantize.Plan.make(network, step)
             group = next(iter(plan.schemes.values())).weights.group_size
-            if group > 0 and num_channels % group:
+            if wrong := [count for count in channels.values() if group > 0 and count % group]:
                 raise ConfigError(
-                    f"the steps before leave {num_channels} channels, which groups of {group} do not divide; choose "
+                    f"the steps before leave {wrong[0]} channels, which groups of {group} do not divide; choose "
                     "another group_size (0: one scale per row) or another ratio"
                 )
         elif isinstance(step, Prune):
             prune.check(network, step)
-            num_channels = prune.num_channels(network, step) or num_channels
+            channels |= prune.channels(network, step)
         elif isinstance(step, Rotate):
             rotate.check(network)
         elif isinstance(step, Window):
@@ -171,10 +172,15 @@ def _check_vocabulary(recipe: Recipe) -> None:
                 )
 
 
+def _settings(step: Step, recipe: Recipe) -> dict[str, Any]:
+    """What a step's result depends on besides its model."""
+    return {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
+
+
 def _run_step(
     current: ModelFolder, target: Path, step: Step, recipe: Recipe, original: ModelFolder, progress: Progress
 ) -> ModelFolder:
-    plain = {"step": msgspec.to_builtins(step), "calibration": msgspec.to_builtins(recipe.calibration)}
+    plain = _settings(step, recipe)
     writer = FolderWriter(target, current, plain)
     if isinstance(step, Distill):
         return _distill(current, step, recipe, original, writer, plain, progress)
@@ -215,7 +221,7 @@ def _distill(
     student = ModelFolder.open(step.student) if step.student else current
     if step.layers:
         short = writer.target.with_name(f"{writer.target.name}.student")
-        if not short.exists():
+        if not is_made(short, student, plain):
             network, layers = Network(student), FolderWriter(short, student, plain)
             changes = prune.write_layers(network, list(step.layers), layers)
             layers.finish({**student.config, **changes}, {})

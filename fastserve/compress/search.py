@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fastserve.checkpoint.folder import ModelFolder, read_json
 from fastserve.compress import calibration, report
-from fastserve.compress.folder_writer import CARD_FILE, write_json
+from fastserve.compress.folder_writer import CARD_FILE, fingerprint, write_json
 from fastserve.compress.quantize import Progress
 from fastserve.compress.recipe import Calibration, Evaluation, Recipe, make_recipe
 from fastserve.compress.run import REPORT_FILE, compress
@@ -30,6 +32,8 @@ LADDER: Mapping[str, Mapping[str, Any]] = {
     "int3 in 64": {"method": "gptq", "bits": 3, "group_size": 64},
     "codebook3": {"method": "kmeans", "bits": 3},
 }
+
+_MARK = "search"  # of a variant's card: which model, texts and step it was tried with
 
 
 def search(
@@ -68,6 +72,7 @@ def search(
     for item in tried:
         shutil.rmtree(_folder(out, item["name"]), ignore_errors=True)
     card = read_json(out / CARD_FILE)
+    del card[_MARK]
     card["compressed"]["variants"] = tried
     write_json(out / CARD_FILE, card)
     (out / REPORT_FILE).write_text(report.page(card["compressed"]), encoding="utf-8")
@@ -91,11 +96,13 @@ def _try(
     judge: Evaluation,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    if folder.exists() and "loss" not in read_json(folder / CARD_FILE)["compressed"]:
-        shutil.rmtree(folder)  # it was interrupted before it was judged
-    if not folder.exists():
-        made = make_recipe({"steps": [{"do": "quantize", **step}]} | {"calibration": {"text": calibrate.text}})
-        compress(model, folder, Recipe(made.steps, calibrate, judge), progress)
+    made = make_recipe({"steps": [{"do": "quantize", **step}]} | {"calibration": {"text": calibrate.text}})
+    recipe = Recipe(made.steps, calibrate, judge)
+    mark = fingerprint(ModelFolder.open(model), msgspec.to_builtins(recipe))
+    if not folder.exists() or read_json(folder / CARD_FILE).get(_MARK) != mark:
+        shutil.rmtree(folder, ignore_errors=True)  # it was interrupted before it was judged, or is of another search
+        compress(model, folder, recipe, progress)
+        write_json(folder / CARD_FILE, {**read_json(folder / CARD_FILE), _MARK: mark})
     card = read_json(folder / CARD_FILE)["compressed"]
     loss = card["loss"]
     return {"bytes": card["bytes"]["compressed"], "perplexity": loss["perplexity"], "increase": loss["increase"]}

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from fastserve.compress.activations import InputStatistics
 from fastserve.compress.grid import WeightScheme, fit, nearest
+from fastserve.compress.walk import Visit
 
 _AWQ_EXPONENTS = [step / 10 for step in range(11)]
-# Module -> linear that reads nothing but its output, by their names within a block; of the linear's siblings all do.
+_ROUNDING = 1e-4  # by which outputs may differ, as a share; a fold that is wrong changes them altogether
+# Module -> linear that may read nothing but its output, by their names within a block; of the linear's siblings all do.
 _FOLDS = (
     ("input_layernorm", "self_attn.q_proj"),
     ("input_layernorm", "self_attn.qkv_proj"),
@@ -56,29 +58,60 @@ class Fold:
     head_size: int = 1
 
 
-def find_folds(block: nn.Module, name: str, linears: Mapping[str, nn.Linear], groups: list[list[str]]) -> list[Fold]:
-    """What may be scaled in a block; `groups` are the linears by what they read."""
-    modules = dict(block.named_modules())
+def find_folds(visit: Visit, linears: Mapping[str, nn.Linear], groups: list[list[str]]) -> list[Fold]:
+    """What may be scaled in a block without a change of what it computes; `groups` are the linears by what they read.
+
+    A name does not tell whether a norm comes before or after a branch, or what lies between two linears. So every fold
+    is tried, and taken if the block puts out the same.
+    """
+    modules = dict(visit.module.named_modules())
     folds, taken = [], set()
     for source, reader in _FOLDS:
-        full = f"{name}.{reader}"
+        full = f"{visit.block}.{reader}"
         group = next((item for item in groups if full in item), None)
-        if source not in modules or group is None or full in taken or not all(item in linears for item in group):
+        has_weight = getattr(modules.get(source), "weight", None) is not None
+        if not has_weight or group is None or full in taken or not all(item in linears for item in group):
             continue
-        taken.add(full)
         before, width = modules[source], linears[full].in_features
-        if not isinstance(before, nn.Linear):
-            folds.append(Fold(before, {item: linears[item] for item in group}))
-            continue
-        head_size = getattr(modules.get(source.rpartition(".")[0]), "head_dim", 0)
-        repeats, rest = divmod(width, before.out_features)
-        if rest == 0 and (repeats == 1 or head_size):
-            folds.append(Fold(before, {item: linears[item] for item in group}, repeats, head_size or width))
+        readers, repeats, head_size = {item: linears[item] for item in group}, 1, width
+        if isinstance(before, nn.Linear):
+            head_size = getattr(modules.get(source.rpartition(".")[0]), "head_dim", 0)
+            repeats, rest = divmod(width, before.out_features)
+            if rest or (repeats > 1 and not head_size):
+                continue
+        fold = Fold(before, readers, repeats, head_size or width)
+        if _changes_nothing(fold, visit):
+            taken.add(full)
+            folds.append(fold)
     return folds
 
 
+def _changes_nothing(fold: Fold, visit: Visit) -> bool:
+    """Whether the block makes the same of the first batch when each feature is scaled by another factor."""
+    modules = (fold.source, *fold.linears.values())
+    kept = [(item, item.data.clone()) for module in modules for item in module.parameters(recurse=False)]
+    before = _output(visit)
+    num_features = next(iter(fold.linears.values())).in_features
+    _scale(fold, torch.exp2(torch.linspace(-1, 1, num_features)), torch.float32)
+    after = _output(visit)
+    for item, values in kept:
+        item.data = values
+    return float((after - before).abs().mean()) < _ROUNDING * float(before.abs().mean())
+
+
+def _output(visit: Visit) -> Tensor:
+    [output] = Visit(visit.block, visit.module, visit.inputs[:1]).outputs()
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 def apply(fold: Fold, scales: Tensor, statistics: Mapping[str, InputStatistics], dtype: torch.dtype) -> None:
-    """Multiply the readers' columns with scales [K] and divide the source and the inputs' statistics by them.
+    """Multiply the readers' columns with scales [K] and divide the source and the inputs' statistics by them."""
+    statistics[next(iter(fold.linears))].rescale(_scale(fold, scales, dtype))
+
+
+def _scale(fold: Fold, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale the weights; the result is the scales that the columns got.
 
     A norm's weight is stored as `dtype`; the scales are made to fit what it becomes, so that nothing is lost by it.
     """
@@ -102,7 +135,7 @@ def apply(fold: Fold, scales: Tensor, statistics: Mapping[str, InputStatistics],
         bias.data.div_(rows)
     for linear in fold.linears.values():
         linear.weight.data.mul_(scales)
-    statistics[next(iter(fold.linears))].rescale(scales)
+    return scales
 
 
 def awq_scales(fold: Fold, statistics: InputStatistics, scheme: WeightScheme) -> Tensor:

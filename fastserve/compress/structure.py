@@ -17,7 +17,9 @@ from fastserve.compress.activations import InputStatistics
 from fastserve.core.errors import ConfigError
 
 _RIDGE = 1e-3
-# Names within a block: what makes the channels, what reads them, and the config's key for their number.
+_HEADS = "heads can be left out or merged in attention like Llama's alone. Prune channels or layers instead"
+# Names within a block: what makes the channels, what reads them, and the config's key for their number (after
+# "encoder_" or "decoder_" where each side has its own).
 _FEED_FORWARDS = (
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),
     (("intermediate.dense",), "output.dense", "intermediate_size"),
@@ -58,11 +60,17 @@ def prune_channels(linears: Mapping[str, nn.Linear], part: FeedForward, known: I
         keep_rows(linears[name], kept)
 
 
-def kept_channels(config: Mapping[str, Any], key: str, ratio: float) -> int:
-    """How many channels stay: a multiple of what kernels and groups like, where there were as many."""
+def kept_channels(config: Mapping[str, Any], block: str, part: FeedForward, ratio: float) -> tuple[str, int]:
+    """The config's key for the block's channels, and how many stay: a multiple of what kernels and groups like, where
+    there were as many.
+    """
+    side = "encoder" if ".encoder." in block else "decoder"
+    key = next((key for key in (part.key, f"{side}_{part.key}") if isinstance(config.get(key), int)), None)
+    if key is None:
+        raise ConfigError(f"config.json lacks {part.key}, the number of channels, which is to become less; add it")
     before = int(config[key])
     multiple = next(size for size in (128, 32, 8, 1) if (before % size == 0 and before >= 16 * size) or size == 1)
-    return max(multiple, round((1 - ratio) * before / multiple) * multiple)
+    return key, max(multiple, round((1 - ratio) * before / multiple) * multiple)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +128,13 @@ def _is_possible(config: Mapping[str, Any]) -> bool:
 
 def check_attention(block: nn.Module, name: str, purpose: str = "") -> None:
     """ConfigError unless a block's attention is made as Llama's: matrices of their own, heads in groups."""
-    attention = getattr(block, "self_attn", None)
+    attention: Any = getattr(block, "self_attn", None)
     parts = [f"{role}_proj" for role in "qkvo"] + ["num_key_value_groups", "head_dim"]
     if missing := [part for part in parts if not hasattr(attention, part)]:
-        heads = "heads can be left out or merged in attention like Llama's alone. Prune channels or layers instead"
-        raise ConfigError(f"{name} has no self_attn.{missing[0]}; {purpose or heads}")
+        raise ConfigError(f"{name} has no self_attn.{missing[0]}; {purpose or _HEADS}")
+    norms = [getattr(getattr(attention, role, None), "weight", None) for role in ("q_norm", "k_norm")]
+    if not purpose and any(weight is not None and weight.numel() != attention.head_dim for weight in norms):
+        raise ConfigError(f"{name} norms the queries or keys of all heads together; {_HEADS}")
 
 
 def prune_heads(

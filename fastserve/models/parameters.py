@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.quantization import KV_CACHE_SCALES, Quantization, QuantizedFormat
-from fastserve.checkpoint.quantized import QuantizedWeight, read_quantized
+from fastserve.checkpoint.quantized import QuantizedWeight, is_empty_bias, read_quantized
 from fastserve.checkpoint.weights import WeightReader
 from fastserve.core.errors import CheckpointError
 from fastserve.kernels.interface import PackedLinear, Weight
@@ -56,7 +56,6 @@ class ParameterLoader:
         quantization: which modules are quantised, and how; None: none.
         to_int8: quantise matrices of layers that are not (`quantize_rows`), as they are loaded.
         linears: module -> the part of a linear that it became, but for embeddings, heads and experts.
-        num_parameters, num_bytes: of what was loaded so far.
     """
 
     reader: WeightReader
@@ -72,14 +71,6 @@ class ParameterLoader:
     _loaded: Counter[str] = field(default_factory=Counter, init=False)
     _used: set[str] = field(default_factory=set, init=False)
     _missing: list[str] = field(default_factory=list, init=False)
-
-    @property
-    def num_parameters(self) -> int:
-        return self._loaded["parameters"]
-
-    @property
-    def num_bytes(self) -> int:
-        return self._loaded["bytes"]
 
     def of_expert(self, expert: int) -> ParameterLoader:
         """This loader for one of a layer's experts: the names' {expert} is its number."""
@@ -171,8 +162,8 @@ class ParameterLoader:
 
     def shape(self, config: Any, num_kv_heads: int) -> ModelShape:
         """Of a network of our own, by its config, once all of it is loaded."""
-        known = {**same_fields(config, ModelShape), "num_kv_heads": num_kv_heads}
-        return ModelShape(**known, dtype=self.dtype, num_parameters=self.num_parameters, weight_bytes=self.num_bytes)
+        known = {**same_fields(config, ModelShape), **self._loaded, "num_kv_heads": num_kv_heads}
+        return ModelShape(**known, dtype=self.dtype)
 
     def finish(self, ignored: tuple[str, ...]) -> None:
         """Check that every tensor was found and none is left over, but for names that match an `ignored` pattern.
@@ -184,6 +175,7 @@ class ParameterLoader:
             raise CheckpointError(f"the model folder lacks {_listed(self._missing)}; is it complete?")
         known = re.compile("|".join((*ignored, KV_CACHE_SCALES)))
         left = [name for name in self.reader.names() if name not in self._used and not known.fullmatch(name)]
+        left = [name for name in left if not is_empty_bias(self.reader, name)]
         if left:
             raise CheckpointError(
                 f"the model folder has {_listed(left)} that its config does not account for; check config.json, or let "
@@ -208,15 +200,18 @@ class ParameterLoader:
         return merged
 
     def _weight(self, role: str, shape: tuple[int, int], layer: int) -> Weight:
-        """A quantised matrix, or one as a view of the file."""
+        """A quantised matrix, or one in the compute precision, as a view of the file where it lies there so."""
         module = self._module(role, layer)
         layout = self._format(role, layer, "Embedding" if role == "embedding" else "Linear")
+        weight: Weight
         if layout is None:
-            return self.reader.view(f"{module}.weight", shape) if self._find(f"{module}.weight") else torch.empty(shape)
-        if role in self.transposed:
+            name = f"{module}.weight"
+            weight = self.reader.view(name, shape) if self._find(name) else torch.empty(shape)
+        elif role in self.transposed:
             raise CheckpointError(f"{module} is quantised and transposed; no scheme of this kind is supported")
-        self._used.update(name for name in self.reader.names_of(module) if not name.endswith(".bias"))
-        weight = read_quantized(self.reader, module, shape, layout)
+        else:
+            self._used.update(name for name in self.reader.names_of(module) if not name.endswith(".bias"))
+            weight = read_quantized(self.reader, module, shape, layout)
         return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
     def _format(self, role: str, layer: int, class_name: str) -> QuantizedFormat | None:
@@ -243,7 +238,7 @@ class ParameterLoader:
             self.reader.release(name)
 
     def _count(self, num_parameters: int, num_bytes: int) -> None:
-        self._loaded.update(parameters=num_parameters, bytes=num_bytes)
+        self._loaded.update(num_parameters=num_parameters, weight_bytes=num_bytes)
 
 
 def _check_alike(modules: list[str], weights: list[Weight]) -> None:

@@ -50,6 +50,8 @@ class RopeTable:
     """cos and sin for every position, made in float32; long tables grow when a position needs it."""
 
     def __init__(self, rope: Rope, max_positions: int, device: torch.device) -> None:
+        if rope.size % 2:
+            raise CheckpointError(f"config.json: {rope.size} numbers of a head cannot be rotated in pairs")
         self._frequencies, self._factor = rope.frequencies()
         self._max_positions = max_positions
         self._device = device
@@ -79,8 +81,7 @@ def read_rope(config: Mapping[str, Any], head_size: int, layer_type: str = "", t
         parameters = dict(parameters[layer_type])
     if not parameters:
         parameters = dict(config.get("rope_scaling") or {})
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
+    kind = parameters.pop("rope_type", None) or parameters.get("type") or "default"
     if kind not in KINDS:
         raise CheckpointError(f"rope kind {kind!r} is not known to the native modules (known: {', '.join(KINDS)})")
     base = float(parameters.pop("rope_theta", None) or config.get("rope_theta") or theta)
@@ -93,8 +94,10 @@ def read_rope(config: Mapping[str, Any], head_size: int, layer_type: str = "", t
         if not isinstance(parameters.get(name), (int, float)):
             raise CheckpointError(f"config.json: rope of kind {kind} lacks the number {name}")
     size = int(head_size * share)
+    if not 0 < size <= head_size:
+        raise CheckpointError(f"config.json: partial_rotary_factor={share} does not fit heads of {head_size} numbers")
     known: dict[str, Any] = {
-        name: value for name, value in parameters.items() if isinstance(value, (int, float, str, bool))
+        name: value for name, value in parameters.items() if isinstance(value, (int, float, str)) and name != "type"
     }
     if kind == "longrope":
         factors = parameters.get("short_factor")

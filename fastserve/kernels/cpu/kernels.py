@@ -37,6 +37,7 @@ _CACHE_DTYPES = {**_DTYPES, torch.int8: 2}
 _SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _BYTES, _NIBBLES, _CODEBOOK = 2, 3, 4
+_LARGEST_HEAD = 512  # kVarlenRowBytes in csrc/ops.h
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +70,8 @@ class CPUKernels(Kernels):
             reasons.append(f"the device is {spec.device}")
         if spec.dtype not in _DTYPES:
             reasons.append(f"the type is {spec.dtype}; float32 and bfloat16 are there")
+        if spec.head_size > _LARGEST_HEAD:
+            reasons.append(f"heads have {spec.head_size} numbers; {_LARGEST_HEAD} at most are there")
         return reasons
 
     def pack_linear(
@@ -246,7 +249,6 @@ class CPUKernels(Kernels):
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
         logits = _dense(logits)
         out = torch.empty(logits.shape[0], dtype=torch.int64)
         if logits.shape[0]:

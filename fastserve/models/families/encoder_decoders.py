@@ -132,7 +132,7 @@ def _read_bart(config: Mapping[str, Any], **differences: Any) -> EncoderDecoderC
 
     def stack(side: str, vocab_size: int) -> EncoderConfig:
         num_layers, num_heads = (int(number(config, f"{side}_{key}")) for key in ("layers", "attention_heads"))
-        if size % num_heads:
+        if num_heads < 1 or size % num_heads:
             raise CheckpointError(f"d_model {size} is no multiple of {num_heads} attention heads")
         fields = dict(
             vocab_size=vocab_size,

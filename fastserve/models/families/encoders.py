@@ -149,7 +149,7 @@ def _fields(config: Mapping[str, Any], **differences: Any) -> EncoderConfig:
     num_layers = int(number(config, "num_hidden_layers", "n_layers"))
     num_heads = int(number(config, "num_attention_heads", "n_heads"))
     hidden_size = int(number(config, "hidden_size", "dim"))
-    if hidden_size % num_heads:
+    if num_heads < 1 or hidden_size % num_heads:
         raise CheckpointError(f"hidden_size {hidden_size} is no multiple of {num_heads} attention heads")
     positions = int(number(config, "max_position_embeddings"))
     fields = dict(
@@ -213,7 +213,7 @@ def _read_modernbert(config: Mapping[str, Any]) -> EncoderConfig:
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % every else "full_attention" for layer in range(num_layers)
     ]
-    head_size = int(number(config, "hidden_size")) // int(number(config, "num_attention_heads"))
+    head_size = int(number(config, "hidden_size")) // max(1, int(number(config, "num_attention_heads")))
     thetas = {
         "full_attention": float(number(config, "global_rope_theta", default=160_000.0)),
         "sliding_attention": float(config.get("local_rope_theta") or 10_000.0),

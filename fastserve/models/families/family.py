@@ -86,9 +86,8 @@ def windows(config: Mapping[str, Any], num_layers: int, first_layer: int = 0) ->
 def llama_like(config: Mapping[str, Any], **differences: Any) -> DecoderConfig:
     """The config of Llama and its relatives; `differences` are fields of DecoderConfig."""
     num_layers = int(number(config, "num_hidden_layers"))
-    num_heads = int(number(config, "num_attention_heads"))
-    hidden_size = int(number(config, "hidden_size"))
-    head_size = int(number(config, "head_dim", default=hidden_size // num_heads))
+    num_heads, hidden_size = int(number(config, "num_attention_heads")), int(number(config, "hidden_size"))
+    head_size = int(number(config, "head_dim", default=hidden_size // max(1, num_heads)))
     rope = read_rope(config, head_size)
     fields = dict(
         vocab_size=int(number(config, "vocab_size")),
@@ -105,7 +104,10 @@ def llama_like(config: Mapping[str, Any], **differences: Any) -> DecoderConfig:
         norm_epsilon=float(number(config, "rms_norm_eps", default=1e-6)),
         activation=activation(config, "hidden_act", default="silu"),
     )
-    return DecoderConfig(**{**fields, **differences})
+    made = DecoderConfig(**{**fields, **differences})
+    if min(num_heads, made.num_kv_heads) < 1 or num_heads % made.num_kv_heads:
+        raise CheckpointError(f"config.json: {num_heads} heads cannot share {made.num_kv_heads} heads of keys evenly")
+    return made
 
 
 def max_positions(config: Mapping[str, Any], rope: Rope) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.core.errors import CheckpointError
 from fastserve.models.decoder import DecoderConfig
 from fastserve.models.families.family import Family, llama_like, number, refuse_unless, windows
 from fastserve.models.families.llama import OUTPUT_NORM_NAMES
@@ -36,14 +35,11 @@ def _read_gemma2(config: Mapping[str, Any], **differences: Any) -> DecoderConfig
 
 
 def _read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
-    num_layers = int(number(config, "num_hidden_layers"))
     if not isinstance(config.get("layer_types"), list):
         pattern = int(number(config, "sliding_window_pattern", "_sliding_window_pattern", default=6))
-        config = {**config, "layer_types": _alternating(num_layers, pattern)}
+        config = {**config, "layer_types": _alternating(int(number(config, "num_hidden_layers")), pattern)}
     by_kind = {kind: _rope(config, kind) for kind in ("full_attention", "sliding_attention")}
-    ropes = tuple(by_kind[kind] for kind in config["layer_types"] if kind in by_kind)
-    if len(ropes) != num_layers:
-        raise CheckpointError("config.json: layer_types does not fit num_hidden_layers")
+    ropes = tuple(by_kind.get(kind) for kind in config["layer_types"])  # strange kinds are refused with their windows
     return _read_gemma2(config, qk_norm="head", ropes=ropes)
 
 

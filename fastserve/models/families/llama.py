@@ -117,8 +117,8 @@ def _read_mixtral(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_smollm3(config: Mapping[str, Any]) -> DecoderConfig:
-    """Every fourth layer has no positions, as `no_rope_layers` says (0 there)."""
-    read = _read_llama(config)
+    """Every fourth layer has no positions, as `no_rope_layers` says (0 there). Embeddings are tied by default."""
+    read = _read_llama({"tie_word_embeddings": True, **config})
     interval = int(number(config, "no_rope_layer_interval", default=4))
     usual = [int((layer + 1) % interval != 0) for layer in range(read.num_layers)]
     flags = config.get("no_rope_layers") or usual
@@ -147,7 +147,7 @@ def _read_granite(config: Mapping[str, Any]) -> DecoderConfig:
 def _read_starcoder2(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(config.get("use_bias", True))
     return llama_like(
-        config,
+        {"tie_word_embeddings": True, **config},
         norm="layer",
         mlp="plain",
         qkv_bias=bias,

@@ -122,7 +122,15 @@ def test_no_safetensors(plain: Path, file: str, message: str) -> None:
     ],
 )
 def test_index(plain: Path, weight_map: dict[str, str], message: str) -> None:
-    (plain / "model-1.safetensors").write_bytes(b"")
+    (plain / "model.safetensors").rename(plain / "model-1.safetensors")
     (plain / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=message):
         ModelFolder.open(str(plain))
+
+
+def test_a_single_file_beside_an_index_of_before(plain: Path) -> None:
+    weight_map = {"a": "model-1.safetensors"}
+    (plain / "model-1.safetensors").write_bytes(b"")
+    (plain / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    folder = ModelFolder.open(str(plain))
+    assert folder.shards == [plain / "model.safetensors"] and folder.weight_map == {}

@@ -199,6 +199,7 @@ def test_it_is_converted_once_and_leaves_nothing_when_it_fails(tmp_path: Path, o
     assert (first / "config.json").stat().st_mtime_ns == stamp
     for name, word, options in (
         ("odd", "known: llama", {"architecture": "rwkv"}),
+        ("first-gemma", "'gemma' are not read", {"architecture": "gemma"}),
         ("lacking", "block_count", {"architecture": "llama", "leave_out": ("block_count",)}),
         ("empty", "token_embd", {"architecture": "llama", "leave_out": ("token_embd.weight",)}),
     ):

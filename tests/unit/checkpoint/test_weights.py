@@ -105,6 +105,7 @@ def entry(start: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[st
         ({"a": entry(0, 8, [True, 2])}, b"x" * 8, "no whole numbers"),
         ({"a": entry(0, 8, [2**70, 0])}, b"x" * 8, "does not fill"),
         ({"a": entry(0, 1, [2], "F4")}, b"x", "type 'F4'"),
+        ({"a": entry(0, 4, [1], ["F32"])}, b"xxxx", "is damaged: tensor a has a type that is no text"),  # type: ignore[arg-type]
         ({"a": {"dtype": "F32"}}, b"", "tensor a lacks"),
         ({"a": 3}, b"", "tensor a lacks"),
         ([1], b"", "no JSON object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,12 @@ def bert(folder: Path) -> Path:
         intermediate_size=128,
         max_position_embeddings=128,
     )
-    return save(BertForMaskedLM, config, folder)
+    save(BertForMaskedLM, config, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "mask_token": folders.SPECIAL_TOKENS[folders.IM_START]})
+    )
+    return folder
 
 
 def t5(folder: Path) -> Path:

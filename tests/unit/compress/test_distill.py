@@ -21,6 +21,7 @@ from fastserve.compress.run import compress
 from fastserve.compress.teacher import Wanted
 from fastserve.core.errors import ConfigError
 from tests import folders
+from tests.encoder_decoder_folders import encoder_decoder
 from tests.server_process import started
 from tests.unit.compress.test_quantize import served_logits
 
@@ -69,6 +70,22 @@ def test_a_student_of_another_shape(teacher: Path, text: Path, tmp_path: Path) -
     assert student.config["hidden_size"] == 32
     assert student.weights.shape("model.embed_tokens.weight") == (folders.VOCAB_SIZE, 32)
     served_logits(student.path)
+
+
+def test_a_student_with_fewer_kinds_of_layers(text: Path, tmp_path: Path) -> None:
+    source = folders.FAMILIES["gemma3"](tmp_path / "source")  # which lists three
+    step = {**STEP, "steps": 1, "shape": {"num_hidden_layers": 2}}
+    student = compress(str(source), tmp_path / "out", recipe(text, step))
+    assert student.config["layer_types"] == ["sliding_attention", "full_attention"]
+    served_logits(student.path)
+
+
+def test_a_bias_of_the_logits_stays(text: Path, tmp_path: Path) -> None:
+    source = ModelFolder.open(str(encoder_decoder(tmp_path / "source", "marian")))
+    student = compress(str(source.path), tmp_path / "out", recipe(text, {**STEP, "steps": 1}))
+    name, shape = "final_logits_bias", (1, folders.VOCAB_SIZE)
+    assert torch.equal(student.weights.view(name, shape), source.weights.view(name, shape))
+    assert sorted(student.weights.names()) == sorted(source.weights.names())
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fastserve.checkpoint.folder import ModelFolder
@@ -82,11 +84,22 @@ def test_what_gptq_chose_is_what_the_file_has(models: dict[str, Path], text: Pat
     assert "Q4_0" in {item.tensor_type.name for item in GGUFReader(file).tensors}
 
 
-@pytest.mark.parametrize("step", [{"bits": 8}, {"method": "kmeans"}], ids=["int8", "codebook"])
-def test_quantised_folders_are_written_as_what_they_stand_for(
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"do": "quantize", "bits": 8},
+        {"do": "quantize", "method": "kmeans"},
+        {"do": "prune", "method": "rank", "store": "factors"},
+    ],
+    ids=["int8", "codebook", "factors"],
+)
+def test_compressed_folders_are_written_as_what_they_stand_for(
     models: dict[str, Path], text: Path, tmp_path: Path, step: dict[str, Any]
 ) -> None:
-    folder = compress(str(models["llama"]), tmp_path / "out", make_recipe({"steps": [{"do": "quantize", **step}]}))
+    calibration = {"text": str(text), "samples": 4, "length": 32}
+    folder = compress(
+        str(models["llama"]), tmp_path / "out", make_recipe({"steps": [step], "calibration": calibration})
+    )
     file = export(folder, tmp_path / "model.gguf", "f32")
     assert torch.allclose(
         logits(load_dense(ModelFolder.open(str(file))), folder), logits(load_dense(folder), folder), atol=1e-4
@@ -110,6 +123,15 @@ def test_what_is_not_written(models: dict[str, Path], tmp_path: Path, kind: str,
     with pytest.raises(ConfigError, match=message):
         export(ModelFolder.open(str(models[model])), tmp_path / "model.gguf", kind)
     assert not list(tmp_path.iterdir()) and "q4_k" not in TYPES
+
+
+def test_a_tensor_without_a_form_in_gguf_is_not_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "odd")
+    file = tmp_path / "odd" / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.self_attn.sinks": torch.zeros(4)}, file)
+    with pytest.raises(ConfigError, match=r"a tensor model\.layers\.0\.self_attn\.sinks, for which GGUF"):
+        export(ModelFolder.open(str(tmp_path / "odd")), tmp_path / "model.gguf", "f16")
+    assert [item.name for item in tmp_path.iterdir()] == ["odd"]
 
 
 def test_a_file_is_not_written_over(models: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import make_recipe
 from fastserve.compress.run import compress
 from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.models.encoder import RaggedBatch
+from fastserve.models.encoder_loader import load_encoder
+from fastserve.models.loader import load_model
 from tests import folders
+from tests.encoder_decoder_folders import encoder_decoder
+from tests.encoder_folders import encoder
+from tests.paged_driver import decode_from_source
 from tests.unit.compress.test_grid import WEIGHT, inputs
-from tests.unit.compress.test_quantize import logits, served_logits
+from tests.unit.compress.test_quantize import IDS, logits, served_logits
 
 
 def recipe(text: Path | None, *steps: dict[str, Any]) -> Any:
@@ -189,6 +196,8 @@ def test_merged_keys_and_values(text: Path, tmp_path: Path) -> None:
     assert torch.allclose(served_logits(source)[-1], served_logits(folder.path)[-1], atol=1e-3)
     with pytest.raises(ConfigError, match=r"model\.decoder\.layers\.0 has no self_attn\.o_proj"):
         compress(str(folders.FAMILIES["opt"](tmp_path / "opt")), tmp_path / "none", recipe(None, step))
+    with pytest.raises(ConfigError, match="norms the queries or keys of all heads together"):
+        compress(str(folders.FAMILIES["olmo2"](tmp_path / "olmo2")), tmp_path / "none", recipe(None, step))
 
 
 def test_the_layer_that_does_nothing_goes(text: Path, tmp_path: Path) -> None:
@@ -205,6 +214,47 @@ def test_the_layer_that_does_nothing_goes(text: Path, tmp_path: Path) -> None:
     before = ModelFolder.open(str(source))
     assert torch.allclose(logits(load_dense(before), before), logits(load_dense(folder), folder), atol=1e-3)
     assert torch.allclose(served_logits(source)[-1], served_logits(folder.path)[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_kinds_of_layers_that_config_json_leaves_out(text: Path, tmp_path: Path, family: str) -> None:
+    """transformers 4 wrote none; which layers have a window was told by their numbers."""
+    source = folders.FAMILIES[family](tmp_path / "source", num_hidden_layers=4, layer_types=None)
+    config = json.loads((source / "config.json").read_text())
+    del config["layer_types"]
+    (source / "config.json").write_text(json.dumps({**config, "sliding_window_pattern": 2}))
+    whole = load_dense(ModelFolder.open(str(source)))
+    kinds = whole.config.layer_types
+    assert kinds == ["sliding_attention", "full_attention"] * 2
+    folder = compress(str(source), tmp_path / "out", recipe(text, {"do": "prune", "method": "layers", "ratio": 0.25}))
+    old, new = (
+        [
+            item.weights.view(name, (64, 64)).clone()
+            for name in sorted(item.weights.names())
+            if "self_attn.q_proj" in name
+        ]
+        for item in (ModelFolder.open(str(source)), folder)
+    )
+    kept = [next(index for index, values in enumerate(old) if torch.equal(values, mine)) for mine in new]
+    assert folder.config["layer_types"] == [kinds[index] for index in kept]
+    assert torch.allclose(served_logits(folder.path)[-1], logits(load_dense(folder), folder)[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["DistilBert", "ModernBert"])
+def test_encoders_with_fewer_layers(text: Path, tmp_path: Path, family: str) -> None:
+    """The count goes by another name, and the first layer has no norm, so that no other can take its place."""
+    options = {"n_layers": 4} if family == "DistilBert" else {}
+    source = encoder(tmp_path / "source", family, "ForMaskedLM", **options)
+    folder = compress(str(source), tmp_path / "out", recipe(text, {"do": "prune", "method": "layers", "ratio": 0.5}))
+    assert folder.config.get("n_layers", folder.config.get("num_hidden_layers")) == 2
+    loaded = load_encoder(folder, dtype="float32", kernels="reference").model
+    batch = RaggedBatch.of([IDS], [[0] * len(IDS)], loaded.device)
+    found = loaded.scores(loaded.forward(batch), batch)
+    assert torch.allclose(found, logits(load_dense(folder), folder), atol=1e-3)
+    if family == "ModernBert":
+        with pytest.raises(ConfigError, match="layer 2 would take the place of layer 0"):
+            step = {"do": "distill", "layers": [2, 3], "steps": 1}
+            compress(str(source), tmp_path / "none", recipe(text, step))
 
 
 def test_steps_in_a_row_go_on_where_they_stopped(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -226,6 +276,32 @@ def test_steps_in_a_row_go_on_where_they_stopped(models: dict[str, Path], text: 
     assert all(mine.read_bytes() == other.read_bytes() for mine, other in zip(again.shards, whole.shards, strict=True))
     assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "whole"]
     served_logits(again.path)
+
+
+def test_what_another_run_left_is_no_result_of_this_one(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    steps = [{"do": "prune", "method": "magnitude", "ratio": 0.3}, {"do": "quantize", "bits": 8}]
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantize", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps), interrupt)
+    other = folders.llama(tmp_path / "other", hidden_size=64, intermediate_size=128, seed=1)
+    for source, wanted in ((other, steps), (models["llama"], [{**steps[0], "ratio": 0.4}, steps[1]])):
+        with pytest.raises(ConfigError, match=r"out\.step1 exists"):
+            compress(str(source), tmp_path / "out", recipe(text, *wanted))
+    compress(str(models["llama"]), tmp_path / "out", recipe(text, *steps))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["other", "out"]
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart", "m2m100"])
+def test_channels_of_either_side(text: Path, tmp_path: Path, family: str) -> None:
+    source = encoder_decoder(tmp_path / "source", family, decoder_ffn_dim=64)
+    folder = compress(str(source), tmp_path / "out", recipe(text, {"do": "prune", "method": "channels", "ratio": 0.25}))
+    assert (folder.config["encoder_ffn_dim"], folder.config["decoder_ffn_dim"]) == (72, 48)
+    served = decode_from_source(load_model(folder, dtype="float32", kernels="reference"), IDS, IDS)
+    assert torch.allclose(served, logits(load_dense(folder), folder), atol=1e-3)
 
 
 def test_groups_that_no_longer_divide_are_refused_before_work(

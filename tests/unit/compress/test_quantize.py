@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastserve.checkpoint.folder import ModelFolder
+from fastserve.compress import smoothing
+from fastserve.compress.activations import observe, siblings
 from fastserve.compress.calibration import inputs_of
 from fastserve.compress.mixed import Sensitivity, distribute
 from fastserve.compress.network import Network, load_dense
@@ -22,7 +24,8 @@ from fastserve.compress.walk import walk
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
 from fastserve.models.loader import load_model
 from tests import folders
-from tests.paged_driver import PagedDriver
+from tests.encoder_decoder_folders import encoder_decoder
+from tests.paged_driver import PagedDriver, decode_from_source
 
 IDS = [5, 17, 99, 3, 250, 8, 8, 41]
 STEPS: dict[str, dict[str, Any]] = {
@@ -41,6 +44,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "kmeans3": {"method": "kmeans", "bits": 3},
     "float8": {"kind": "float", "bits": 8},
     "w8a8": {"bits": 8, "activations": "dynamic"},
+    "w8a8-tensor-asymmetric": {"bits": 8, "group_size": -1, "symmetric": False, "activations": "dynamic"},
     "smoothquant": {"method": "smoothquant", "bits": 8, "activations": "static", "observer": "percentile"},
 }
 
@@ -98,6 +102,42 @@ def test_smoothing_changes_nothing_but_rounding(models: dict[str, Path], text: P
         ]
         old, new = (item.weights.view(norms[0], item.weights.shape(norms[0])).clone() for item in (source, folder))
         assert not torch.allclose(old, new)
+
+
+FOLDS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("llama", {}, ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj")),
+    ("gemma2", {}, ("input_layernorm", "pre_feedforward_layernorm", "self_attn.v_proj", "mlp.up_proj")),
+    ("olmo2", {}, ("self_attn.v_proj", "mlp.up_proj")),  # norms after the branches
+    ("nemotron", {}, ("self_attn.v_proj",)),  # norms stored less one, an activation between up and down
+    ("opt", {}, ("self_attn_layer_norm", "final_layer_norm", "self_attn.v_proj")),
+    ("opt", {"do_layer_norm_before": False}, ("self_attn.v_proj",)),
+    ("bart", {}, ("self_attn.v_proj",)),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "sources"), FOLDS)
+def test_folds_leave_a_block_s_function_alone(
+    tmp_path: Path, family: str, options: dict[str, Any], sources: tuple[str, ...]
+) -> None:
+    if family == "bart":
+        folder = ModelFolder.open(str(encoder_decoder(tmp_path / "model", "bart")))
+    elif family == "nemotron":
+        folder = ModelFolder.open(str(folders.other(tmp_path / "model", "NemotronConfig")))
+    else:
+        folder = ModelFolder.open(str(folders.FAMILIES[family](tmp_path / "model", **options)))
+    network = Network(folder)
+    for visit in walk(network, [inputs_of(folder, torch.tensor([IDS]))]):
+        linears = network.linears(visit.block)
+        statistics = observe(visit, linears)
+        [before] = visit.outputs()
+        folds = smoothing.find_folds(visit, linears, siblings(statistics))
+        names = {id(module): name for name, module in visit.module.named_modules()}
+        assert {names[id(fold.source)] for fold in folds} == set(sources)
+        for fold in folds:
+            reader = next(iter(fold.linears.values()))
+            smoothing.apply(fold, torch.rand(reader.in_features) + 0.5, statistics, torch.float32)
+        [after] = visit.outputs()
+        assert (first(after) - first(before)).abs().max() < 1e-4 * first(before).abs().max()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
@@ -241,6 +281,24 @@ def test_bad_folders_are_refused_before_work(models: dict[str, Path], text: Path
     short.write_text("the fox")
     with pytest.raises(ConfigError, match="fewer than one window"):
         compress(str(models["llama"]), tmp_path / "new", recipe(short, method="gptq", group_size=32))
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus"])
+def test_positions_that_are_computed_and_a_bias_of_the_logits(tmp_path: Path, family: str) -> None:
+    """Folders of Marian have no positions, and older ones of Pegasus neither; the bias is a buffer."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    source = ModelFolder.open(str(encoder_decoder(tmp_path / "source", family)))
+    tensors = {name: values for name, values in load_file(source.shards[0]).items() if "embed_positions" not in name}
+    assert bool(tensors["final_logits_bias"].any())
+    save_file(tensors, source.shards[0], metadata={"format": "pt"})
+    source = ModelFolder.open(str(source.path))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(source.path).eval()
+    assert torch.allclose(logits(load_dense(source), source), logits(theirs, source), atol=1e-4)
+    folder = compress(str(source.path), tmp_path / "out", recipe(None, bits=8))
+    assert not [name for name in folder.weights.names() if "embed_positions" in name]
+    served = decode_from_source(load_model(folder, dtype="float32", kernels="reference"), IDS, IDS)
+    assert torch.allclose(served, logits(load_dense(folder), folder), atol=1e-3)
 
 
 def test_an_unknown_architecture(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from typer.testing import CliRunner
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.cli.main import app
 from fastserve.compress import search as search_module
-from fastserve.compress.evaluate import compare
+from fastserve.compress.evaluate import compare, task
 from fastserve.compress.network import load_dense
 from fastserve.compress.recipe import Calibration, Distill, Evaluation, Prune, Quantize, Rotate, Window, make_recipe
 from fastserve.compress.report import as_text, front, page
 from fastserve.compress.run import compress
 from fastserve.compress.search import search
 from fastserve.core.errors import ConfigError
+from tests.folders import IM_START, llama
 from tests.unit.compress.test_quantize import logits
 
 runner = CliRunner()
@@ -82,6 +84,28 @@ def test_a_model_does_not_differ_from_itself(models: dict[str, Path], text: Path
     found = compare(folder, folder, Evaluation(str(text), tokens=200, length=40), lambda *_: None)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.same_top == 1 and found.increase == 0
     assert found.tokens == {"llama": 195, "t5": 100}.get(kind, found.tokens)
+
+
+def test_masked_models_see_the_mask_of_their_tokenizer(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    folder = ModelFolder.open(str(models["bert"]))
+    inputs, targets = task(folder, torch.full((2, 50), 7))
+    assert set(inputs["input_ids"][targets >= 0].tolist()) == {IM_START} and not bool((targets == IM_START).any())
+    shutil.copytree(models["bert"], tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer_config.json"
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "mask_token"}
+    file.write_text(json.dumps(settings))
+    evaluated = {"steps": [{"do": "quantize", "bits": 8}], "evaluation": {"text": str(text)}}
+    for values in (evaluated, {"steps": [{"do": "distill", "text": str(text)}]}):
+        with pytest.raises(ConfigError, match="names no mask token"):
+            compress(str(tmp_path / "bare"), tmp_path / "out", make_recipe(values))
+    assert [item.name for item in tmp_path.iterdir()] == ["bare"]
+
+
+def test_a_model_is_not_judged_on_what_it_writes(models: dict[str, Path], tmp_path: Path) -> None:
+    values = {"steps": [{"do": "quantize", "bits": 8}], "evaluation": {"text": "generated"}}
+    with pytest.raises(ConfigError, match=r"evaluation\.text = 'generated' is no file"):
+        compress(str(models["llama"]), tmp_path / "out", make_recipe(values))
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_by_the_model_itself_and_speed(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -167,3 +191,27 @@ def test_a_search(models: dict[str, Path], text: Path, tmp_path: Path, monkeypat
         search(model, tmp_path / "none", *settings, max_bytes=1000)
     with pytest.raises(ConfigError, match="one limit"):
         search(model, tmp_path / "none", *settings)
+
+
+def test_a_search_takes_no_variant_of_another(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "LADDER", {name: search_module.LADDER[name] for name in ("int8", "codebook3")})
+    settings = (Calibration(str(text), 4, 32), Evaluation(str(text), 200, 40))
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "quantize" and list(tmp_path.glob("*.try-codebook3.partial")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(str(models["llama"]), tmp_path / "out", *settings, max_loss=1000.0, progress=interrupt)
+    left = tmp_path / "out.try-int8"
+    stamp = (left / "config.json").stat().st_mtime_ns
+    other = llama(tmp_path / "other", hidden_size=64, intermediate_size=128, seed=1)
+    with pytest.raises(ConfigError, match="begun with another recipe or model"):
+        search(str(other), tmp_path / "out", *settings, max_loss=1000.0)
+    assert (left / "config.json").stat().st_mtime_ns != stamp  # tried anew
+    shutil.rmtree(tmp_path / "out.try-codebook3.partial")
+    found, fresh = (search(str(other), tmp_path / name, *settings, max_loss=1000.0) for name in ("out", "fresh"))
+    cards = [json.loads((folder.path / "fastserve.json").read_text())["compressed"] for folder in (found, fresh)]
+    assert cards[0]["variants"] == cards[1]["variants"]

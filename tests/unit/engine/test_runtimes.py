@@ -21,8 +21,6 @@ from fastserve.engine.array_codec import split_bytes
 from fastserve.engine.messages import EngineStats
 from fastserve.engine.runtimes import GENERATOR, Runtimes
 from fastserve.engine.servable_runtime import ServableRuntime
-
-
 from tests.encoder_decoder_folders import encoder_decoder
 
 

@@ -38,6 +38,14 @@ def importlib_spec() -> object:
     return importlib.machinery.ModuleSpec("fussy_kernels", None)
 
 
+def test_heads_that_the_native_kernels_have_no_room_for() -> None:
+    from fastserve.kernels import cpu
+
+    with pytest.raises(ConfigError, match="heads have 576 numbers; 512 at most"):
+        select.select("cpu", KernelSpec("cpu", torch.float32, 4, 2, 576, 16))
+    assert cpu.create().supports(KernelSpec("cpu", torch.float32, 4, 2, 512, 16)) == cpu.create().supports(SPEC)
+
+
 def test_reference_when_asked_for() -> None:
     kernels, lines = select.select("reference", SPEC)
     assert kernels.name == "reference"

@@ -30,6 +30,7 @@ def test_defaults() -> None:
     assert read("LlamaForCausalLM", head_dim=None, num_key_value_heads=2).head_size == 16
     assert read("LlamaForCausalLM", head_dim=32).head_size == 32
     assert read("Qwen3ForCausalLM").head_size == 128
+    assert all(read(f"{name}ForCausalLM").tied_embeddings for name in ("SmolLM3", "Starcoder2", "Gemma2"))
     assert read("Qwen2ForCausalLM").qkv_bias and not read("Qwen2ForCausalLM").output_bias
 
 
@@ -73,7 +74,13 @@ def test_yarn_reaches_further_than_the_config_says() -> None:
         ("LlamaForCausalLM", {"hidden_act": "mish"}, "activation 'mish'"),
         ("LlamaForCausalLM", {"vocab_size": None}, "lacks the number vocab_size"),
         ("LlamaForCausalLM", {"num_hidden_layers": "4"}, "lacks the number num_hidden_layers"),
+        ("LlamaForCausalLM", {"num_attention_heads": 0}, "0 heads cannot share 0 heads of keys"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 3}, "4 heads cannot share 3 heads of keys"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 0}, "4 heads cannot share 0 heads of keys"),
+        ("PhiForCausalLM", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 does not fit heads of 16"),
         ("MistralForCausalLM", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ("Gemma3ForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
         ("MistralForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ],

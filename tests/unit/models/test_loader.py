@@ -80,6 +80,18 @@ def test_dtype_of_the_folder(llama: Path) -> None:
         resolved(dtype="float8_e4m3fn")
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_parts_of_one_matrix_saved_in_other_types(tmp_path: Path, kernels: str) -> None:
+    folder = folders.llama(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.k_proj", "mlp.gate_proj")]
+    narrow = {name: tensors[name].bfloat16() for name in names}
+    change_tensors(folder, {name: values.float() for name, values in narrow.items()})
+    expected = logits(load(folder, kernels=kernels))
+    change_tensors(folder, narrow)
+    assert torch.equal(logits(load(folder, kernels=kernels)), expected)
+
+
 @pytest.mark.parametrize("has_head", [True, False])
 def test_tied_embeddings(tmp_path: Path, has_head: bool) -> None:
     """With tied embeddings the embedding is the head, whether or not the files also hold one."""

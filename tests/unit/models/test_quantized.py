@@ -118,6 +118,25 @@ def test_compressed_tensors_in_bytes(tmp_path: Path, per_tensor: bool) -> None:
     assert torch.equal(found, (values.int() - zeros.int()) * scales[:, None])
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bytes_of_fewer_bits(tmp_path: Path, bits: int) -> None:
+    half = 1 << (bits - 1)
+    values, scales = (draw(2 * half, 6, 20) - half).to(torch.int8), torch.rand(6, 1, generator=GENERATOR)
+    zeros, tensors = (draw(2 * half, 6, 1) - half).to(torch.int8), {"weight": values, "weight_scale": scales}
+    assert torch.equal(read(tmp_path, compressed(bits, True, "int-quantized"), tensors, (6, 20)), values * scales)
+    found = read(tmp_path, compressed(bits, False, "int-quantized"), {**tensors, "weight_zero_point": zeros}, (6, 20))
+    assert torch.equal(found, (values.int() - zeros.int()) * scales)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_zero_point_for_the_whole_tensor(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values, scale = (draw(256, 6, 20) - 128).to(torch.int8), torch.rand(shape, generator=GENERATOR)
+    zero = torch.full(shape, -37, dtype=torch.int8)
+    config = compressed(8, False, "int-quantized", weights={"strategy": "tensor"})
+    found = read(tmp_path, config, {"weight": values, "weight_scale": scale, "weight_zero_point": zero}, (6, 20))
+    assert torch.equal(found, (values.int() + 37) * scale)
+
+
 def logits(loaded: LoadedModel) -> Tensor:
     driver = PagedDriver(loaded)
     driver.add("a", [5, 17, 99, 3, 250, 8, 8, 41])
@@ -250,9 +269,31 @@ def test_refusals_name_the_module(tmp_path: Path) -> None:
     tensors = {"weight": values, "weight_scale": torch.rand(6, 2)}
     with pytest.raises(CheckpointError, match=r"m\.weight_scale.*shape \[6, 2\]"):
         read(tmp_path, compressed(8, True, "int-quantized"), tensors, (6, 64))
-    tensors = {"weight": values.float(), "weight_scale": torch.rand(6, 1)}
-    with pytest.raises(CheckpointError, match=r"m\.weight has type torch\.float32"):
-        read(tmp_path, compressed(8, True, "int-quantized"), tensors, (6, 64))
+    for wrong in (values.float(), values.int(), values.view(torch.uint8)):
+        tensors = {"weight": wrong, "weight_scale": torch.rand(6, 1)}
+        with pytest.raises(CheckpointError, match=rf"m\.weight has type {wrong.dtype}"):
+            read(tmp_path, compressed(8, True, "int-quantized"), tensors, (6, 64))
+    tensors = {"weight_packed": values[:, :8], "weight_scale": torch.rand(6, 1)}
+    with pytest.raises(CheckpointError, match=r"m\.weight_packed has type torch\.int8"):
+        read(tmp_path, compressed(4, True, "pack-quantized"), tensors, (6, 64))
+
+
+def test_biases_of_zeros_that_old_gptq_tools_added(tmp_path: Path) -> None:
+    source = folders.llama(tmp_path / "source", num_hidden_layers=1)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        module, (rows, columns) = name.removesuffix(".weight"), tensors.pop(name).shape
+        tensors[f"{module}.qweight"] = draw(1 << 31, columns // 8, rows).int()
+        tensors[f"{module}.qzeros"] = torch.full((1, rows // 8), 0x77777777, dtype=torch.int32)  # 8, less one
+        tensors[f"{module}.scales"] = torch.full((1, rows), 0.01).half()
+        tensors[f"{module}.bias"] = torch.zeros(rows)
+    save_file(tensors, source / "model.safetensors")
+    change_config(source, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": -1})
+    assert logits(load_model(ModelFolder.open(str(source)), dtype="float32")).isfinite().all()
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 0.5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has tensor model\.layers\.0\.mlp\.up_proj\.bias that its config"):
+        load_model(ModelFolder.open(str(source)), dtype="float32")
 
 
 def test_parts_of_one_matrix_must_be_alike(tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def test_refused(parameters: dict[str, Any], message: str) -> None:
         read_rope({"rope_parameters": parameters}, 64)
 
 
+def test_an_odd_number_has_no_pairs() -> None:
+    with pytest.raises(CheckpointError, match="15 numbers of a head cannot be rotated"):
+        RopeTable(Rope("default", 10000.0, 15), 100, torch.device("cpu"))
+
+
 def test_long_tables_grow_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastserve.models import rope as module
 

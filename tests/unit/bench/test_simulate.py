@@ -137,7 +137,7 @@ def test_a_step_is_shared_out_in_full() -> None:
 
 
 def test_prompts_are_read_in_pieces_beside_answers() -> None:
-    """Pieces of 50 ms while somebody decodes, and what is left if that is little more; whole chunks when nobody does."""
+    """Pieces of 50 ms while somebody decodes, or what is left if little more; whole chunks when nobody does."""
     items = [TraceRequest(0.0, 120, 60), TraceRequest(0.3, 160, 2), TraceRequest(50.0, 200, 2)]
     machine = Machine(STEP, max_batch_sequences=4, max_batch_tokens=128, context=256)
     run = simulate(make_requests(Trace("mixed", tuple(items), True)), machine, "fcfs", record=True)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastserve.core.errors import ConfigError, FastServeError
@@ -176,6 +177,30 @@ def test_phases_and_mixtures(corpora: dict[str, Path], tmp_path: Path) -> None:
     recipe = make_recipe(corpora["bpe"], data={**both, "phases": phases}, train={"steps": 0})
     measured = pretrain(recipe, tmp_path / "run")
     assert max(losses_of(tmp_path / "run")) == 5 and measured["held_out_loss_a"] == measured["held_out_loss_b"]
+
+
+def test_many_sources_keep_their_shares_however_rows_are_asked_for() -> None:
+    """No source loses a row as the run goes on, and a row is the same whichever process asks for it."""
+    from fastserve.train.rows import MixedRows, Row
+
+    class Source:
+        per_epoch = 10
+
+        def row(self, number: int) -> Row:
+            return Row(*(np.zeros(1, np.int64) for _ in range(3)))
+
+    shares = [0.31, 0.07, 0.22, 0.2, 0.15, 0.05]
+    mixed = MixedRows([Source() for _ in shares], [7 * share for share in shares])
+    whole = [row.key for row in mixed.rows(0, 1000)]
+    assert len(set(whole)) == 1000
+    for size in (1, 3, 8):
+        parts, counts = [], np.zeros(len(shares))
+        for first in range(0, 1000 - size, size):
+            parts.append([row.key for row in mixed.rows(first, size)])
+            assert len(parts[-1]) == size
+            counts += np.bincount([source for source, _ in parts[-1]], minlength=len(shares))
+            assert np.abs(counts - (first + size) * np.array(shares)).max() < 2
+        assert set().union(*parts) == {row.key for row in mixed.rows(0, size * len(parts))}
 
 
 def test_checkpoints_are_pruned_and_models_too(corpora: dict[str, Path], tmp_path: Path) -> None:

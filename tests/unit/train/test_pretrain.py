@@ -258,6 +258,29 @@ def test_the_loss_scale() -> None:
     assert scale.value == 2 and LossScale(False).tensors() == {} and not LossScale(False).shrink()
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_step_is_that_of_a_new_optimizer(kind: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastserve.train.optimizers import make_optimizers, make_states
+    from fastserve.train.settings import OptimizerSection
+
+    found = []
+    for are_made in (True, False):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=50))
+        optimizers = make_optimizers(network, OptimizerSection(kind=kind))
+        if are_made:
+            make_states(optimizers)
+        tokens = torch.arange(40).reshape(2, 20)
+        network(tokens, labels=tokens).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert torch.equal(*found)
+
+
 def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> None:
     watch = {"tensorboard": True, "samples": ["The fox"], "sample_tokens": 4}
     measured = pretrain(make_recipe(corpora["bpe"], watch=watch, train={"steps": 2}), tmp_path / "run")

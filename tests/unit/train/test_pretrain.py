@@ -16,6 +16,12 @@ from tests.unit.train.conftest import LLAMA, log_of, losses_of, make_recipe
 BERT = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
 )
+# Longer than the validation split.
+LONG_ROWS = {
+    "data": {"length": 2048},
+    "train": {"batch_tokens": 2048},
+    "model": {"config": {**LLAMA, "max_position_embeddings": 2048}},
+}
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("bpe", LLAMA, "causal"),
     "qwen3": ("bpe", {**LLAMA, "head_dim": 8}, "causal"),
@@ -298,6 +304,7 @@ def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> No
         ({"model": {"config": {**LLAMA, "vocab_size": 100}}}, "has 100 tokens, the tokenizer 320"),
         ({"model": {"folder": "/x"}}, "either type"),
         ({"data": {"length": 256}}, "exceed the 128 positions"),
+        (LONG_ROWS, "held-out text of 'tales'.*too few tokens for one row of 2048.*--validation-share"),
         ({"data": {"sources": {}}}, "at least one folder"),
         ({"data": {"sources": {"a": "/none"}}}, "holds no token shards.*data prepare"),
         ({"data": {"mixture": {"b": 1}}}, "names 'b'"),

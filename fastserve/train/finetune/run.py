@@ -62,11 +62,11 @@ def finetune(task: str, model: str, data: Path, run: Path, settings: FinetuneSet
     try:
         kind, rows, training, held_out = _opened(task, model, data, settings, mesh.num_processes)
         network = open_network(kind, model, rows, "auto" if settings.qlora else "float32")
+        if settings.lora_rank:
+            network = add_adapters(network, settings)
         if isinstance(kind, Preference):
             kind.prepare(network.eval(), [*training, *held_out])
         items = kind.encode(training)
-        if settings.lora_rank:
-            network = add_adapters(network, settings)
         if mesh.is_first:
             claim(run, task, model, data, settings)
         mesh.wait()

@@ -352,6 +352,15 @@ def test_preferences(llama: Path, tmp_path: Path) -> None:
     assert found["preferred"] > 90 and found["held_out_loss"] < 0.5
 
 
+def test_preferences_are_compared_with_the_base_in_four_bits(tmp_path: Path) -> None:
+    config = {**SMALL, "hidden_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+    folder = make_folder(tmp_path / "llama", "llama", config, "AutoModelForCausalLM", vocab_size=330, chat=True)
+    rows = [{"prompt": text, "chosen": "Say sea.", "rejected": "Say river."} for text in TEXTS]
+    settings = FinetuneSettings(**{**FAST, "max_length": 128}, steps=1, lora_rank=4, qlora=True, beta=1.0)
+    found = finetune("preference", str(folder), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["before"]["held_out_loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
 def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
     def attempt(task: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
         finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", FinetuneSettings(**settings))

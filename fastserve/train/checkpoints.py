@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastserve.core.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
     from fastserve.train.mesh import Mesh
 
 STATE = "state.json"
+# What a checkpoint lacks where a key of the recipe was another when it was saved.
+_KEYS = {"optimizer.": "optimizer.kind", "average.": "train.ema_decay", "loss_scale": "train.precision"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -79,13 +83,18 @@ class Checkpoints:
         self._mesh.wait()
 
     def load(self, path: Path, tensors: dict[str, torch.Tensor]) -> Position:
-        """Fill `tensors` in place from a checkpoint of any number of processes."""
+        """Fill `tensors` in place from a checkpoint of any number of processes. ConfigError if it lacks some."""
         from torch.distributed.checkpoint import state_dict_loader
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-        state_dict_loader.load(
-            tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._mesh.num_processes == 1
-        )
+        reader = HuggingFaceStorageReader(str(path))
+        if missing := sorted(tensors.keys() - reader.read_metadata().state_dict_metadata.keys()):
+            keys = [key for start, key in _KEYS.items() if any(name.startswith(start) for name in missing)]
+            raise ConfigError(
+                f"{path} has no {missing[0]}: {' and '.join(keys) or 'the network'} was another when it was saved; set "
+                "it back, or begin a new run with another --out"
+            )
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._mesh.num_processes == 1)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Position(state["step"], state["skipped"])
 

@@ -337,6 +337,13 @@ def test_a_run_folder_is_one_run(corpora: dict[str, Path], tmp_path: Path) -> No
     pretrain(make_recipe(corpora["bpe"], train={"steps": 1}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another \[seed\]"):
         pretrain(make_recipe(corpora["bpe"], seed=5), tmp_path / "run")
+    for sections, message in (
+        ({"optimizer": {"kind": "muon"}}, "optimizer.kind was another"),
+        ({"train": {"ema_decay": 0.9}}, "train.ema_decay was another"),
+        ({"train": {"precision": "float16"}}, "train.precision was another"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pretrain(make_recipe(corpora["bpe"], **sections), tmp_path / "run")
     with pytest.raises(ConfigError, match="not empty"):
         pretrain(make_recipe(corpora["bpe"]), tmp_path)
 

@@ -291,6 +291,7 @@ class Trainer:
         self._watch.report(self.position.step, values)
 
     def _evaluate(self) -> None:
+        self._checkpoints.finish()  # an evaluation that fails, or is stopped, must not cost it
         self.model.eval()
         if self._average:
             self._average.swap(self.named)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.train.checkpoints import latest_checkpoint
 from fastserve.train.pretrain import PretrainTask, pretrain
 from tests.unit.train.conftest import LLAMA, log_of, losses_of, make_recipe
 
@@ -94,6 +95,19 @@ def test_stopping_and_resuming_changes_no_bit(
     assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_checkpoint(
+    corpora: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PretrainTask, trainer: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(PretrainTask, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        pretrain(make_recipe(corpora["bpe"], train={"evaluate_every": 4}), tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.name == "step-00000004"
 
 
 def test_accumulation_changes_nothing_but_rounding(corpora: dict[str, Path], tmp_path: Path) -> None:

@@ -118,14 +118,14 @@ class Trainer:
     def run(self) -> Position:
         """Train from the last checkpoint, if there is one, to the end; returns where it ended.
 
-        Ctrl-C ends a run of one process after the step, with a checkpoint; KeyboardInterrupt then follows.
+        Ctrl-C ends it after the step, on all processes, with a checkpoint; KeyboardInterrupt then follows.
         """
-        if (path := self._checkpoints.latest()) is not None:
-            self.position = self._checkpoints.load(path, self.tensors())
-        else:
-            self._save()
         try:
-            with _held_interrupt(self.mesh.num_processes == 1) as interrupts:
+            if (path := self._checkpoints.latest()) is not None:
+                self.position = self._checkpoints.load(path, self.tensors())
+            else:
+                self._save()
+            with _held_interrupt() as interrupts:
                 self._steps(interrupts)
         finally:
             self._watch.close()
@@ -181,14 +181,15 @@ class Trainer:
                 self._report(step, (self._tokens - mark_tokens) / seconds)
                 mark, mark_tokens = time.monotonic(), self._tokens
             self._checkpoints.poll()
-            if done % self.train.checkpoint_every == 0 or done == num_steps or interrupts:
+            is_stopped = self.mesh.any(bool(interrupts))
+            if done % self.train.checkpoint_every == 0 or done == num_steps or is_stopped:
                 self._save()
-            if interrupts:
+            if is_stopped:
                 break
             if done % self.train.evaluate_every == 0 or done == num_steps:
                 self._evaluate()
         self._checkpoints.finish()
-        if interrupts:
+        if self.mesh.any(bool(interrupts)):
             raise KeyboardInterrupt
 
     def _step(self) -> Step | None:
@@ -328,10 +329,10 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _held_interrupt(is_wanted: bool) -> Iterator[list[int]]:
+def _held_interrupt() -> Iterator[list[int]]:
     """Ctrl-C is noted in the list, so that a step is whole; a second one breaks in."""
     noted: list[int] = []
-    if not is_wanted or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield noted
         return
 

@@ -133,6 +133,23 @@ def test_a_run_survives_the_loss_of_a_process(corpora: dict[str, Path], alone: P
     assert steps != sorted(set(steps)), "no step was done twice: the process was lost too late"
 
 
+def test_an_interrupt_ends_all_processes_after_the_step(corpora: dict[str, Path], alone: Path, tmp_path: Path) -> None:
+    recipe = write_toml(tmp_path / "recipe.toml", recipe_values(corpora["bpe"], **sections(data=2)))
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    for _ in wait():
+        if (run / "log.jsonl").exists() and losses_of(run):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    last = max(losses_of(run))
+    assert last < STEPS and whole_checkpoints(run / "checkpoints")[-1].name == f"step-{last:08d}"
+    finish(start(recipe, run))
+    expected, found = losses_of(alone), losses_of(run)
+    assert all(math.isclose(expected[step], found[step], rel_tol=1e-4) for step in expected)
+
+
 _KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path

@@ -7,6 +7,7 @@ written into `.partial` and renamed when all of it is there: a kill at any momen
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -31,10 +32,11 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands: steps done, and rows left out by rollbacks, counted in steps."""
+    """Where a run stands: steps done, rows left out by rollbacks, counted in steps, and tokens of the steps."""
 
     step: int = 0
     skipped: int = 0
+    tokens: int = 0
 
 
 class Checkpoints:
@@ -96,7 +98,7 @@ class Checkpoints:
             )
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._mesh.num_processes == 1)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Position(state["step"], state["skipped"])
+        return Position(**state)
 
     def _complete(self) -> None:
         assert self._pending is not None
@@ -106,7 +108,7 @@ class Checkpoints:
         if not self._mesh.is_first:
             return
         # The first process's save ends when it has heard from all others that theirs has.
-        (target / STATE).write_text(json.dumps({"step": position.step, "skipped": position.skipped}), encoding="utf-8")
+        (target / STATE).write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
         final = target.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(target, final)

@@ -14,6 +14,7 @@ from fastserve.train.finetune.run import KINDS, finetune, open_network
 from fastserve.train.finetune.settings import FinetuneSettings
 from fastserve.train.network import open_tokenizer
 from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
+from tests.unit.train.conftest import log_of
 
 pytestmark = pytest.mark.slow  # networks trained
 
@@ -117,21 +118,31 @@ def test_a_stopped_run_goes_on_to_the_same_weights(bert: Path, tmp_path: Path, m
 
     from fastserve.train.finetune.run import Tuning
 
-    data = write(tmp_path / "data.jsonl", [{"text": fact["text"], "label": fact["place"]} for fact in facts(60)])
-    settings = FinetuneSettings(**FAST, steps=8)
+    rows = [
+        {"text": " ".join([fact["text"]] * (1 + index % 3)), "label": fact["place"]}
+        for index, fact in enumerate(facts(60))
+    ]
+    data = write(tmp_path / "data.jsonl", rows)
+    settings = FinetuneSettings(**FAST, steps=8, group_by_length=True)
     finetune("classification", str(bert), data, tmp_path / "whole", settings)
     batches = Tuning.micro_batches
+    sizes: dict[int, int] = {}
 
     def interrupted(self: Tuning, step: int, rank: int, num_ranks: int) -> Any:
         if step == 4:
             signal.raise_signal(signal.SIGINT)
-        return batches(self, step, rank, num_ranks)
+        found = batches(self, step, rank, num_ranks)
+        sizes[step] = sum(batch["input_ids"].size for batch in found)
+        return found
 
     monkeypatch.setattr(Tuning, "micro_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune("classification", str(bert), data, tmp_path / "stopped", settings)
     monkeypatch.undo()
     finetune("classification", str(bert), data, tmp_path / "stopped", settings)
+    tokens = {line["step"]: line["tokens"] for line in log_of(tmp_path / "stopped")}
+    assert tokens[5] == sum(sizes.values()) and len(set(sizes.values())) > 1
+    assert tokens == {line["step"]: line["tokens"] for line in log_of(tmp_path / "whole")}
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(one[name].equal(other[name]) for name in one)
 

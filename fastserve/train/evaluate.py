@@ -58,7 +58,7 @@ def perplexity(model: str, corpus: Path, length: int = 512, max_tokens: int = 20
     return {
         "loss": round(loss, 6),
         "perplexity": round(math.exp(min(loss, 50)), 4),
-        "bits_per_byte": round(total / math.log(2) / num_bytes, 5),
+        "bits_per_byte": round(loss / math.log(2) * tokens / num_bytes, 5),
         "tokens": counted,
     }
 

@@ -51,7 +51,7 @@ class FinetuneSettings:
         chat_template: file with a chat template, for models that have none (instruction, preference).
         beta: how far preferences may move the model from where it began (preference).
         stride: tokens that two windows of a long text share (question-answering).
-        max_answer_tokens: longest answer (question-answering, seq2seq).
+        max_answer_tokens: longest answer (question-answering, seq2seq); 0: 30, and max_length in seq2seq.
         source_prefix: text before every source, such as "translate English to Chinese: " (seq2seq).
         text_key, label_key: where an example keeps text and label (classification, token-classification).
         source_key, target_key: where a pair keeps its two texts (seq2seq; embedding: anchor and positive).
@@ -87,7 +87,7 @@ class FinetuneSettings:
     chat_template: str = ""
     beta: float = 0.1
     stride: int = 128
-    max_answer_tokens: int = 30
+    max_answer_tokens: int = 0
     source_prefix: str = ""
     text_key: str = "text"
     label_key: str = "label"

@@ -235,6 +235,22 @@ def test_text_becomes_text(t5: Path, tmp_path: Path) -> None:
     assert found["rouge_l"] > found["before"]["rouge_l"] + 30
 
 
+def test_a_score_reads_texts_as_long_as_those_that_are_learnt(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    kind = KINDS["seq2seq"](open_tokenizer(t5), FinetuneSettings(max_length=40))
+    network = open_network(kind, str(t5), None)
+    asked: list[int] = []
+
+    def generate(**values: Any) -> torch.Tensor:
+        asked.append(values["max_new_tokens"])
+        return values["input_ids"]
+
+    monkeypatch.setattr(network, "generate", generate)
+    kind.predict(network, [{"source": TEXTS[0]}])
+    assert asked == [40]
+
+
 def test_texts_that_belong_together_come_close(bert: Path, tmp_path: Path) -> None:
     """What belongs together shares no words, so that an untrained network cannot know it."""
     after = {name: ANIMALS[index - 1] for index, name in enumerate(ANIMALS)}

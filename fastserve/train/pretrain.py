@@ -21,7 +21,14 @@ from fastserve.train.checkpoints import Checkpoints, Position
 from fastserve.train.data.shards import TokenDataset, tokenizer_hash
 from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh, check_tensor_plan
-from fastserve.train.network import bare_config, make_config, make_network, open_tokenizer, save_model_folder
+from fastserve.train.network import (
+    bare_config,
+    first_position,
+    make_config,
+    make_network,
+    open_tokenizer,
+    save_model_folder,
+)
 from fastserve.train.objectives import (
     Batch,
     Causal,
@@ -119,9 +126,7 @@ class RunParts:
         if section.kind == "causal":
             return Causal(length, section.packing)
         if section.kind == "masked":
-            # RoBERTa counts positions from behind the padding's id.
-            is_roberta = self.config.model_type in ("roberta", "xlm-roberta", "camembert")
-            return Masked(length, section, special, special.padding + 1 if is_roberta else 0)
+            return Masked(length, section, special, first_position(self.config))
         kind = SentenceOrder if section.kind == "sentence-order" else SpanCorruption
         return kind(length, section, special)
 

@@ -31,7 +31,7 @@ class FinetuneSettings:
         micro_batch_size: examples in one pass; 0: all of the step.
         group_by_length: put examples of like length into a batch, which leaves little padding; where the length tells
             the label, batches become one-sided.
-        max_length: longest input in tokens.
+        max_length: longest input in tokens; at most the positions that the network has.
         optimizer: adamw, or muon (of the hidden matrices; AdamW moves the rest), for networks that saw little before.
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
         muon_learning_rate: the peak of what Muon moves; 0: the same.

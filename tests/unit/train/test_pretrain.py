@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
 from fastserve.train.checkpoints import latest_checkpoint
 from fastserve.train.pretrain import PretrainTask, pretrain
 from tests.unit.train.conftest import LLAMA, log_of, losses_of, make_recipe
@@ -179,6 +179,9 @@ def test_divergence_goes_back_and_leaves_the_rows_out(
 
 
 def test_going_on_from_a_folder(corpora: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
     first = pretrain(make_recipe(corpora["bpe"], train={"steps": 30, "checkpoint_every": 30}), tmp_path / "first")
     recipe = make_recipe(corpora["bpe"])
     values = {**recipe.as_dict(), "model": {"folder": str(tmp_path / "first" / "model"), "dtype": "float32"}}
@@ -189,6 +192,12 @@ def test_going_on_from_a_folder(corpora: dict[str, Path], tmp_path: Path) -> Non
     values = json.loads(json.dumps(values))
     second = pretrain(build_section(Recipe, values, ""), tmp_path / "second")
     assert abs(second["held_out_loss"] - first["held_out_loss"]) < 0.05
+
+    weights = tmp_path / "first" / "model" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        pretrain(build_section(Recipe, values, ""), tmp_path / "third")
 
 
 def test_phases_and_mixtures(corpora: dict[str, Path], tmp_path: Path) -> None:
@@ -317,7 +326,7 @@ def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> No
         ({"model": {"config": {**LLAMA, "num_attention_heads": 5}}}, "model.config"),
         ({"model": {"config": {**LLAMA, "vocab_size": 100}}}, "has 100 tokens, the tokenizer 320"),
         ({"model": {"folder": "/x"}}, "either type"),
-        ({"data": {"length": 256}}, "exceed the 128 positions"),
+        ({"data": {"length": 256}}, "exceed the 128 positions.*data.length"),
         (LONG_ROWS, "held-out text of 'tales'.*too few tokens for one row of 2048.*--validation-share"),
         ({"data": {"sources": {}}}, "at least one folder"),
         ({"data": {"sources": {"a": "/none"}}}, "holds no token shards.*data prepare"),
@@ -339,6 +348,20 @@ def test_a_bad_recipe_stops_before_the_first_step(
     with pytest.raises(ConfigError, match=message):
         pretrain(make_recipe(corpora["bpe"], **sections), tmp_path / "run")
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_inputs_are_as_long_as_the_positions_behind_the_padding() -> None:
+    import transformers
+
+    from fastserve.train.network import num_positions
+
+    for config, room in (
+        (transformers.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (transformers.BertConfig(max_position_embeddings=512), 512),
+        (transformers.GPT2Config(n_positions=64), 64),
+        (transformers.T5Config(), None),
+    ):
+        assert num_positions(config) == room
 
 
 def test_tokenizers_must_agree(corpora: dict[str, Path], tmp_path: Path) -> None:

@@ -390,7 +390,8 @@ def test_preferences_are_compared_with_the_base_in_four_bits(tmp_path: Path) -> 
 
 def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
     def attempt(task: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
-        finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", FinetuneSettings(**settings))
+        chosen = FinetuneSettings(**{"max_length": 64, **settings})
+        finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", chosen)
 
     label = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     for task, model, rows, settings, message in (
@@ -404,6 +405,7 @@ def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
         ("question-answering", bert, [{"question": "a", "context": "b", "answers": ["z"]}] * 3, {}, "no answer stands"),
         ("classification", bert, label * 5, {"lora_rank": 2, "lora_targets": ("nothing",)}, "lora_targets"),
         ("classification", bert, label * 5, {"validation": "/none.jsonl"}, "no file /none.jsonl"),
+        ("classification", bert, label * 5, {"max_length": 129}, "exceed the 128 positions.*max_length"),
     ):
         with pytest.raises(ConfigError, match=message):
             attempt(task, model, rows, **settings)

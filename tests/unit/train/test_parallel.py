@@ -194,7 +194,8 @@ def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", rows)
     runs = {number: tmp_path / f"run-{number}" for number in (1, 2)}
     command = [sys.executable, "-m", "fastserve.cli.main", "finetune", "classification", str(bert), "--data", str(data)]
-    options = ["--steps", "12", "--batch-size", "8", "--precision", "float32", "--learning-rate", "0.005", "--json"]
+    options = ["--steps", "12", "--batch-size", "8", "--max-length", "64", "--precision", "float32", "--json"]
+    options += ["--learning-rate", "0.005"]
     for number, run in runs.items():
         finish(started([*command, "--out", str(run), "--nproc", str(number), *options]))
     logs = [losses_of(run) for run in runs.values()]

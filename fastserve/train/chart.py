@@ -35,12 +35,16 @@ class _Axes:
 def read_curves(lines: Iterable[str], stage: str) -> dict[str, Curve]:
     """The curves of a stage; a step's last report counts. ConfigError if there is none."""
     tokens: dict[int, int] = {}
+    seen = 0
     losses: dict[str, dict[int, float]] = {key: {} for key, _, _ in _CURVES}
     for line in lines:
-        report = json.loads(line) if line.startswith("{") else {}
+        try:
+            report = json.loads(line) if line.startswith("{") else {}
+        except ValueError:  # a line that a kill cut short
+            continue
         if report.get("stage") == stage:
             step = report["step"]
-            tokens[step] = report.get("tokens", tokens.get(step, 0))
+            seen = tokens[step] = report.get("tokens", seen)
             for key in losses.keys() & report.keys():
                 losses[key][step] = report[key]
     if not losses["loss"]:

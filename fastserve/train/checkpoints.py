@@ -7,6 +7,7 @@ written into `.partial` and renamed when all of it is there: a kill at any momen
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,21 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastserve.core.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
     from fastserve.train.mesh import Mesh
 
 STATE = "state.json"
+# What a checkpoint lacks where a key of the recipe was another when it was saved.
+_KEYS = {"optimizer.": "optimizer.kind", "average.": "train.ema_decay", "loss_scale": "train.precision"}
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands: steps done, and rows left out by rollbacks, counted in steps."""
+    """Where a run stands: steps done, rows left out by rollbacks, counted in steps, and tokens of the steps."""
 
     step: int = 0
     skipped: int = 0
+    tokens: int = 0
 
 
 class Checkpoints:
@@ -79,15 +85,20 @@ class Checkpoints:
         self._mesh.wait()
 
     def load(self, path: Path, tensors: dict[str, torch.Tensor]) -> Position:
-        """Fill `tensors` in place from a checkpoint of any number of processes."""
+        """Fill `tensors` in place from a checkpoint of any number of processes. ConfigError if it lacks some."""
         from torch.distributed.checkpoint import state_dict_loader
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-        state_dict_loader.load(
-            tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._mesh.num_processes == 1
-        )
+        reader = HuggingFaceStorageReader(str(path))
+        if missing := sorted(tensors.keys() - reader.read_metadata().state_dict_metadata.keys()):
+            keys = [key for start, key in _KEYS.items() if any(name.startswith(start) for name in missing)]
+            raise ConfigError(
+                f"{path} has no {missing[0]}: {' and '.join(keys) or 'the network'} was another when it was saved; set "
+                "it back, or begin a new run with another --out"
+            )
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._mesh.num_processes == 1)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Position(state["step"], state["skipped"])
+        return Position(**state)
 
     def _complete(self) -> None:
         assert self._pending is not None
@@ -97,7 +108,7 @@ class Checkpoints:
         if not self._mesh.is_first:
             return
         # The first process's save ends when it has heard from all others that theirs has.
-        (target / STATE).write_text(json.dumps({"step": position.step, "skipped": position.skipped}), encoding="utf-8")
+        (target / STATE).write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
         final = target.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(target, final)

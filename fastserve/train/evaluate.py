@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.core.errors import ConfigError
+from fastserve.train.network import SAFELY, check_length, num_positions, open_tokenizer
 
 _ROWS = 8  # windows in a pass
 
@@ -28,13 +29,11 @@ def perplexity(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fastserve.train.network import open_tokenizer
     from fastserve.train.objectives import IGNORED, label_loss
 
     tokenizer = open_tokenizer(Path(model))
     network = _opened(AutoModelForCausalLM, model)
-    room = getattr(network.config, "max_position_embeddings", length)
-    length = min(length, room)
+    length = min(length, num_positions(network.config) or length)
     begin = tokenizer.bos_token_id
     total, tokens, num_bytes = 0.0, 0, 0
     rows: list[list[int]] = []
@@ -61,7 +60,7 @@ def perplexity(
     return {
         "loss": round(loss, 6),
         "perplexity": round(math.exp(min(loss, 50)), 4),
-        "bits_per_byte": round(total / math.log(2) / num_bytes, 5),
+        "bits_per_byte": round(loss / math.log(2) * tokens / num_bytes, 5),
         "tokens": counted,
     }
 
@@ -72,11 +71,11 @@ def score_examples(task: str, model: str, data: Path, settings: Any) -> dict[str
 
     from fastserve.train.finetune.examples import read_examples
     from fastserve.train.finetune.run import KINDS, open_network
-    from fastserve.train.network import open_tokenizer
 
     kind = KINDS[task](open_tokenizer(Path(model)), settings)
     rows = read_examples(data)[: settings.evaluate_examples or None]
     network = open_network(kind, model, None).eval()
+    check_length(network.config, settings.max_length, "max_length")
     with torch.no_grad():
         found: dict[str, float] = kind.score(network, rows)
     return {**found, "examples": len(rows)}
@@ -132,6 +131,6 @@ def _opened(kind: Any, model: str) -> Any:
     import torch
 
     try:
-        return kind.from_pretrained(model, dtype=torch.float32).eval()
+        return kind.from_pretrained(model, dtype=torch.float32, **SAFELY).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} cannot be opened for this: {str(error).splitlines()[0]}") from error

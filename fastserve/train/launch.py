@@ -7,6 +7,7 @@ the last checkpoint. Across machines the same module runs under torchrun, which 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -34,13 +35,19 @@ def launch(recipe: Path, run: Path, num_processes: int, max_restarts: int, launc
 
 
 def _launch_here(recipe: Path, run: Path, num_processes: int, max_restarts: int) -> None:
-    """Run a recipe on `num_processes` processes to its end. FastServeError when they fail more often than allowed."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    """Run a recipe on `num_processes` processes to its end.
+
+    FastServeError when they fail more often than allowed. On Ctrl-C they end as one process does, and KeyboardInterrupt
+    follows.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # A store of its own for every start: with a shared one, new processes meet the addresses of lost ones.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Seconds that processes have after Ctrl-C to end their step and to save; a second Ctrl-C ends them at once.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -55,6 +62,10 @@ def _launch_here(recipe: Path, run: Path, num_processes: int, max_restarts: int)
     )
     try:
         elastic_launch(config, sys.executable)("-m", _WORKER, str(recipe), str(run))
+    except SignalException as error:
+        if error.sigval is signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         raise FastServeError(
             f"the run failed {max_restarts + 1} times: {_reason(error)}; see above for the reason; the same "

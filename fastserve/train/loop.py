@@ -63,11 +63,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step was: mean loss per label, gradient norm before clipping, tokens of all processes."""
+    """What a step was: mean loss per label, gradient norm before clipping."""
 
     loss: float
     gradient_norm: float
-    tokens: int
 
 
 class Trainer:
@@ -113,19 +112,19 @@ class Trainer:
         self._scale = LossScale(train.precision == "float16")
         self._loss = self._compiled_loss()
         self.position = Position()
-        self._mean_loss, self._rollbacks, self._tokens = 0.0, 0, 0
+        self._mean_loss, self._rollbacks = 0.0, 0
 
     def run(self) -> Position:
         """Train from the last checkpoint, if there is one, to the end; returns where it ended.
 
-        Ctrl-C ends a run of one process after the step, with a checkpoint; KeyboardInterrupt then follows.
+        Ctrl-C ends it after the step, on all processes, with a checkpoint; KeyboardInterrupt then follows.
         """
-        if (path := self._checkpoints.latest()) is not None:
-            self.position = self._checkpoints.load(path, self.tensors())
-        else:
-            self._save()
         try:
-            with _held_interrupt(self.mesh.num_processes == 1) as interrupts:
+            if (path := self._checkpoints.latest()) is not None:
+                self.position = self._checkpoints.load(path, self.tensors())
+            else:
+                self._save()
+            with _held_interrupt() as interrupts:
                 self._steps(interrupts)
         finally:
             self._watch.close()
@@ -167,28 +166,29 @@ class Trainer:
             return float(self._task.loss(self.model, self.on_device(batch)))
 
     def _steps(self, interrupts: list[int]) -> None:
-        num_steps, mark, mark_tokens = self._task.num_steps, time.monotonic(), 0
+        num_steps, mark, mark_tokens = self._task.num_steps, time.monotonic(), self.position.tokens
         if self.position.step >= num_steps:  # stopped between the last step and the end of its evaluation
             self._evaluate()
         while self.position.step < num_steps:
             step = self._step()
             if step is None:
-                mark, mark_tokens = time.monotonic(), self._tokens
+                mark, mark_tokens = time.monotonic(), self.position.tokens
                 continue
             done = self.position.step
             if done % self._report_every == 0 or done == num_steps:
                 seconds = max(1e-9, time.monotonic() - mark)
-                self._report(step, (self._tokens - mark_tokens) / seconds)
-                mark, mark_tokens = time.monotonic(), self._tokens
+                self._report(step, (self.position.tokens - mark_tokens) / seconds)
+                mark, mark_tokens = time.monotonic(), self.position.tokens
             self._checkpoints.poll()
-            if done % self.train.checkpoint_every == 0 or done == num_steps or interrupts:
+            is_stopped = self.mesh.any(bool(interrupts))
+            if done % self.train.checkpoint_every == 0 or done == num_steps or is_stopped:
                 self._save()
-            if interrupts:
+            if is_stopped:
                 break
             if done % self.train.evaluate_every == 0 or done == num_steps:
                 self._evaluate()
         self._checkpoints.finish()
-        if interrupts:
+        if self.mesh.any(bool(interrupts)):
             raise KeyboardInterrupt
 
     def _step(self) -> Step | None:
@@ -209,10 +209,9 @@ class Trainer:
         self._clear_gradients()
         if self._average:
             self._average.update(self.named, step)
-        self.position = Position(step + 1, self.position.skipped)
         tokens = int(mesh.sum_over_data(sum(batch["input_ids"].size for batch in batches)))
-        self._tokens += tokens
-        return Step(loss, norm, tokens)
+        self.position = Position(step + 1, self.position.skipped, self.position.tokens + tokens)
+        return Step(loss, norm)
 
     def _gradients(self, batches: list[Batch], count: float) -> tuple[float, float]:
         """Leave a step's clipped gradients in the weights; (mean loss over `count` labels, norm before clipping)."""
@@ -269,7 +268,7 @@ class Trainer:
         reached, skipped = self.position.step, self.position.skipped
         found = self._checkpoints.load(path, self.tensors())
         self._clear_gradients()
-        self.position = Position(found.step, skipped + reached - found.step + 1)
+        self.position = Position(found.step, skipped + reached - found.step + 1, found.tokens)
         self._mean_loss = 0.0
         self._watch.report(
             reached, {"rollback_to": found.step, "diverged_loss": repr(loss), "rollbacks": self._rollbacks}
@@ -283,7 +282,7 @@ class Trainer:
             "loss": round(step.loss, 7),
             "gradient_norm": round(step.gradient_norm, 5),
             "rate_share": round(rate_share(self.position.step - 1, self._task.num_steps, self._section), 5),
-            "tokens": self.position.step * step.tokens,
+            "tokens": self.position.tokens,
             "tokens_per_second": round(speed, 1),
         }
         if self._peak_flops:
@@ -291,11 +290,12 @@ class Trainer:
         self._watch.report(self.position.step, values)
 
     def _evaluate(self) -> None:
+        self._checkpoints.finish()  # an evaluation that fails, or is stopped, must not cost it
         self.model.eval()
         if self._average:
             self._average.swap(self.named)
         measured = self._task.evaluate(self)
-        self._watch.report(self.position.step, measured)
+        self._watch.report(self.position.step, {"tokens": self.position.tokens, **measured})
         self._task.export(self, self.position, measured)
         if self._average:
             self._average.swap(self.named)
@@ -327,10 +327,10 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _held_interrupt(is_wanted: bool) -> Iterator[list[int]]:
+def _held_interrupt() -> Iterator[list[int]]:
     """Ctrl-C is noted in the list, so that a step is whole; a second one breaks in."""
     noted: list[int] = []
-    if not is_wanted or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield noted
         return
 

@@ -148,12 +148,19 @@ class Mesh:
         torch.distributed.all_reduce(total)
         return float(total) / (self._section.tensor * self.num_stages)
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on one of the processes."""
         import torch
 
-        if self.num_processes > 1:
-            torch.distributed.all_reduce(torch.zeros(1))
+        if self.num_processes == 1:
+            return flag
+        number = torch.tensor([float(flag)])
+        torch.distributed.all_reduce(number)
+        return bool(number)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.any(False)
 
     def close(self) -> None:
         import torch

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.train.settings import ModelSection
 
@@ -21,6 +22,10 @@ NETWORK_CLASSES = {
     "span-corruption": "AutoModelForSeq2SeqLM",
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+_RELATIVE = ("t5", "mt5", "umt5", "longt5")  # their positions have no end
+# A folder may come from anywhere: nothing in it is run, and pickled weights can run code.
+SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -29,7 +34,17 @@ def open_tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer.json").exists():
         raise ConfigError(f"{folder} has no tokenizer.json; make a tokenizer with `fastserve tokenizer train`")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def open_config(folder: str | Path, **values: Any) -> Any:
+    """transformers' configuration of a folder, some values replaced; CheckpointError where it knows none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **values)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot open {folder}: {str(error).splitlines()[0]}") from error
 
 
 def make_config(section: ModelSection, tokenizer: Any, objective: str, longest_row: int) -> Any:
@@ -51,12 +66,27 @@ def make_config(section: ModelSection, tokenizer: Any, objective: str, longest_r
             f"the network has {text.vocab_size} tokens, the tokenizer {len(tokenizer)}: prepare the data with the "
             f"tokenizer of {section.folder or 'this model'}"
         )
-    room = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if room and config.model_type != "t5" and longest_row > room:
-        raise ConfigError(
-            f"rows of {longest_row} tokens exceed the {room} positions of the network; shorten data.length"
-        )
+    check_length(config, longest_row, "data.length")
     return config
+
+
+def first_position(config: Any) -> int:
+    """The number of an input's first position: RoBERTa and its like count from behind the padding's id."""
+    return config.pad_token_id + 1 if config.model_type in _BEHIND_PADDING else 0
+
+
+def num_positions(config: Any) -> int | None:
+    """The longest input in tokens; None where the network names no limit."""
+    text = config.get_text_config()
+    room = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(room) - first_position(config) if room and config.model_type not in _RELATIVE else None
+
+
+def check_length(config: Any, length: int, key: str) -> None:
+    """ConfigError if the network has fewer positions than the `length` that `key` names."""
+    room = num_positions(config)
+    if room is not None and length > room:
+        raise ConfigError(f"{length} tokens exceed the {room} positions of the network: {key} must be at most {room}")
 
 
 def make_network(section: ModelSection, config: Any, objective: str, seed: int) -> Any:
@@ -68,7 +98,8 @@ def make_network(section: ModelSection, config: Any, objective: str, seed: int) 
     torch.manual_seed(seed)
     try:
         if section.folder:
-            return kind.from_pretrained(section.folder, config=config, dtype=torch.float32)
+            folder = ModelFolder.open(section.folder).path
+            return kind.from_pretrained(folder, config=config, dtype=torch.float32, **SAFELY)
         return kind.from_config(config)
     except OSError as error:
         raise CheckpointError(f"cannot open {section.folder}: {error}") from error
@@ -117,11 +148,7 @@ def bare_config(section: ModelSection) -> Any:
 
 
 def _opened_config(section: ModelSection) -> Any:
-    from transformers import AutoConfig
-
-    if not (Path(section.folder) / "config.json").exists():
-        raise ConfigError(f"recipe key model.folder: {section.folder} is no model folder (it has no config.json)")
-    config = AutoConfig.from_pretrained(section.folder, attn_implementation=section.attention)
+    config = open_config(ModelFolder.open(section.folder).path, attn_implementation=section.attention)
     _check_keys(config, section.config)
     for name, value in section.config.items():
         setattr(config, name, value)

@@ -96,6 +96,9 @@ def make_states(optimizers: list[torch.optim.Optimizer]) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         set_rates([optimizer], 1.0)
+        for state in optimizer.state.values():
+            if "step" in state:  # AdamW corrects its means by it: the first step that learns must be its first
+                state["step"].zero_()
 
 
 def alike(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -21,7 +21,14 @@ from fastserve.train.checkpoints import Checkpoints, Position
 from fastserve.train.data.shards import TokenDataset, tokenizer_hash
 from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh, check_tensor_plan
-from fastserve.train.network import bare_config, make_config, make_network, open_tokenizer, save_model_folder
+from fastserve.train.network import (
+    bare_config,
+    first_position,
+    make_config,
+    make_network,
+    open_tokenizer,
+    save_model_folder,
+)
 from fastserve.train.objectives import (
     Batch,
     Causal,
@@ -56,13 +63,13 @@ def pretrain(
     import torch
 
     parts = RunParts(recipe)
+    running = (task or PretrainTask)(recipe, parts, run)
     mesh = Mesh.start(recipe.parallel)
     try:
         if mesh.is_first:
             claim_run(run, recipe)
         mesh.wait()
         network = make_network(recipe.model, parts.config, recipe.objective.kind, recipe.seed)
-        running = (task or PretrainTask)(recipe, parts, run)
         watch = recipe.watch
         trainer = Trainer(
             network,
@@ -93,9 +100,9 @@ class RunParts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.train = {name: TokenDataset(_shards(folder), "train") for name, folder in recipe.data.sources.items()}
-        self.validation = {name: _validation(_shards(folder)) for name, folder in recipe.data.sources.items()}
+        validation = {name: _validation(_shards(folder)) for name, folder in recipe.data.sources.items()}
         held_out = {name: TokenDataset(_shards(folder), "train") for name, folder in recipe.data.held_out.items()}
-        self.validation.update(held_out)
+        self.validation = {name: data for name, data in validation.items() if data is not None} | held_out
         hashes = {name: data.tokenizer_sha256 for name, data in (self.train | held_out).items()}
         first = next(iter(hashes))
         for name, sha256 in hashes.items():
@@ -119,9 +126,7 @@ class RunParts:
         if section.kind == "causal":
             return Causal(length, section.packing)
         if section.kind == "masked":
-            # RoBERTa counts positions from behind the padding's id.
-            is_roberta = self.config.model_type in ("roberta", "xlm-roberta", "camembert")
-            return Masked(length, section, special, special.padding + 1 if is_roberta else 0)
+            return Masked(length, section, special, first_position(self.config))
         kind = SentenceOrder if section.kind == "sentence-order" else SpanCorruption
         return kind(length, section, special)
 
@@ -150,6 +155,7 @@ class PretrainTask:
             self._mixture(phase, objective, recipe.seed + 1000 * index)
             for index, (phase, objective) in enumerate(zip(recipe.phases, parts.objectives, strict=True))
         ]
+        self._held_out = {name: self._validation_rows(name, data) for name, data in parts.validation.items()}
 
     def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Batch]:
         index, first_step = self._phase_at(step)
@@ -167,14 +173,13 @@ class PretrainTask:
         found: dict[str, Any] = {}
         total, count = 0.0, 0.0
         for name, data in self._parts.validation.items():
-            if data is not None:
-                source_total, source_count = self._validate(trainer, data)
-                loss = source_total / source_count
-                found[f"held_out_loss_{name}"] = round(loss, 6)
-                if self._recipe.objective.kind == "causal":
-                    found[f"perplexity_{name}"] = round(math.exp(min(loss, 50)), 4)
-                    found[f"bits_per_byte_{name}"] = round(loss / math.log(2) * data.num_tokens / data.num_bytes, 5)
-                total, count = total + source_total, count + source_count
+            source_total, source_count = self._validate(trainer, self._held_out[name])
+            loss = source_total / source_count
+            found[f"held_out_loss_{name}"] = round(loss, 6)
+            if self._recipe.objective.kind == "causal":
+                found[f"perplexity_{name}"] = round(math.exp(min(loss, 50)), 4)
+                found[f"bits_per_byte_{name}"] = round(loss / math.log(2) * data.num_tokens / data.num_bytes, 5)
+            total, count = total + source_total, count + source_count
         if count:
             found["held_out_loss"] = round(total / count, 6)
         if self._recipe.objective.kind == "causal" and self._recipe.watch.samples:
@@ -214,10 +219,18 @@ class PretrainTask:
             first += phase.steps
         raise AssertionError("a recipe has a phase")
 
-    def _validate(self, trainer: Trainer, data: TokenDataset) -> tuple[float, float]:
+    def _validation_rows(self, name: str, data: TokenDataset) -> Rows:
+        recipe = self._recipe
+        try:
+            return self._parts.rows(data, self._parts.objectives[-1], recipe.objective.kind, recipe.seed)
+        except ConfigError as error:
+            raise ConfigError(
+                f"held-out text of {name!r}: {error}; `data prepare --validation-share` says how much is kept, 0: none"
+            ) from None
+
+    def _validate(self, trainer: Trainer, source: Rows) -> tuple[float, float]:
         """(sum of losses, labels) over validation rows, shared among the processes."""
         objective, recipe, mesh = self._parts.objectives[-1], self._recipe, trainer.mesh
-        source = self._parts.rows(data, objective, recipe.objective.kind, recipe.seed)
         wanted = max(1, recipe.data.validation_tokens // objective.row_length)
         number = min(source.per_epoch, wanted)
         # Every process must make as many passes: where rows do not go round, all take the same ones.
@@ -267,7 +280,9 @@ class PretrainTask:
 
 def check(recipe: Recipe, num_processes: int) -> None:
     """Raise what would stop the run, before any process is started."""
-    config = RunParts(recipe).config
+    parts = RunParts(recipe)
+    config = parts.config
+    PretrainTask(recipe, parts, Path())
     Mesh(recipe.parallel, 0, num_processes)
     if recipe.parallel.tensor > 1:
         check_tensor_plan(config, recipe.parallel.tensor)

@@ -134,12 +134,16 @@ class WindowRows:
 
 
 class MixedRows:
-    """Rows of several sources in fixed shares: of the rows before number N, source k has gone into floor(N * share)."""
+    """Rows of several sources in fixed shares.
+
+    Of the rows before number N the first source has its share, rounded up; the rest are shared out among the later
+    sources in the same way. So no source loses a row when N grows.
+    """
 
     def __init__(self, sources: list[Rows], weights: list[float]) -> None:
-        total = math.fsum(weights)
         self._sources = sources
-        self._shares = [weight / total for weight in weights]
+        # Of the rows that source k and the later ones have, how much belongs to the later ones.
+        self._later = [math.fsum(weights[k + 1 :]) / math.fsum(weights[k:]) for k in range(len(weights) - 1)]
         self.per_epoch = sum(source.per_epoch for source in sources)
 
     def rows(self, first: int, number: int) -> list[Row]:
@@ -152,6 +156,10 @@ class MixedRows:
         ]
 
     def _counts(self, number: int) -> list[int]:
-        """Rows of each source among the first `number`; what rounding leaves goes to the first source."""
-        later = [math.floor(number * share) for share in self._shares[1:]]
-        return [number - sum(later), *later]
+        """Rows of each source among the first `number`."""
+        counts = []
+        for share in self._later:
+            later = math.floor(number * share)
+            counts.append(number - later)
+            number = later
+        return [*counts, number]

@@ -34,7 +34,7 @@ def tune(recipe: Recipe, out: Path, num_trials: int) -> dict[str, Any]:
     from optuna.storages.journal import JournalFileBackend
 
     check_search(recipe)
-    if not any(data is not None for data in RunParts(recipe).validation.values()):
+    if not RunParts(recipe).validation:
         raise ConfigError("a search needs held-out text: prepare the data with --validation-share above 0")
     out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

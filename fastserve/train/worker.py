@@ -6,6 +6,7 @@ A recipe is pretraining's TOML file, or the finetune.json that `fastserve finetu
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main(recipe: Path, run: Path) -> int:
     except FastServeError as error:
         sys.stderr.write(f"fastserve: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

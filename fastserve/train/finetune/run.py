@@ -32,7 +32,7 @@ from fastserve.train.finetune.task import Encoded, Kind
 from fastserve.train.finetune.vectors import Embedding
 from fastserve.train.loop import Trainer
 from fastserve.train.mesh import Mesh
-from fastserve.train.network import open_tokenizer, save_model_folder
+from fastserve.train.network import SAFELY, check_length, open_config, open_tokenizer, save_model_folder
 from fastserve.train.objectives import Batch
 from fastserve.train.settings import OptimizerSection, TrainSection
 from fastserve.train.watch import RunWatch, Silence
@@ -62,11 +62,12 @@ def finetune(task: str, model: str, data: Path, run: Path, settings: FinetuneSet
     try:
         kind, rows, training, held_out = _opened(task, model, data, settings, mesh.num_processes)
         network = open_network(kind, model, rows, "auto" if settings.qlora else "float32")
+        check_length(network.config, settings.max_length, "max_length")
+        if settings.lora_rank:
+            network = add_adapters(network, settings)
         if isinstance(kind, Preference):
             kind.prepare(network.eval(), [*training, *held_out])
         items = kind.encode(training)
-        if settings.lora_rank:
-            network = add_adapters(network, settings)
         if mesh.is_first:
             claim(run, task, model, data, settings)
         mesh.wait()
@@ -96,10 +97,10 @@ def tune(
     """`finetune` on one process or on several of this machine; what would stop it is found before they are started."""
     if num_processes == 1:
         return finetune(task, model, data, run, settings)
-    from transformers import AutoConfig
-
     kind, rows, training, _ = _opened(task, model, data, settings, num_processes)
-    kind.configure(AutoConfig.from_pretrained(model), rows)
+    config = open_config(model)
+    kind.configure(config, rows)
+    check_length(config, settings.max_length, "max_length")
     if len(kind.encode(training)) < num_processes:
         raise ConfigError(f"the examples are too few for {num_processes} processes")
     claim(run, task, model, data, settings)
@@ -247,14 +248,16 @@ def open_network(kind: Kind, model: str, rows: list[Example] | None, dtype: str 
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = open_config(model)
         if rows is not None:
             kind.configure(config, rows)
         else:
             kind.use_labels(config)
         torch.manual_seed(0)
         loader = getattr(transformers, kind.network_class)
-        network = loader.from_pretrained(model, config=config, dtype=dtype, ignore_mismatched_sizes=rows is not None)
+        network = loader.from_pretrained(
+            model, config=config, dtype=dtype, ignore_mismatched_sizes=rows is not None, **SAFELY
+        )
         return network if rows is not None else network.requires_grad_(False).eval()
     except OSError as error:
         raise CheckpointError(f"cannot open {model}: {error}") from error

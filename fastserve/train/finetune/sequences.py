@@ -63,10 +63,11 @@ class Sequences:
 
     def predict(self, network: Any, rows: list[Example]) -> list[str]:
         """The greedy output for each source."""
+        longest = self._settings.max_answer_tokens or self._settings.max_length
         found: list[str] = []
         for items in batches_of(self._sources(rows), _SCORE_BATCH):
             batch = on_device(padded(items, {"input_ids": self._tokenizer.pad_token_id or 0}), network)
-            tokens = network.generate(**batch, do_sample=False, max_new_tokens=self._settings.max_answer_tokens)
+            tokens = network.generate(**batch, do_sample=False, max_new_tokens=longest)
             found += self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return found
 

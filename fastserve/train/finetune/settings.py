@@ -31,7 +31,7 @@ class FinetuneSettings:
         micro_batch_size: examples in one pass; 0: all of the step.
         group_by_length: put examples of like length into a batch, which leaves little padding; where the length tells
             the label, batches become one-sided.
-        max_length: longest input in tokens.
+        max_length: longest input in tokens; at most the positions that the network has.
         optimizer: adamw, or muon (of the hidden matrices; AdamW moves the rest), for networks that saw little before.
         learning_rate: the peak; LoRA takes about ten times as much as tuning all weights.
         muon_learning_rate: the peak of what Muon moves; 0: the same.
@@ -51,7 +51,7 @@ class FinetuneSettings:
         chat_template: file with a chat template, for models that have none (instruction, preference).
         beta: how far preferences may move the model from where it began (preference).
         stride: tokens that two windows of a long text share (question-answering).
-        max_answer_tokens: longest answer (question-answering, seq2seq).
+        max_answer_tokens: longest answer (question-answering, seq2seq); 0: 30, and max_length in seq2seq.
         source_prefix: text before every source, such as "translate English to Chinese: " (seq2seq).
         text_key, label_key: where an example keeps text and label (classification, token-classification).
         source_key, target_key: where a pair keeps its two texts (seq2seq; embedding: anchor and positive).
@@ -87,7 +87,7 @@ class FinetuneSettings:
     chat_template: str = ""
     beta: float = 0.1
     stride: int = 128
-    max_answer_tokens: int = 30
+    max_answer_tokens: int = 0
     source_prefix: str = ""
     text_key: str = "text"
     label_key: str = "label"

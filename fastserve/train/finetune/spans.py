@@ -79,7 +79,7 @@ class QuestionAnswering:
             outputs = network(**batch)
             both = np.stack([outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()], axis=-1)
             scores += [logits[: len(item["input_ids"])] for logits, item in zip(both, items, strict=True)]
-        rules = AnswerRules(max_answer_length=self._settings.max_answer_tokens)
+        rules = AnswerRules(max_answer_length=self._settings.max_answer_tokens or 30)
         found = []
         for row, encoded in zip(rows, cut, strict=True):
             own, scores = scores[: len(encoded.encodings)], scores[len(encoded.encodings) :]

@@ -133,6 +133,23 @@ def test_a_run_survives_the_loss_of_a_process(corpora: dict[str, Path], alone: P
     assert steps != sorted(set(steps)), "no step was done twice: the process was lost too late"
 
 
+def test_an_interrupt_ends_all_processes_after_the_step(corpora: dict[str, Path], alone: Path, tmp_path: Path) -> None:
+    recipe = write_toml(tmp_path / "recipe.toml", recipe_values(corpora["bpe"], **sections(data=2)))
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    for _ in wait():
+        if (run / "log.jsonl").exists() and losses_of(run):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    last = max(losses_of(run))
+    assert last < STEPS and whole_checkpoints(run / "checkpoints")[-1].name == f"step-{last:08d}"
+    finish(start(recipe, run))
+    expected, found = losses_of(alone), losses_of(run)
+    assert all(math.isclose(expected[step], found[step], rel_tol=1e-4) for step in expected)
+
+
 _KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
@@ -177,7 +194,8 @@ def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", rows)
     runs = {number: tmp_path / f"run-{number}" for number in (1, 2)}
     command = [sys.executable, "-m", "fastserve.cli.main", "finetune", "classification", str(bert), "--data", str(data)]
-    options = ["--steps", "12", "--batch-size", "8", "--precision", "float32", "--learning-rate", "0.005", "--json"]
+    options = ["--steps", "12", "--batch-size", "8", "--max-length", "64", "--precision", "float32", "--json"]
+    options += ["--learning-rate", "0.005"]
     for number, run in runs.items():
         finish(started([*command, "--out", str(run), "--nproc", str(number), *options]))
     logs = [losses_of(run) for run in runs.values()]

@@ -6,15 +6,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.core.errors import CheckpointError, ConfigError, FastServeError
+from fastserve.train.checkpoints import latest_checkpoint
 from fastserve.train.pretrain import PretrainTask, pretrain
 from tests.unit.train.conftest import LLAMA, log_of, losses_of, make_recipe
 
 BERT = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
 )
+# Longer than the validation split.
+LONG_ROWS = {
+    "data": {"length": 2048},
+    "train": {"batch_tokens": 2048},
+    "model": {"config": {**LLAMA, "max_position_embeddings": 2048}},
+}
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("bpe", LLAMA, "causal"),
     "qwen3": ("bpe", {**LLAMA, "head_dim": 8}, "causal"),
@@ -89,6 +97,19 @@ def test_stopping_and_resuming_changes_no_bit(
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
+def test_an_evaluation_that_fails_does_not_cost_the_checkpoint(
+    corpora: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PretrainTask, trainer: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(PretrainTask, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        pretrain(make_recipe(corpora["bpe"], train={"evaluate_every": 4}), tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.name == "step-00000004"
+
+
 def test_accumulation_changes_nothing_but_rounding(corpora: dict[str, Path], tmp_path: Path) -> None:
     for name, size in (("whole", 0), ("parts", 64)):
         pretrain(make_recipe(corpora["bpe"], train={"micro_batch_tokens": size}), tmp_path / name)
@@ -158,6 +179,9 @@ def test_divergence_goes_back_and_leaves_the_rows_out(
 
 
 def test_going_on_from_a_folder(corpora: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
     first = pretrain(make_recipe(corpora["bpe"], train={"steps": 30, "checkpoint_every": 30}), tmp_path / "first")
     recipe = make_recipe(corpora["bpe"])
     values = {**recipe.as_dict(), "model": {"folder": str(tmp_path / "first" / "model"), "dtype": "float32"}}
@@ -169,6 +193,12 @@ def test_going_on_from_a_folder(corpora: dict[str, Path], tmp_path: Path) -> Non
     second = pretrain(build_section(Recipe, values, ""), tmp_path / "second")
     assert abs(second["held_out_loss"] - first["held_out_loss"]) < 0.05
 
+    weights = tmp_path / "first" / "model" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        pretrain(build_section(Recipe, values, ""), tmp_path / "third")
+
 
 def test_phases_and_mixtures(corpora: dict[str, Path], tmp_path: Path) -> None:
     both = {"sources": {"a": str(corpora["bpe"]), "b": str(corpora["bpe"])}}
@@ -176,6 +206,30 @@ def test_phases_and_mixtures(corpora: dict[str, Path], tmp_path: Path) -> None:
     recipe = make_recipe(corpora["bpe"], data={**both, "phases": phases}, train={"steps": 0})
     measured = pretrain(recipe, tmp_path / "run")
     assert max(losses_of(tmp_path / "run")) == 5 and measured["held_out_loss_a"] == measured["held_out_loss_b"]
+
+
+def test_many_sources_keep_their_shares_however_rows_are_asked_for() -> None:
+    """No source loses a row as the run goes on, and a row is the same whichever process asks for it."""
+    from fastserve.train.rows import MixedRows, Row
+
+    class Source:
+        per_epoch = 10
+
+        def row(self, number: int) -> Row:
+            return Row(*(np.zeros(1, np.int64) for _ in range(3)))
+
+    shares = [0.31, 0.07, 0.22, 0.2, 0.15, 0.05]
+    mixed = MixedRows([Source() for _ in shares], [7 * share for share in shares])
+    whole = [row.key for row in mixed.rows(0, 1000)]
+    assert len(set(whole)) == 1000
+    for size in (1, 3, 8):
+        parts, counts = [], np.zeros(len(shares))
+        for first in range(0, 1000 - size, size):
+            parts.append([row.key for row in mixed.rows(first, size)])
+            assert len(parts[-1]) == size
+            counts += np.bincount([source for source, _ in parts[-1]], minlength=len(shares))
+            assert np.abs(counts - (first + size) * np.array(shares)).max() < 2
+        assert set().union(*parts) == {row.key for row in mixed.rows(0, size * len(parts))}
 
 
 def test_checkpoints_are_pruned_and_models_too(corpora: dict[str, Path], tmp_path: Path) -> None:
@@ -233,6 +287,29 @@ def test_the_loss_scale() -> None:
     assert scale.value == 2 and LossScale(False).tensors() == {} and not LossScale(False).shrink()
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_step_is_that_of_a_new_optimizer(kind: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastserve.train.optimizers import make_optimizers, make_states
+    from fastserve.train.settings import OptimizerSection
+
+    found = []
+    for are_made in (True, False):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=50))
+        optimizers = make_optimizers(network, OptimizerSection(kind=kind))
+        if are_made:
+            make_states(optimizers)
+        tokens = torch.arange(40).reshape(2, 20)
+        network(tokens, labels=tokens).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert torch.equal(*found)
+
+
 def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> None:
     watch = {"tensorboard": True, "samples": ["The fox"], "sample_tokens": 4}
     measured = pretrain(make_recipe(corpora["bpe"], watch=watch, train={"steps": 2}), tmp_path / "run")
@@ -250,8 +327,9 @@ def test_samples_and_tensorboard(corpora: dict[str, Path], tmp_path: Path) -> No
         ({"model": {"config": {**LLAMA, "num_attention_heads": 5}}}, "model.config"),
         ({"model": {"config": {**LLAMA, "vocab_size": 100}}}, "has 100 tokens, the tokenizer 320"),
         ({"model": {"folder": "/x"}}, "either type"),
-        ({"data": {"length": 256}}, "exceed the 128 positions"),
+        ({"data": {"length": 256}}, "exceed the 128 positions.*data.length"),
         ({"data": {"length": 0}}, "data.length: must be at least 1"),
+        (LONG_ROWS, "held-out text of 'tales'.*too few tokens for one row of 2048.*--validation-share"),
         ({"data": {"sources": {}}}, "at least one folder"),
         ({"data": {"sources": {"a": "/none"}}}, "holds no token shards.*data prepare"),
         ({"data": {"mixture": {"b": 1}}}, "names 'b'"),
@@ -275,6 +353,20 @@ def test_a_bad_recipe_stops_before_the_first_step(
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+def test_inputs_are_as_long_as_the_positions_behind_the_padding() -> None:
+    import transformers
+
+    from fastserve.train.network import num_positions
+
+    for config, room in (
+        (transformers.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (transformers.BertConfig(max_position_embeddings=512), 512),
+        (transformers.GPT2Config(n_positions=64), 64),
+        (transformers.T5Config(), None),
+    ):
+        assert num_positions(config) == room
+
+
 def test_tokenizers_must_agree(corpora: dict[str, Path], tmp_path: Path) -> None:
     sources = {"a": str(corpora["bpe"]), "b": str(corpora["wordpiece"])}
     with pytest.raises(ConfigError, match="different tokenizers"):
@@ -285,6 +377,13 @@ def test_a_run_folder_is_one_run(corpora: dict[str, Path], tmp_path: Path) -> No
     pretrain(make_recipe(corpora["bpe"], train={"steps": 1}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another \[seed\]"):
         pretrain(make_recipe(corpora["bpe"], seed=5), tmp_path / "run")
+    for sections, message in (
+        ({"optimizer": {"kind": "muon"}}, "optimizer.kind was another"),
+        ({"train": {"ema_decay": 0.9}}, "train.ema_decay was another"),
+        ({"train": {"precision": "float16"}}, "train.precision was another"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pretrain(make_recipe(corpora["bpe"], **sections), tmp_path / "run")
     with pytest.raises(ConfigError, match="not empty"):
         pretrain(make_recipe(corpora["bpe"]), tmp_path)
 

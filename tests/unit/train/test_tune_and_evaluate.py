@@ -54,6 +54,15 @@ def test_perplexity_is_that_of_training(corpora: dict[str, Path], tmp_path: Path
     assert found["loss"] == pytest.approx(measured["held_out_loss"], abs=0.25)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-3)
 
+    # Without a token that opens a text, the first of a window is not predicted, but its bytes are in the text.
+    folder = tmp_path / "run" / "model"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    other = perplexity(str(folder), corpora["bpe"])
+    assert other["tokens"] < found["tokens"]
+    expected = other["loss"] / found["loss"] * found["bits_per_byte"]
+    assert other["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
 
 def test_a_plan_counts_what_is_made(corpora: dict[str, Path]) -> None:
     from fastserve.train.network import make_network

@@ -14,6 +14,7 @@ from fastserve.train.finetune.run import KINDS, finetune, open_network
 from fastserve.train.finetune.settings import FinetuneSettings
 from fastserve.train.network import open_tokenizer
 from fastserve.train.tokenizer import TokenizerSettings, make_tokenizer_folder
+from tests.unit.train.conftest import log_of
 
 pytestmark = pytest.mark.slow  # networks trained
 
@@ -117,21 +118,31 @@ def test_a_stopped_run_goes_on_to_the_same_weights(bert: Path, tmp_path: Path, m
 
     from fastserve.train.finetune.run import Tuning
 
-    data = write(tmp_path / "data.jsonl", [{"text": fact["text"], "label": fact["place"]} for fact in facts(60)])
-    settings = FinetuneSettings(**FAST, steps=8)
+    rows = [
+        {"text": " ".join([fact["text"]] * (1 + index % 3)), "label": fact["place"]}
+        for index, fact in enumerate(facts(60))
+    ]
+    data = write(tmp_path / "data.jsonl", rows)
+    settings = FinetuneSettings(**FAST, steps=8, group_by_length=True)
     finetune("classification", str(bert), data, tmp_path / "whole", settings)
     batches = Tuning.micro_batches
+    sizes: dict[int, int] = {}
 
     def interrupted(self: Tuning, step: int, rank: int, num_ranks: int) -> Any:
         if step == 4:
             signal.raise_signal(signal.SIGINT)
-        return batches(self, step, rank, num_ranks)
+        found = batches(self, step, rank, num_ranks)
+        sizes[step] = sum(batch["input_ids"].size for batch in found)
+        return found
 
     monkeypatch.setattr(Tuning, "micro_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune("classification", str(bert), data, tmp_path / "stopped", settings)
     monkeypatch.undo()
     finetune("classification", str(bert), data, tmp_path / "stopped", settings)
+    tokens = {line["step"]: line["tokens"] for line in log_of(tmp_path / "stopped")}
+    assert tokens[5] == sum(sizes.values()) and len(set(sizes.values())) > 1
+    assert tokens == {line["step"]: line["tokens"] for line in log_of(tmp_path / "whole")}
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(one[name].equal(other[name]) for name in one)
 
@@ -222,6 +233,22 @@ def test_text_becomes_text(t5: Path, tmp_path: Path) -> None:
     found = finetune("seq2seq", str(t5), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
     assert found["bleu"] > 15 > found["before"]["bleu"]
     assert found["rouge_l"] > found["before"]["rouge_l"] + 30
+
+
+def test_a_score_reads_texts_as_long_as_those_that_are_learnt(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    kind = KINDS["seq2seq"](open_tokenizer(t5), FinetuneSettings(max_length=40))
+    network = open_network(kind, str(t5), None)
+    asked: list[int] = []
+
+    def generate(**values: Any) -> torch.Tensor:
+        asked.append(values["max_new_tokens"])
+        return values["input_ids"]
+
+    monkeypatch.setattr(network, "generate", generate)
+    kind.predict(network, [{"source": TEXTS[0]}])
+    assert asked == [40]
 
 
 def test_texts_that_belong_together_come_close(bert: Path, tmp_path: Path) -> None:
@@ -352,9 +379,19 @@ def test_preferences(llama: Path, tmp_path: Path) -> None:
     assert found["preferred"] > 90 and found["held_out_loss"] < 0.5
 
 
+def test_preferences_are_compared_with_the_base_in_four_bits(tmp_path: Path) -> None:
+    config = {**SMALL, "hidden_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+    folder = make_folder(tmp_path / "llama", "llama", config, "AutoModelForCausalLM", vocab_size=330, chat=True)
+    rows = [{"prompt": text, "chosen": "Say sea.", "rejected": "Say river."} for text in TEXTS]
+    settings = FinetuneSettings(**{**FAST, "max_length": 128}, steps=1, lora_rank=4, qlora=True, beta=1.0)
+    found = finetune("preference", str(folder), write(tmp_path / "d.jsonl", rows), tmp_path / "run", settings)
+    assert found["before"]["held_out_loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
 def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
     def attempt(task: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
-        finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", FinetuneSettings(**settings))
+        chosen = FinetuneSettings(**{"max_length": 64, **settings})
+        finetune(task, str(model), write(tmp_path / "d.jsonl", rows), tmp_path / "run", chosen)
 
     label = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     for task, model, rows, settings, message in (
@@ -368,6 +405,7 @@ def test_mistakes_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
         ("question-answering", bert, [{"question": "a", "context": "b", "answers": ["z"]}] * 3, {}, "no answer stands"),
         ("classification", bert, label * 5, {"lora_rank": 2, "lora_targets": ("nothing",)}, "lora_targets"),
         ("classification", bert, label * 5, {"validation": "/none.jsonl"}, "no file /none.jsonl"),
+        ("classification", bert, label * 5, {"max_length": 129}, "exceed the 128 positions.*max_length"),
     ):
         with pytest.raises(ConfigError, match=message):
             attempt(task, model, rows, **settings)

@@ -40,10 +40,10 @@ from fastserve.serve.encoder_bodies import (
     pairs,
 )
 from fastserve.serve.errors import ApiError
+from fastserve.serve.generation import in_thread_if_long
 from fastserve.serve.tenants import tenant_of
 
-_LONG_TEXT = 20_000  # characters; what is longer is tokenised in a thread
-_MANY_NUMBERS = 100_000  # of answers; what is made of more is made in a thread, too
+_MANY_NUMBERS = 100_000  # of answers; what is made of more is made in a thread
 _MAX_FILLED = 20_480  # texts that one request has made of masks: five for one mask of each text that it may have
 _EMBEDDING = ("feature-extraction", "fill-mask")
 
@@ -232,7 +232,7 @@ class Encoders:
         self, body: EncoderBody, request: Request, model: str, make: Callable[[], Job], num_characters: int
     ) -> tuple[Any, dict[str, int]]:
         """What a job makes of the engine's answers, and the tokens that it took."""
-        job = await asyncio.to_thread(make) if num_characters > _LONG_TEXT else make()
+        job = await in_thread_if_long(make, num_characters)
         name, now, tenant = f"arrays-{uuid.uuid4().hex}", time.monotonic(), tenant_of(request)
         requests: list[ArrayRequest] = [
             PoolingRequest(
@@ -251,9 +251,9 @@ class Encoders:
         outputs = await self._requests.run(request, requests, job.num_tokens)
         arrays: list[Floats] = [to_numpy(output.arrays[""]) for output in outputs]
         usage = {"prompt_tokens": job.num_tokens, "total_tokens": job.num_tokens}
-        if num_characters > _LONG_TEXT or sum(array.size for array in arrays) > _MANY_NUMBERS:
+        if sum(array.size for array in arrays) > _MANY_NUMBERS:
             return await asyncio.to_thread(job.finish, arrays), usage
-        return job.finish(arrays), usage
+        return await in_thread_if_long(lambda: job.finish(arrays), num_characters), usage
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}

@@ -22,7 +22,7 @@ from fastserve.checkpoint.sentencepiece import is_marian, marian_tokenizer
 from fastserve.core.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_LONG_TEXT = 20_000  # characters
+LONG_TEXT = 20_000  # characters, which take long enough for others to wait
 _MAX_PARTS_TOKENS = 1 << 21  # of all parts of one text, together
 
 
@@ -99,7 +99,7 @@ class Tokenizer:
         return list(self._encode(text, None, add_special_tokens).ids)
 
     def _encode(self, first: str, second: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
-        if len(first) + len(second or "") < _LONG_TEXT:
+        if len(first) + len(second or "") < LONG_TEXT:
             return self._backend.encode(first, second, add_special_tokens=add_special_tokens)
         # All other threads wait while the library encodes a text, but not while it encodes a batch.
         texts = first if second is None else (first, second)

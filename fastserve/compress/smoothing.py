@@ -65,7 +65,7 @@ def find_folds(visit: Visit, linears: Mapping[str, nn.Linear], groups: list[list
     is tried, and taken if the block puts out the same.
     """
     modules = dict(visit.module.named_modules())
-    folds, taken = [], set()
+    folds, taken, unscaled = [], set(), _output(visit)
     for source, reader in _FOLDS:
         full = f"{visit.block}.{reader}"
         group = next((item for item in groups if full in item), None)
@@ -80,23 +80,23 @@ def find_folds(visit: Visit, linears: Mapping[str, nn.Linear], groups: list[list
             if rest or (repeats > 1 and not head_size):
                 continue
         fold = Fold(before, readers, repeats, head_size or width)
-        if _changes_nothing(fold, visit):
+        if _changes_nothing(fold, visit, unscaled):
             taken.add(full)
             folds.append(fold)
     return folds
 
 
-def _changes_nothing(fold: Fold, visit: Visit) -> bool:
-    """Whether the block makes the same of the first batch when each feature is scaled by another factor."""
+def _changes_nothing(fold: Fold, visit: Visit, unscaled: Tensor) -> bool:
+    """Whether the block makes the same of the first batch when each feature is scaled by another factor; `unscaled` is
+    what it makes without that."""
     modules = (fold.source, *fold.linears.values())
     kept = [(item, item.data.clone()) for module in modules for item in module.parameters(recurse=False)]
-    before = _output(visit)
     num_features = next(iter(fold.linears.values())).in_features
     _scale(fold, torch.exp2(torch.linspace(-1, 1, num_features)), torch.float32)
-    after = _output(visit)
+    scaled = _output(visit)
     for item, values in kept:
         item.data = values
-    return float((after - before).abs().mean()) < _ROUNDING * float(before.abs().mean())
+    return float((scaled - unscaled).abs().mean()) < _ROUNDING * float(unscaled.abs().mean())
 
 
 def _output(visit: Visit) -> Tensor:

@@ -282,11 +282,12 @@ class Scheduler:
 
     def _prefill_budget(self, num_decoding: int) -> int:
         """Prompt tokens of a step in which others decode: as many as hide its fixed time, or `target_tpot` leaves."""
-        num_prompts = len(self._sequences) - num_decoding - len(self._paused)
-        spare = max(_CHUNK_SECONDS, _CHUNK_SHARE * self.cost.coefficients.step) * max(1.0, num_prompts / 2)
         if self._target_tpot:
             context = sum(item.sequence.num_computed for item in self._pending if item.sequence.is_decoding)
             spare = self._target_tpot - self.cost.coefficients.seconds(StepWork(0, num_decoding, 0, context))
+        else:
+            num_prompts = len(self._sequences) - num_decoding - len(self._paused)
+            spare = max(_CHUNK_SECONDS, _CHUNK_SHARE * self.cost.coefficients.step) * max(1.0, num_prompts / 2)
         return max(self.block_pool.block_size, int(spare / max(self.cost.coefficients.prefill_token, 1e-9)))
 
     # -- queue ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve import __version__
-from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
+from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.arrays import ModelInfo
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient, EngineState
@@ -161,10 +161,7 @@ class Api:
     def _encode_prompt(self, prompt: str | list[int], body: CompletionBody) -> list[int]:
         if body.suffix:
             return fill_in_prompt(self._tokenizer, prompt, body.suffix)
-        if not isinstance(prompt, str):
-            return prompt
-        check_unicode(prompt)
-        return self._tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+        return self.generator.token_ids(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
 
     async def _answer(
         self,

@@ -16,7 +16,7 @@ from typing import TypeVar
 from msgspec.structs import replace as replace_fields
 
 from fastserve.checkpoint.text_stream import TextStream
-from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
+from fastserve.checkpoint.tokenizer import LONG_TEXT, Tokenizer, check_unicode
 from fastserve.core.arrays import ModelInfo
 from fastserve.core.errors import FastServeError, QueueFullError, RequestError
 from fastserve.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, Request, TokenLogprobs, TokenOutput, fork
@@ -28,13 +28,12 @@ from fastserve.serve.admission import Admission
 from fastserve.serve.errors import ApiError
 from fastserve.serve.metrics import Metrics
 
-_LONG_TEXT = 20_000
 _T = TypeVar("_T")
 
 
 async def in_thread_if_long(make: Callable[[], _T], num_characters: int) -> _T:
     """What `make` returns, which tokenises so many characters: if many, in a thread, not to hold up other streams."""
-    return make() if num_characters < _LONG_TEXT else await asyncio.to_thread(make)
+    return make() if num_characters < LONG_TEXT else await asyncio.to_thread(make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +235,18 @@ class Generator:
         assert self._client.ready is not None
         return self._client.ready.max_model_len
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def token_ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`.
 
         Raises:
             RequestError: half of a surrogate pair, which JSON can write and no text can hold.
         """
         check_unicode(text)
-        return await in_thread_if_long(lambda: self._tokenizer.encode(text, add_special_tokens), len(text))
+        return self._tokenizer.encode(text, add_special_tokens)
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`token_ids`, in a thread if the text is long."""
+        return await in_thread_if_long(lambda: self.token_ids(text, add_special_tokens), len(text))
 
     def start(
         self,

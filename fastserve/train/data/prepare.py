@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.train.data.cleaning import clean
 from fastserve.train.data.duplicates import exact_duplicates, near_duplicates
 from fastserve.train.data.hashing import SIGNATURE_LENGTH, document_hash, signature
-from fastserve.train.data.leaks import LeakFinder
+from fastserve.train.data.leaks import LeakFinder, evaluation_texts
 from fastserve.train.data.report import PartCounts, write_report
 from fastserve.train.data.settings import PrepareSettings
 from fastserve.train.data.shards import ShardSize, read_index, read_tokenizer, tokenizer_hash, write_index, write_shard
@@ -91,7 +92,8 @@ def _claim(out: Path, parts: list[Part], settings: PrepareSettings) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no preparation; choose another --out")
-    LeakFinder.of_files(settings.against, settings.against_words)  # a broken file shows before `out` is claimed
+    for path in settings.against:
+        deque(evaluation_texts(Path(path)), maxlen=0)  # a broken file shows before `out` is claimed
     (out / "parts").mkdir(parents=True, exist_ok=True)
     mark.write_text(text, encoding="utf-8")
 

@@ -8,6 +8,8 @@ namespace fastserve {
 
 namespace {
 
+constexpr int64_t kReadWhileWaiting = 128 << 10;  // bytes, well within a second-level cache
+
 // Calls f on every address that an operation reads or writes, in a fixed order.
 template <class F> void for_pointers(LinearArgs& a, const F& f) { f(a.x), f(a.out), f(a.residual); }
 template <class F> void for_pointers(AttentionArgs& a, const F& f) { f(a.query), f(a.out), f(a.keys), f(a.values); }
@@ -260,6 +262,18 @@ void Plan::run_joined(NormArgs norm, LinearArgs linear, const Worker& worker, vo
     table_.linear(linear, worker);
 }
 
+// The first of the weights that this thread multiplies next; with few rows that is bound by reading them.
+ReadAhead Plan::weights_after(int64_t op, const Worker& worker) const {
+    for (int64_t i = op + 1; i < min_of(op + 3, num_ops()); ++i) {
+        const auto* linear = std::get_if<LinearArgs>(&ops_[i].op);
+        if (!linear || linear->weight->format == Format::sparse) continue;
+        const PackedWeight& weight = *linear->weight;
+        const int64_t first = share_of(weight.panels, worker.index, worker.count).begin * weight.panel_bytes;
+        return {weight.base + first, min_of(kReadWhileWaiting, weight.bytes() - first)};
+    }
+    return {};
+}
+
 void Plan::run(const StepInputs& step, bool choose) {
     set_step(step);
     const int64_t count = num_ops() - (choose ? 0 : 1);
@@ -282,7 +296,7 @@ void Plan::run(const StepInputs& step, bool choose) {
             } else {
                 run_op(ops_[i].op, table_, worker);
             }
-            if (i + 1 < count && !(few && ops_[i].joins_next)) worker.barrier();
+            if (i + 1 < count && !(few && ops_[i].joins_next)) worker.barrier(few ? weights_after(i, worker) : ReadAhead{});
         }
     });
 }

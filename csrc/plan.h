@@ -100,6 +100,7 @@ private:
     void share_buffers();
     void relocate();
     void set_step(const StepInputs& step);
+    ReadAhead weights_after(int64_t op, const Worker& worker) const;
     void run_joined(NormArgs norm, LinearArgs linear, const Worker& worker, void* normed) const;
 
     const OpTable& table_;

@@ -11,6 +11,7 @@ namespace {
 // About 100 microseconds of polling: longer than the gap between two operations of a step. With more threads than
 // processors the one that is waited for may need ours, so there it is hardly any.
 constexpr int kSpins = 4000, kSpinsWhenCrowded = 20;
+constexpr int64_t kReadAtOnce = 512;  // bytes that a waiting thread reads between two looks
 constexpr int kYields = 2000;  // then give the processor away, but stay runnable
 
 inline void pause_cpu() {
@@ -57,7 +58,7 @@ int usable_processors() {
 
 }  // namespace
 
-void Barrier::wait(int count, int spins) {
+void Barrier::wait(int count, int spins, ReadAhead ahead) {
     uint32_t phase = phase_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
         arrived_.store(0, std::memory_order_relaxed);
@@ -65,6 +66,10 @@ void Barrier::wait(int count, int spins) {
         return;
     }
     auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+    // Loads, for a prefetch that finds no free buffer is dropped.
+    for (int64_t at = 0; at + kReadAtOnce <= ahead.bytes && !passed(); at += kReadAtOnce) {
+        for (int64_t line = 0; line < kReadAtOnce; line += 64) (void)*static_cast<const volatile uint8_t*>(ahead.data + at + line);
+    }
     while (!poll(passed, spins)) usleep(50);  // a team member was preempted for long
 }
 

@@ -19,11 +19,17 @@
 
 namespace fastserve {
 
+// Memory that a thread will need soon.
+struct ReadAhead {
+    const uint8_t* data = nullptr;
+    int64_t bytes = 0;
+};
+
 // Waits for the other threads of a team; used again and again.
 class Barrier {
 public:
-    // `spins`: how often to look before the processor is given away.
-    void wait(int count, int spins);
+    // `spins`: how often to look before the processor is given away. `ahead`: read into the caches while waiting.
+    void wait(int count, int spins, ReadAhead ahead);
 
 private:
     std::atomic<int> arrived_{0};
@@ -39,8 +45,8 @@ struct Worker {
     uint8_t* scratch;  // this thread's own
     int spins;
 
-    FASTSERVE_INLINE void barrier() const {
-        if (count > 1) team->wait(count, spins);
+    FASTSERVE_INLINE void barrier(ReadAhead ahead = {}) const {
+        if (count > 1) team->wait(count, spins, ahead);
     }
 };
 

@@ -71,6 +71,8 @@ class EngineConfig:
         max_batch_sequences: most sequences in one step.
         max_batch_tokens: most tokens in one step (prefill chunks and decodes together).
         target_tpot_ms: milliseconds per token that answers should keep to; prefills get what that leaves. 0: none.
+        burst_ms: milliseconds of decoding at a time while nobody waits; what comes meanwhile waits as long, and tokens
+            are told together. 0: a token at a time.
         max_model_len: longest prompt + output; 0 takes the model's own limit, cut to what memory allows.
         max_waiting: most requests that may wait; further ones get 429.
         kv_cache_memory: bytes for the KV cache; 0 plans it from free memory.
@@ -105,6 +107,7 @@ class EngineConfig:
     max_batch_sequences: int = 64
     max_batch_tokens: int = 1024
     target_tpot_ms: float = 0.0
+    burst_ms: float = 20.0
     max_model_len: int = 0
     max_waiting: int = 1024
     kv_cache_memory: int = 0
@@ -147,6 +150,7 @@ class EngineConfig:
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("target_tpot_ms", 0)
+        self._at_least("burst_ms", 0)
         self._at_least("max_model_len", 0)
         self._at_least("max_waiting", 0)
         self._choice("kv_replacement", ("lru", "lfu"))

@@ -103,6 +103,7 @@ class Engine:
             cost=cost,
             target_tpot=config.target_tpot_ms / 1e3,
             drafter=self._drafts,
+            burst_seconds=0.0 if loaded.model.has_own_cache or loaded.draft else config.burst_ms / 1e3,
         )
         runner = ModelRunner(
             loaded.model, loaded.kernels, kv_cache, end_ids, self.max_model_len, self._grammars, self._adapters
@@ -201,7 +202,7 @@ class Engine:
         result = self._executor.run(plan)
         ended = self._clock()
         outputs = self._scheduler.update(plan, result, ended - started, ended)
-        self._stats.num_steps += 1
+        self._stats.num_steps += result.num_rounds
         self._stats.step_seconds += ended - began
         for output in outputs:
             self._stats.generation_tokens += sum(len(answer.token_ids) for answer in output.as_answers())

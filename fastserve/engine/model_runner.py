@@ -93,6 +93,22 @@ class ModelRunner:
         batch, row_ranges = make_batch(plan, size, self._device, set(self._prompts), self._adapter_slots)
         if self._sources is not None:
             self._sources.describe(batch)
+        result = self._run_batch(plan, batch, entries, row_ranges)
+        made = result.tokens
+        while result.num_rounds < plan.num_rounds:
+            if any(made[entry.request_id] in self._states[entry.request_id].stop_ids for entry in entries):
+                break
+            batch.advance([made[entry.request_id] for entry in entries])
+            made = self._run_batch(plan, batch, entries, row_ranges).tokens
+            result.num_rounds += 1
+            for request_id, token_id in made.items():
+                result.further.setdefault(request_id, []).append(token_id)
+        return result
+
+    def _run_batch(
+        self, plan: StepPlan, batch: Batch, entries: list[PlanEntry], row_ranges: list[tuple[int, int]]
+    ) -> StepResult:
+        """Compute a plan's batch and choose tokens for `entries`, those that sample."""
         result, states = StepResult({}), [self._states[entry.request_id] for entry in entries]
         if self._recorded is not None and not self._prompts:
             greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))

@@ -63,6 +63,13 @@ class Batch:
     _tensors: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _tables: dict[bool, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
+    def advance(self, token_ids: list[int]) -> None:
+        """Where all sequences decode: their next tokens, each in the block of the one before."""
+        self.input_ids = token_ids
+        for part in (self.positions, self.slot_mapping, self.context_lens):
+            part[:] = [value + 1 for value in part]
+        self._tensors, self._tables = [], {}
+
     def tensors(self) -> list[Tensor]:
         """input_ids, positions, slot_mapping [T] and logit_rows [R] in int64: for who computes with tensors."""
         if not self._tensors:

@@ -24,6 +24,8 @@ from fastserve.core.request import FINISH_ERROR, FINISH_STOP, Request, TokenLogp
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.engine import Engine
 
+_BURST_MS = 200.0  # nobody comes meanwhile
+
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
@@ -47,7 +49,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **options: Any) -> None:
-        config = EngineConfig.from_options({"model": str(model), **options})
+        config = EngineConfig.from_options({"model": str(model), "burst_ms": _BURST_MS, **options})
         folder = ModelFolder.open(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.source_text = SourceText(folder, self.tokenizer) if folder.task == TEXT_TO_TEXT else None

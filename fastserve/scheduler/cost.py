@@ -102,8 +102,8 @@ class CostModel:
         if self.num_observed % self._refit_every == 0 or self.num_observed in _FIRST_FITS:
             self._fit()
 
-    def account(self, plan: StepPlan, seconds: float) -> list[float]:
-        """Learn from a step and share its time: seconds for each entry, in proportion to what it adds to a step."""
+    def account(self, plan: StepPlan, seconds: float, num_rounds: int = 1) -> list[float]:
+        """Learn from a step, or some equal ones, and share the time: for each entry, as it adds to a step."""
         decode, decode_context = self.coefficients.decode, self.coefficients.decode_context
         work = StepWork()
         shares: list[float] = []
@@ -116,7 +116,7 @@ class CostModel:
             else:
                 work.add(start, num_tokens)
                 shares.append(self.prefill_seconds(num_tokens, start))
-        self.observe(work, seconds)
+        self.observe(work, seconds / num_rounds)
         scale = seconds / max(sum(shares), 1e-12)
         return [share * scale for share in shares]
 

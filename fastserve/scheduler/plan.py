@@ -47,6 +47,8 @@ class StepPlan(msgspec.Struct, frozen=True):
             over before the entries run; a block that is filled from a slot is reported when it is (StepResult.loaded).
         num_blocks: device blocks that need memory, where that changed; else 0.
         freed: requests whose state may be dropped.
+        num_rounds: how often the entries run at most, each time with the tokens that they made; more than once only
+            where all decode. The rounds end when an answer does.
     """
 
     entries: list[PlanEntry]
@@ -54,6 +56,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     moves: list[tuple[int, int]] = []
     num_blocks: int = 0
     freed: list[str] = []
+    num_rounds: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +69,8 @@ class StepResult:
 
     Attributes:
         tokens: request id -> sampled token, for entries with `samples`.
-        further: request id -> the tokens after that one, where guesses were right.
+        further: request id -> the tokens after that one: of right guesses, or of further rounds.
+        num_rounds: how often the plan was run.
         errors: request id -> why the request cannot go on; it has no token.
         logprobs: request id -> its log probabilities, where asked for, and those of beams (their token is not used).
         prompt_logprobs: request id -> log probabilities of prompt tokens start + 1 .. computed in this step.
@@ -79,3 +83,4 @@ class StepResult:
     loaded: list[tuple[int, bool, float]] = field(default_factory=list)
     further: dict[str, list[int]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    num_rounds: int = 1

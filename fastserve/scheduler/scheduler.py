@@ -40,6 +40,7 @@ class Scheduler:
         target_tpot: seconds that a step with decoding sequences should take at most: prefills get what that leaves, a
             block at least. 0: what they get is what hides a step's fixed time.
         drafter: guesses tokens to be verified; None for none.
+        burst_seconds: how long a plan of several rounds may take.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Scheduler:
         cost: CostModel | None = None,
         target_tpot: float = 0.0,
         drafter: Drafter | None = None,
+        burst_seconds: float = 0.0,
     ) -> None:
         assert block_pool.num_blocks * block_pool.block_size >= max_model_len
         self.block_pool = block_pool
@@ -69,6 +71,7 @@ class Scheduler:
         self._max_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._target_tpot = target_tpot
+        self._burst_seconds = burst_seconds
         self._answers = Answers(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Ranked] = []
@@ -233,12 +236,28 @@ class Scheduler:
         num_blocks = self.block_pool.num_reachable
         is_same, self._planned_blocks = num_blocks == self._planned_blocks, num_blocks
         freed, self._freed = self._freed, []
-        return StepPlan(entries, self._copies, moves=moves, num_blocks=0 if is_same else num_blocks, freed=freed)
+        rounds, num_blocks = self._num_rounds(entries), 0 if is_same else num_blocks
+        return StepPlan(entries, self._copies, moves=moves, num_blocks=num_blocks, freed=freed, num_rounds=rounds)
+
+    def _num_rounds(self, entries: list[PlanEntry]) -> int:
+        """How often to run the plan before somebody has to decide: an answer ends, a block is full, or time is up."""
+        if not self._burst_seconds or len(entries) < len(self._sequences) or len(self._loads):
+            return 1
+        context = sum(entry.start for entry in entries)
+        seconds = self.cost.coefficients.seconds(StepWork(0, len(entries), 0, context))
+        rounds = int(self._burst_seconds / max(seconds, 1e-6))
+        for entry in entries if rounds > 1 else ():
+            sequence, sampling = self._sequences[entry.request_id], self._sequences[entry.request_id].request.sampling
+            if not self._may_draft(sequence) or entry.num_drafts or sampling.structured_outputs is not None:
+                return 1
+            room = self.block_pool.block_size - entry.start % self.block_pool.block_size
+            rounds = min(rounds, room, sequence.max_length - len(sequence.token_ids))
+        return max(rounds, 1)
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float, now: float) -> list[TokenOutput]:
         """Take in a step's tokens; `seconds` is how long it took. Returns what to tell the callers."""
         outputs: list[TokenOutput] = []
-        shares = self.cost.account(plan, seconds)
+        shares = self.cost.account(plan, seconds, result.num_rounds)
         answers, block_size = self._answers, self.block_pool.block_size
         self.block_pool.free([source for source, _ in self._copies])
         self._copies = []
@@ -249,11 +268,11 @@ class Scheduler:
                 continue  # aborted while the step ran
             num_tokens = len(entry.token_ids) - entry.num_drafts
             made: list[int] = []
-            if entry.num_drafts:
+            if entry.num_drafts or result.num_rounds > 1:
                 made = answers.made(sequence, result)
                 sequence.token_ids += made[:-1]
                 num_tokens += len(made[:-1])
-                self.num_drafts_right += len(made[:-1])
+                self.num_drafts_right += min(len(made[:-1]), entry.num_drafts)
             sequence.num_computed = entry.start + num_tokens
             if sequence.num_computed // block_size > sequence.num_published:
                 self.block_pool.publish_computed(sequence)

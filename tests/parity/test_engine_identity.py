@@ -25,9 +25,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[list[int]]]:
-    llm = LLM(
-        folder, dtype="float32", speculation="off", max_batch_sequences=1, prefix_caching=False, kv_cache_memory="8MiB"
-    )
+    options = dict(dtype="float32", speculation="off", prefix_caching=False, kv_cache_memory="8MiB", burst_ms=0)
+    llm = LLM(folder, max_batch_sequences=1, **options)
     return {
         "greedy": tokens(llm.generate(PROMPTS, GREEDY)),
         "sampled": tokens(llm.generate(PROMPTS, seeded())),
@@ -49,6 +48,25 @@ def check(llm: LLM, alone: dict[str, list[list[int]]]) -> None:
 
 def test_in_a_batch_of_32(folder: Path, alone: dict[str, list[list[int]]]) -> None:
     check(LLM(folder, dtype="float32", max_batch_sequences=32, prefix_caching=False), alone)
+
+
+def test_in_bursts(folder: Path, alone: dict[str, list[list[int]]]) -> None:
+    llm = LLM(folder, dtype="float32", speculation="off", prefix_caching=False, kv_cache_memory="8MiB", burst_ms=1e6)
+    plans: list[int] = []
+    run = llm.engine._executor.run
+    llm.engine._executor.run = lambda plan: plans.append(plan.num_rounds) or run(plan)
+    for params, expected in ((GREEDY, alone["greedy"][1]), (seeded()[1], alone["sampled"][1])):
+        plans.clear()
+        before = llm.engine.stats().num_steps
+        assert tokens(llm.generate([PROMPTS[1]], params)) == [expected]
+        # 8 tokens of prompt: the first block ends after 8 more, the second is full.
+        assert plans == [1, 8, 15]
+        assert llm.engine.stats().num_steps == before + 24
+        last = next(place for place, token_id in enumerate(expected) if place > 2 and token_id not in expected[:place])
+        stopped = replace(params, stop_token_ids=(expected[last],))
+        before = llm.engine.stats().num_steps
+        assert tokens(llm.generate([PROMPTS[1]], stopped)) == [expected[: last + 1]]
+        assert llm.engine.stats().num_steps == before + last + 1  # nothing was computed for nobody
 
 
 def test_chunked_at_16_tokens(folder: Path, alone: dict[str, list[list[int]]]) -> None:

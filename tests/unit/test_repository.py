@@ -62,6 +62,7 @@ ENGINE_OPTIONS = [
     "max_batch_sequences",
     "max_batch_tokens",
     "target_tpot_ms",
+    "burst_ms",
     "max_model_len",
     "max_waiting",
     "kv_cache_memory",

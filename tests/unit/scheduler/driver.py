@@ -17,14 +17,19 @@ def next_token(request_id: str, position: int) -> int:
     return sum(request_id.encode()) * 31 % 400 + position
 
 
-def execute(plan: StepPlan) -> StepResult:
-    return StepResult(
-        {
-            entry.request_id: next_token(entry.request_id, entry.start + len(entry.token_ids))
-            for entry in plan.entries
-            if entry.samples
-        }
-    )
+def execute(plan: StepPlan, ends: int = 0) -> StepResult:
+    """What a plan makes; rounds stop early after a token that is a multiple of `ends`."""
+    made: dict[str, list[int]] = {entry.request_id: [] for entry in plan.entries if entry.samples}
+    for num_rounds in range(1, plan.num_rounds + 1):
+        for entry in plan.entries:
+            if entry.samples:
+                position = entry.start + len(entry.token_ids) + num_rounds - 1
+                made[entry.request_id].append(next_token(entry.request_id, position))
+        if ends and any(tokens[-1] % ends == 0 for tokens in made.values()):
+            break
+    further = {name: tokens[1:] for name, tokens in made.items() if len(tokens) > 1}
+    first = {name: tokens[0] for name, tokens in made.items()}
+    return StepResult(first, further=further, num_rounds=num_rounds)
 
 
 class FakeMemory:
@@ -62,7 +67,7 @@ class FakeMemory:
         self._device.update(copied)
         for entry in plan.entries:
             assert max(entry.block_ids) < self.num_blocks
-            self._compute(entry, tokens[entry.request_id])
+            self._compute(entry, tokens[entry.request_id], plan.num_rounds)
         must_wait = not plan.entries
         arrived = [item for item in self.coming if item[0] <= self._step] or (self.coming[:1] if must_wait else [])
         self.coming = [item for item in self.coming if item not in arrived]
@@ -70,8 +75,10 @@ class FakeMemory:
             self._device[block] = list(content or [])
         return [(block, content is not None, 1e-5) for _, block, content in arrived]
 
-    def _compute(self, entry: PlanEntry, token_ids: list[int]) -> None:
-        size, end = self.block_size, entry.start + len(entry.token_ids)
+    def _compute(self, entry: PlanEntry, token_ids: list[int], num_rounds: int) -> None:
+        size, end = self.block_size, entry.start + len(entry.token_ids) + num_rounds - 1
+        assert num_rounds == 1 or end <= (entry.start // size + 1) * size, "rounds go on in another block"
+        token_ids = token_ids + [next_token(entry.request_id, place) for place in range(len(token_ids), end)]
         for position in range(end):
             block, offset = self._device.setdefault(entry.block_ids[position // size], []), position % size
             identity = hash(tuple(token_ids[: position + 1]))

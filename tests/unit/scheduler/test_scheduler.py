@@ -19,7 +19,7 @@ from fastserve.scheduler.scheduler import Scheduler
 EOS = 7
 
 
-def make_scheduler(num_blocks: int = 64, block_size: int = 4, policy: str = "fcfs", **options: int) -> Scheduler:
+def make_scheduler(num_blocks: int = 64, block_size: int = 4, policy: str = "fcfs", **options: float) -> Scheduler:
     limits = {"max_batch_sequences": 4, "max_batch_tokens": 16, "max_model_len": num_blocks * block_size} | options
     return Scheduler(BlockPool(num_blocks, block_size), make_policy(policy), eos_token_ids=[EOS], **limits)
 
@@ -215,6 +215,34 @@ def test_random_traffic_loses_and_leaks_nothing(seed: int, num_blocks: int, poli
             assert made[name] == tokens
     assert scheduler.block_pool.num_used == 0
     assert scheduler.num_running == scheduler.num_waiting == 0
+
+
+def test_a_plan_of_several_rounds_ends_before_somebody_has_to_decide() -> None:
+    scheduler = make_scheduler(num_blocks=16, block_size=8, burst_seconds=10.0)
+    scheduler.add(make_request("a", 6, max_tokens=14), 0.0)
+
+    def step(*made: int) -> StepPlan:
+        plan = scheduler.plan(0.0)
+        further = {"a": list(made[1:])} if len(made) > 1 else {}
+        scheduler.update(plan, StepResult({"a": made[0]}, further=further, num_rounds=len(made)), 0.01, 0.0)
+        return plan
+
+    assert step(100).num_rounds == 1  # a prompt
+    assert step(101, 102).num_rounds == 2  # positions 6 and 7 end the block
+    plan = step(103, 104, 105)  # the runner may stop earlier
+    assert (plan.num_rounds, plan.entries[0].start, plan.entries[0].token_ids) == (8, 8, [102])
+    plan = step(106, 107, 108, 109, 110)
+    assert (plan.num_rounds, plan.entries[0].start, plan.entries[0].token_ids) == (5, 11, [105])
+    assert step(111).num_rounds == 3  # three are left until max_tokens
+    scheduler.add(make_request("b", 6, max_tokens=9, logprobs=1), 0.0)
+    plan = scheduler.plan(0.0)
+    assert len(plan.entries) == 2 and plan.num_rounds == 1  # somebody has a prompt
+    scheduler.update(plan, StepResult({"a": 112, "b": 5}), 0.01, 0.0)
+    assert scheduler.plan(0.0).num_rounds == 1  # somebody wants log probabilities
+    quick = make_scheduler(num_blocks=16, block_size=8, burst_seconds=0.02)  # a step is guessed at 6 ms
+    quick.add(make_request("a", 8, max_tokens=14), 0.0)
+    quick.update(quick.plan(0.0), StepResult({"a": 100}), 0.006, 0.0)
+    assert quick.plan(0.0).num_rounds == 3
 
 
 def test_unknown_policy_is_refused_with_the_names() -> None:

@@ -58,6 +58,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         places=st.integers(1, 5),
         tokens=st.integers(5, 40),
         prefix_caching=st.booleans(),
+        burst=st.sampled_from((0.0, 0.02, 0.2)),
+        ends=st.sampled_from((0, 3)),
         tiers=st.lists(st.integers(1, 60), max_size=2),
         replacement=st.sampled_from(REPLACEMENTS),
     )
@@ -68,6 +70,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         places: int,
         tokens: int,
         prefix_caching: bool,
+        burst: float,
+        ends: int,
         tiers: list[int],
         replacement: str,
     ) -> None:
@@ -84,7 +88,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_tokens=tokens,
             max_model_len=self.longest,
             cost=cost,
+            burst_seconds=burst,
         )
+        self.ends = ends
         self.now = 0.0
         self.requests: dict[str, Request] = {}
         self.made: dict[str, list[int]] = {}
@@ -137,6 +143,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.plan(self.now)
         assert bool(plan.entries) == had_work or len(self.memory.coming) > 0 or plan.moves
         assert plan.num_tokens <= self.tokens
+        # Rounds are for those who decode when there is nobody else.
+        is_alone = all(len(entry.token_ids) == 1 for entry in plan.entries)
+        assert plan.num_rounds == 1 or (is_alone and len(plan.entries) == len(self.scheduler._sequences))
         assert len(plan.entries) <= self.places
         assert len({entry.request_id for entry in plan.entries}) == len(plan.entries)
         written: set[int] = set()
@@ -170,7 +179,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, self.in_flight = self.in_flight, None
         seconds = STEP.seconds(StepWork.of(plan))
         self.now += seconds
-        result = execute(plan)
+        result = execute(plan, self.ends)
         result.loaded = self.loaded
         for entry in plan.entries:
             sequence = self.scheduler._sequences.get(entry.request_id)

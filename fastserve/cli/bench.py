@@ -163,10 +163,11 @@ def serve(
             raise ConfigError("a running server has its scheduler already; leave out --scheduler or --url")
         emit(bench.run(trace, url=url, model=model or "", **settings))
         return
-    options = ["--max-batch-sequences", str(max_batch_sequences), "--max-waiting", str(requests)]
+    options = ["--max-batch-sequences", str(max_batch_sequences)]
+    options += ["--max-waiting", str(requests)] if requests else []
     options += ["--scheduler", scheduler] if scheduler else []
     with bench.own_server(model or "", options) as address:
-        emit(bench.run(trace, url=address, **settings))
+        emit(bench.run(trace, url=address, server_options=options, **settings))
 
 
 def _given(model: str | None, options: dict[str, Any], config: Any) -> dict[str, Any]:

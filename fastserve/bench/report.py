@@ -110,12 +110,15 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty when files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with -dirty when files differ from it; "unknown" outside a checkout or without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

@@ -78,6 +78,7 @@ def test_failures_are_named() -> None:
     odd_events: list[object] = [[1], {"choices": [{"delta": None}]}, {"choices": [7]}, {"usage": {"tokens": 3}}, "text"]
     for odd in odd_events:
         assert "Error" in fetch(HEAD + chunked([b"data: " + json.dumps(odd).encode() + b"\n\n"]))[0].error, odd
+    assert "LimitOverrunError" in fetch(HEAD + b"f" * (5 << 20))[0].error
     silent, _ = fetch(HEAD, timeout=0.2, hang=True)
     assert "no end" in silent.error and math.isnan(silent.ttft)
 

@@ -44,6 +44,8 @@ class Peer:
         needs: another environment that its conversion uses.
         note: what to know before using it.
         our_kv_cache: our `kv_cache_dtype` beside it: what it keeps keys and values in.
+        our_int4: our 4-bit weights beside it, as make_model.py names them: with activations in as many bits as its own.
+        our_head: our output projection beside its 8-bit and 4-bit weights: int8, or "" where its own stays in bfloat16.
         our_kv_mib: our KV cache beside it, in MiB, where it takes no size: what it works with. 0: what all are given.
     """
 
@@ -54,6 +56,8 @@ class Peer:
     needs: str = ""
     note: str = ""
     our_kv_cache: str = "auto"
+    our_int4: str = "int4-a8"
+    our_head: str = "int8"
     our_kv_mib: int = 0
 
 
@@ -65,6 +69,8 @@ PEERS = {
         ("bf16", "int8", "int4"),
         remove=("torchvision", "torchaudio", "torchcodec"),
         note="the registry's torchvision is a CUDA build that breaks the import, so it is taken out again",
+        our_int4="int4",
+        our_head="",
     ),
     "llama.cpp": Peer(
         (TORCH, "transformers==5.23.0", "sentencepiece==0.2.3", "scikit-build-core==1.1.2"),

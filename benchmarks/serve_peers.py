@@ -15,7 +15,6 @@ conversations of the shared data are used, if they are there.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import signal
 import socket
@@ -37,11 +36,11 @@ from fastserve.bench import random_model
 from fastserve.bench.latencies import RequestTimes, ratios, saturated_rate, summarise
 from fastserve.bench.loadgen import StreamingClient
 from fastserve.bench.report import Report, emit, measure_limits, rounded
-from fastserve.bench.traces import Trace, prompt_ids, read_trace
+from fastserve.bench.serve_trace import replay
+from fastserve.bench.traces import Trace, read_trace
 
 OURS = "fastserve"
 NUM_SEQUENCES = 32
-VOCAB_SIZE = 8000  # what the made tokenizer covers
 COMPARED = ("mean_e2e", "p99_e2e", "mean_ttft", "p99_ttft")
 
 
@@ -76,6 +75,7 @@ class Server:
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": cpus, "VLLM_LOGGING_LEVEL": "WARNING"}
+        environment.pop("FASTSERVE_API_KEY", None)
         self._process = subprocess.Popen(
             command(name, model, context, self.port), env=environment, stdout=subprocess.DEVNULL
         )
@@ -107,35 +107,12 @@ class Server:
         Another seed makes other prompts of the same lengths: both servers keep prefixes, and have not seen them.
 
         Raises:
-            RuntimeError: a request failed, or came back with another number of tokens than asked for.
+            RuntimeError: requests failed, or came back with another number of tokens than asked for.
         """
-        return asyncio.run(self._replay(trace, seed))
-
-    async def _replay(self, trace: Trace, seed: int) -> list[RequestTimes]:
-        client = StreamingClient("127.0.0.1", self.port, timeout=3600.0)
-        bodies = [
-            {
-                "model": "model",
-                "prompt": prompt_ids(request, index, VOCAB_SIZE, seed),
-                "max_tokens": request.num_output,
-                "temperature": 0.0,
-                "ignore_eos": True,
-            }
-            for index, request in enumerate(trace.requests)
-        ]
-        start = time.perf_counter()
-
-        async def one(index: int) -> RequestTimes:
-            request = trace.requests[index]
-            await asyncio.sleep(max(0.0, start + request.arrival - time.perf_counter()))
-            result = await client.stream("/v1/completions", bodies[index])
-            if result.error or result.num_tokens != request.num_output or not result.times:
-                found = result.error or f"{result.num_tokens} tokens instead of {request.num_output}"
-                raise RuntimeError(f"{self.name}, request {index}: {found}")
-            first, last = result.times[0] - start, result.times[-1] - start
-            return RequestTimes(request.arrival, first, last, result.num_tokens, request.num_prompt, request.tenant)
-
-        return list(await asyncio.gather(*(one(index) for index in range(len(bodies)))))
+        times, errors = replay(StreamingClient("127.0.0.1", self.port, timeout=3600.0), "model", trace, seed)
+        if errors:
+            raise RuntimeError(f"{self.name}: {len(errors)} of {len(trace.requests)} requests failed; {errors[0]}")
+        return times
 
 
 def compare(

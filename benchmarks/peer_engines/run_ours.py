@@ -25,12 +25,13 @@ class Ours(Engine):
         settings["speculation"] = "off"  # a random network repeats itself
         settings["kv_cache_dtype"] = kv_cache = os.environ.get("OUR_KV_CACHE", "auto")
         self._llm = LLM(folder, dtype="bfloat16", **settings)
-        is_whole = "quantization_config" not in config
+        groups = config.get("quantization_config", {}).get("config_groups", {})  # the second is the head's
+        has_int8_inputs = bool(groups and groups["group_0"]["input_activations"])
         self.precision = {
-            "weights": "bfloat16" if is_whole else WEIGHTS[precision],
+            "weights": WEIGHTS[precision] if groups else "bfloat16",
             "kv_cache": "bfloat16" if kv_cache == "auto" else f"{kv_cache} per token and head",
-            "lm_head": "bfloat16" if is_whole else "int8 per channel",
-            "activations": "bfloat16" if is_whole else "int8 per token in the products",
+            "lm_head": "int8 per channel" if "group_1" in groups else "bfloat16",
+            "activations": "int8 per token in the products" if has_int8_inputs else "bfloat16",
         }
         self.settings = settings
 

@@ -12,7 +12,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastserve.bench.latencies import RequestTimes, summarise
@@ -107,12 +107,12 @@ def run(
     Raises:
         ConfigError: the trace cannot be read, no such router or policy, or a number that is not positive.
     """
-    if load <= 0 or num_replicas < 1 or num_requests < 2:
+    if not 0 < load < math.inf or num_replicas < 1 or num_requests < 2:
         raise ConfigError("load must be above 0, replicas at least 1, requests at least 2")
     whole = read_trace(trace, 0, offset)
     machine = replace(machine or Machine(), is_known=True, prefix_caching=bool(whole.requests[0].prefix_hashes))
-    machine = replace(machine, num_blocks=machine.num_blocks or _default_blocks(machine))
     fitted = whole.fit(machine.context)
+    machine = replace(machine, num_blocks=machine.num_blocks or _default_blocks(machine))
     first = replace(fitted, requests=fitted.requests[:_CALIBRATED_WITH])
     rate = load * num_replicas * capacity(first, machine)
     arrivals = _repeat(fitted.at_rate(rate), num_requests)
@@ -129,6 +129,7 @@ def run(
         length_scale=fitted.length_scale,
         wall_seconds=rounded(wall_seconds),
         num_steps=sum(replica.run.num_steps for replica in replicas),
+        **asdict(machine),
     )
     report.metrics.update(summarise(times))
     report.metrics["cached_tokens"] = sum(replica.run.num_cached_tokens for replica in replicas)

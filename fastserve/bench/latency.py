@@ -1,7 +1,8 @@
 """How fast one request is, in process: time to first token, and tokens per second while decoding.
 
 Decode speed is the difference of two runs, so that reading the prompt does not count: (outputs - 2) tokens over the
-time of the whole request less the time of one that stops after two. Greedy, end tokens ignored, prefix cache off.
+time of the whole request less the time of one that stops after two. Greedy, end tokens ignored, prefix cache and
+speculation off unless asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastserve.bench import workload
-from fastserve.bench.engine import describe, open_engine
+from fastserve.bench.engine import BenchConfig, check_lengths, describe, open_engine
 from fastserve.bench.report import Report, measure_limits
 from fastserve.core.errors import ConfigError
 from fastserve.core.sampling_params import SamplingParams
@@ -27,13 +28,16 @@ def run(
     Metrics: decode_tokens_per_second, decode_tpot_ms (milliseconds per token), ttft_seconds (of `input_length`).
 
     Raises:
-        ConfigError: an option is wrong, or output_length is below 3 or repeats below 1.
+        ConfigError: an option is wrong, output_length is below 3 or repeats below 1, or the lengths are more than the
+            model takes.
     """
     if output_length < 3 or repeats < 1:
         raise ConfigError("output_length must be at least 3 and repeats at least 1")
-    llm = open_engine(model, options)
+    config = BenchConfig.from_options({"model": model, **options})
+    llm = open_engine(config)
     [prompt] = workload.fit([workload.decode_case(input_length, output_length)], llm.engine.vocab_size)
-    report = Report("latency", describe(llm, model, options), repeats=repeats)
+    check_lengths(llm, [prompt])
+    report = Report("latency", describe(llm, config), repeats=repeats)
     report.config.update(input_length=input_length, output_length=output_length)
     report.limits["before"] = measure_limits()
     generate_seconds(llm, prompt.token_ids, output_length)

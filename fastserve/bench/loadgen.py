@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MAX_LINE = 1 << 22
+_ODD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)  # JSON of another form than expected
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ class StreamingClient:
                 await self._run(path, payload, result)
         except TimeoutError:
             result.error = f"no end after {self._timeout:g} s"
-        except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
+        except (OSError, EOFError, asyncio.LimitOverrunError, *_ODD_ANSWERS) as error:
             result.error = f"{type(error).__name__}: {error}"
         result.ended = time.perf_counter()
         return result
@@ -136,6 +137,7 @@ def _take(data: str, result: StreamResult) -> None:
         result.error = json.dumps(event["error"])
         return
     if event.get("usage"):
+        int(event["usage"]["completion_tokens"])  # `num_tokens` reads it when it is too late to record a failure
         result.usage = event["usage"]
     for choice in event.get("choices", ()):
         piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")

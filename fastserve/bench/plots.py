@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastserve.bench.simulate import Run
-from fastserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +32,7 @@ def draw(folder: Path, title: str, sweep: Sweep, runs: Mapping[str, Run]) -> lis
     Args:
         sweep: figures of `latencies.summarise` by load and policy.
         runs: recorded runs by policy, at one load.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib; install it: pip install matplotlib")
     figures = {f"{name}_against_load": against_load(sweep, name, unit) for name, unit in _FIGURES}
     figures["queue_over_time"] = queue_over_time(runs)
     figures |= {f"steps_over_time_{name}": steps_over_time(name, run) for name, run in runs.items()}

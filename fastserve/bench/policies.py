@@ -7,6 +7,8 @@ the oracle never see `max_tokens`. Here the network is a cost model (see `simula
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,13 @@ def compare(
         default_policy: the one whose ratios and share of the oracle's gap are reported.
 
     Metrics: per policy the figures of `latencies.summarise`, preemptions, recomputed and cached tokens; of the default
-    policy `ratio_vs_fcfs.*` (above 1 is better) and `oracle_gap_closed` (mean normalised latency).
+    policy `ratio_vs_fcfs.*` (above 1 is better) and, where FCFS and the oracle differ, `oracle_gap_closed` (mean
+    normalised latency).
 
     Raises:
         ConfigError: the trace cannot be read, or the load is not positive.
     """
-    if load <= 0:
-        raise ConfigError(f"load is a share of capacity above 0, not {load:g}")
+    _check_load(load)
     machine = machine or Machine()
     fitted = read_trace(trace, num_requests, offset, seed).fit(machine.context, length_scale)
     requests_per_s = capacity(fitted, machine)
@@ -77,9 +79,16 @@ def plot(
     machine: Machine,
     loads: Sequence[float] = PLOTTED_LOADS,
 ) -> None:
-    """Simulate the policies at several loads, and draw latency against load; queue and steps over time at `load`."""
+    """Simulate the policies at several loads, and draw latency against load; queue and steps over time at `load`.
+
+    Raises:
+        ConfigError: as `compare`, or matplotlib is not installed.
+    """
     from fastserve.bench.plots import draw
 
+    _check_load(load)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib; install it: pip install matplotlib")
     fitted = read_trace(trace, num_requests, offset).fit(machine.context)
     rate = capacity(fitted, machine)
     names = tuple(dict.fromkeys([FLOOR, *policies, CEILING]))
@@ -92,13 +101,19 @@ def plot(
     draw(folder, f"{fitted.name}, simulated; over time at {load:.0%} of capacity", sweep, runs)
 
 
+def _check_load(load: float) -> None:
+    if not 0 < load < math.inf:
+        raise ConfigError(f"load is a share of capacity above 0, not {load:g}")
+
+
 def against_floor(results: dict[str, dict[str, float]], policy: str) -> dict[str, float]:
-    """`ratio_vs_fcfs.*` and `oracle_gap_closed` of a policy."""
+    """`ratio_vs_fcfs.*` and `oracle_gap_closed` of a policy; the last only where there is a gap."""
     floor, ours, ceiling = results[FLOOR], results[policy], results[CEILING]
     metrics = {f"ratio_vs_fcfs.{name}": value for name, value in ratios(ours, floor, _COMPARED).items()}
     metrics["ratio_vs_fcfs.throughput"] = rounded(ours["requests_per_s"] / floor["requests_per_s"])
     name = "mean_normalised_latency"
-    metrics["oracle_gap_closed"] = rounded(gap_closed(ours[name], floor[name], ceiling[name]))
+    if floor[name] != ceiling[name]:
+        metrics["oracle_gap_closed"] = rounded(gap_closed(ours[name], floor[name], ceiling[name]))
     return metrics
 
 

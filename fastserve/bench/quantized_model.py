@@ -7,9 +7,12 @@ but for codebooks, which have a form of our own. Memory stays at one tensor and 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +51,8 @@ def parse_scheme(name: str) -> QuantScheme:
 
 
 def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str = "") -> Path:
-    """Write `source` to the new folder `target` with `weights` (see `parse_scheme`) and the head as it is, "int8", or
-    "int8-a8" (its inputs in 8 bits, too).
+    """Write `source` to the new folder `target` (see `new_folder`) with `weights` (see `parse_scheme`) and the head as
+    it is, "int8", or "int8-a8" (its inputs in 8 bits, too).
 
     Raises:
         ConfigError: no such scheme, or a head that cannot be had with it.
@@ -60,23 +63,43 @@ def quantize_folder(source: ModelFolder, target: Path, weights: str, head: str =
     scheme = parse_scheme(weights)
     if head not in ("", "int8", "int8-a8") or (head and scheme.has_codebook):
         raise ConfigError("the head stays as it is, or becomes int8 or int8-a8 beside int4 or int8 weights")
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; name a new folder or remove it")
-    target.mkdir(parents=True, exist_ok=True)
     head_module = _head_of(source) if head else ""
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(_shards(_converted(source, scheme, head_module, head)), 1):
-        file = f"model-{number:05d}.safetensors"
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for other in source.path.iterdir():
-        if other.is_file() and other.suffix != ".safetensors" and not (target / other.name).exists():
-            shutil.copyfile(other, target / other.name)
-    config = {**source.config, "quantization_config": _describe(scheme, head_module, head)}
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with new_folder(target) as unfinished:
+        for number, tensors in enumerate(_shards(_converted(source, scheme, head_module, head)), 1):
+            file = f"model-{number:05d}.safetensors"
+            save_file(tensors, unfinished / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, file))
+        for other in source.path.iterdir():
+            if other.is_file() and other.suffix != ".safetensors":
+                shutil.copyfile(other, unfinished / other.name)
+        config = {**source.config, "quantization_config": _describe(scheme, head_module, head)}
+        index = {"metadata": {}, "weight_map": weight_map}
+        for name, value in (("config.json", config), ("model.safetensors.index.json", index)):
+            (unfinished / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` when it is complete; interrupted work leaves nothing there.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; name a new folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        for file in unfinished.iterdir():
+            file.chmod(0o644)
+        os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _head_of(source: ModelFolder) -> str:

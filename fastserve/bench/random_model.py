@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sysconfig
-import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastserve.bench.quantized_model import quantize_folder
+from fastserve.bench.quantized_model import new_folder, quantize_folder
 from fastserve.bench.shapes import Shape, TensorSpec, shape
 from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.cache import cache_folder
@@ -57,28 +54,17 @@ def make_quantized(name: str, weights: str, head: str = "", folder: Path | None 
     source = make(name, None, seed)
     if folder is None:
         folder = source.with_name("-".join(filter(None, (source.name, weights, head and f"head-{head}"))))
-        if (folder / "config.json").is_file():  # written last
+        if (folder / "config.json").is_file():
             return folder
     return quantize_folder(ModelFolder.open(str(source)), folder, weights, head)
 
 
 def write(wanted: Shape, folder: Path, seed: int = 0) -> Path:
-    """Write `wanted` to `folder`. An interrupted run leaves nothing there: the folder appears when it is complete."""
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; name a new folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Write `wanted` to `folder` (see `quantized_model.new_folder`)."""
+    with new_folder(folder) as unfinished:
         _write_weights(wanted, unfinished, seed)
         _write_settings(wanted, unfinished)
         write_tokenizer(unfinished, min(TOKENIZER_SIZE, wanted.config["vocab_size"]))
-        unfinished.chmod(0o755)
-        for file in unfinished.iterdir():
-            file.chmod(0o644)
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder
 
 

@@ -34,7 +34,7 @@ class Report:
         name: the benchmark.
         config: its settings, the precision of weights, KV cache and lm_head among them.
         metrics: name -> value; a ratio is how many times better ours is.
-        repeats: how many runs each value is the median of.
+        repeats: how many runs each value is the median of, where `runs` does not say; printed are the fewest of `runs`.
         runs: metric -> the single values behind its median.
         limits: what `measure_limits` found, by moment ("before", "after").
         skipped: what could not be measured here, and why.
@@ -62,7 +62,7 @@ class Report:
             "versions": versions(),
             "config": self.config,
             "metrics": self.metrics,
-            "repeats": self.repeats,
+            "repeats": min(map(len, self.runs.values()), default=self.repeats),
             "skipped": self.skipped,
             "runs": self.runs,
         }
@@ -110,12 +110,15 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty when files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with -dirty when files differ from it; "unknown" outside a checkout or without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fastserve.bench.coast import CoastingScheduler
 from fastserve.bench.latencies import RequestTimes, saturated_rate
 from fastserve.bench.traces import Trace, prompt_ids
+from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.scheduler.block_pool import BlockPool
@@ -37,6 +38,9 @@ class Machine:
         prefix_caching: as in the engine.
         target_tpot: as the scheduler's, seconds; 0 for none.
         is_known: the scheduler's cost model is given the coefficients and stays; else it learns them from steps.
+
+    Raises:
+        ConfigError: a number with which nothing could run.
     """
 
     coefficients: Coefficients = LLAMA_01B_CPU
@@ -48,6 +52,18 @@ class Machine:
     prefix_caching: bool = True
     target_tpot: float = 0.0
     is_known: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_batch_sequences < 1 or self.max_batch_tokens < self.max_batch_sequences:
+            raise ConfigError("max_batch_sequences must be at least 1, and max_batch_tokens at least as many")
+        if not 0 <= self.target_tpot < math.inf:
+            raise ConfigError(f"the target time per token must be a time, or 0 for none, not {self.target_tpot:g} s")
+        needed = -(-self.context // self.block_size)
+        if self.num_blocks and self.num_blocks < needed:
+            raise ConfigError(
+                f"{self.num_blocks} blocks of {self.block_size} tokens cannot hold a context of {self.context} tokens; "
+                f"give at least {needed}, a smaller context, or 0 blocks for enough"
+            )
 
 
 @dataclass(slots=True)

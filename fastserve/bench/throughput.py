@@ -1,7 +1,7 @@
 """How many tokens per second many requests get, in process, all of them there at the start.
 
 Without lengths it is the mixed case that engines are compared on (prompts of 64 to 512 tokens, outputs of 32 to 128);
-with both lengths all requests are alike. Greedy, end tokens ignored, prefix cache off.
+with both lengths all requests are alike. Greedy, end tokens ignored, prefix cache and speculation off unless asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastserve.bench import workload
-from fastserve.bench.engine import describe, open_engine
+from fastserve.bench.engine import BenchConfig, check_lengths, describe, open_engine
 from fastserve.bench.report import Report, measure_limits
 from fastserve.core.errors import ConfigError
 from fastserve.core.sampling_params import SamplingParams
@@ -33,19 +33,21 @@ def run(
     Metrics: output_tokens_per_second, total_tokens_per_second (prompts counted too), seconds.
 
     Raises:
-        ConfigError: an option is wrong, or only one of the two lengths is given.
+        ConfigError: an option is wrong, only one of the two lengths is given, or they are more than the model takes.
     """
     if bool(input_length) != bool(output_length):
         raise ConfigError("give both input_length and output_length, or neither for the mixed case")
     if num_requests < 1 or repeats < 1:
         raise ConfigError("num_requests and repeats must be at least 1")
-    llm = open_engine(model, options)
+    config = BenchConfig.from_options({"model": model, **options})
+    llm = open_engine(config)
     if input_length:
         prompts = workload.uniform_case(num_requests, input_length, output_length)
     else:
         prompts = workload.mixed_case(num_requests)
     prompts = workload.fit(prompts, llm.engine.vocab_size)
-    report = Report("throughput", describe(llm, model, options), repeats=repeats)
+    check_lengths(llm, prompts)
+    report = Report("throughput", describe(llm, config), repeats=repeats)
     report.config.update(
         num_requests=num_requests, input_length=input_length or "64-512", output_length=output_length or "32-128"
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fastserve.bench.report import percentile, rounded
@@ -83,9 +83,14 @@ class Trace:
         Args:
             context: longest prompt + output in tokens.
             length_scale: the factor; 0 chooses the one at which 99 % of the requests fit, at most 1.
+
+        Raises:
+            ConfigError: a context without room for a prompt and an answer.
         """
+        if context < 2:
+            raise ConfigError(f"a context of {context} tokens has no room for a prompt and an answer; give 2 or more")
         totals = [request.num_prompt + request.num_output for request in self.requests]
-        scale = length_scale or rounded(min(1.0, context / percentile(totals, 0.99)), 2)
+        scale = length_scale or rounded(min(1.0, context / max(1.0, percentile(totals, 0.99))), 2)
 
         def scaled(request: TraceRequest) -> TraceRequest:
             num_output = min(max(1, round(request.num_output * scale)), context - 1)
@@ -130,17 +135,34 @@ def read_trace(file: str | Path, num_requests: int = 0, offset: int = 0, seed: i
         seed: of the arrivals, where the file has none.
 
     Raises:
-        ConfigError: the file cannot be read, is in none of these formats, or has too few requests.
+        ConfigError: the file cannot be read, is in none of these formats, or has too few requests; or num_requests or
+            offset is no such number.
     """
+    if num_requests < 0 or num_requests == 1 or offset < 0:
+        raise ConfigError(
+            f"give 2 requests or more (0: all) and an offset of 0 or more, not {num_requests} and {offset}"
+        )
     path = Path(file)
     if str(file) == HEAVY_TAILED:
         return heavy_tailed(num_requests or 300, offset, seed)
+    number = 0
+
+    def numbered(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal number
+        for line in lines:
+            number += 1
+            yield line
+
     try:
         with path.open(encoding="utf-8", newline="") as lines:
-            rows = _mooncake(lines) if path.suffix == ".jsonl" else _csv(lines, path)
+            rows = _mooncake(numbered(lines)) if path.suffix == ".jsonl" else _csv(numbered(lines), path)
             read = list(rows)
-    except (OSError, ValueError, KeyError) as error:
+    except ConfigError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise ConfigError(f"trace {path} cannot be read, line {number}: {type(error).__name__}: {error}") from error
     has_arrivals = bool(read) and read[0].arrival == read[0].arrival  # nan where there are none
     if not has_arrivals:
         clock, draws = 0.0, random.Random(seed)
@@ -170,8 +192,8 @@ def heavy_tailed(num_requests: int, offset: int = 0, seed: int = 0) -> Trace:
 def _mooncake(lines: Iterator[str]) -> Iterator[TraceRequest]:
     for line in lines:
         row = json.loads(line)
-        hashes = tuple(row["hash_ids"])
-        yield TraceRequest(row["timestamp"] / 1e3, row["input_length"], row["output_length"], prefix_hashes=hashes)
+        arrival, hashes = float(row["timestamp"]) / 1e3, tuple(map(int, row["hash_ids"]))
+        yield TraceRequest(arrival, int(row["input_length"]), int(row["output_length"]), prefix_hashes=hashes)
 
 
 def _csv(lines: Iterator[str], path: Path) -> Iterator[TraceRequest]:
@@ -184,8 +206,10 @@ def _csv(lines: Iterator[str], path: Path) -> Iterator[TraceRequest]:
 
 
 def _azure(row: Mapping[str, str]) -> TraceRequest:
-    arrival = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-    return TraceRequest(arrival, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+    arrival = datetime.fromisoformat(row["TIMESTAMP"])
+    if arrival.tzinfo is None:
+        arrival = arrival.replace(tzinfo=UTC)
+    return TraceRequest(arrival.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
 
 
 def _arrivals(row: Mapping[str, str]) -> TraceRequest:

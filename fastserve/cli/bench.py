@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastserve.bench.engine import BenchConfig
 from fastserve.cli.options import ConfigFile, GroupedCommand, Model, guarded, with_options
-from fastserve.core.config import EngineConfig
 from fastserve.core.errors import ConfigError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Measure a model on this machine.\n\nA table goes to stderr, one JSON line to stdout.",
     epilog="Example: fastserve bench throughput ./my-model --num-requests 64",
 )
-_options = with_options((EngineConfig, "Engine"), leave_out=("model",))
+_options = with_options((BenchConfig, "Engine"), leave_out=("model",))
 
 
 @_options
@@ -37,7 +37,7 @@ def latency(
     from fastserve.bench import latency as bench
     from fastserve.bench.report import emit
 
-    settings = _given(model, options, config)
+    settings = _merged(model, options, config)
     emit(bench.run(**settings, input_length=input_length, output_length=output_length, repeats=repeats))
 
 
@@ -55,7 +55,7 @@ def throughput(
     from fastserve.bench import throughput as bench
     from fastserve.bench.report import emit
 
-    settings = _given(model, options, config)
+    settings = _merged(model, options, config)
     settings.update(num_requests=num_requests, input_length=input_length, output_length=output_length)
     emit(bench.run(**settings, repeats=repeats))
 
@@ -163,22 +163,16 @@ def serve(
             raise ConfigError("a running server has its scheduler already; leave out --scheduler or --url")
         emit(bench.run(trace, url=url, model=model or "", **settings))
         return
-    options = ["--max-batch-sequences", str(max_batch_sequences), "--max-waiting", str(requests)]
+    options = ["--max-batch-sequences", str(max_batch_sequences)]
+    options += ["--max-waiting", str(requests)] if requests else []
     options += ["--scheduler", scheduler] if scheduler else []
     with bench.own_server(model or "", options) as address:
-        emit(bench.run(trace, url=address, **settings))
+        emit(bench.run(trace, url=address, server_options=options, **settings))
 
 
-def _given(model: str | None, options: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The options that differ from the defaults, whatever set them, so that the report lists what was chosen."""
-    settings = EngineConfig.load({"model": model, **options}, config)
-    defaults = EngineConfig()
-    chosen = {
-        item.name: getattr(settings, item.name)
-        for item in dataclasses.fields(EngineConfig)
-        if getattr(settings, item.name) != getattr(defaults, item.name)
-    }
-    return {"model": settings.model, **chosen}
+def _merged(model: str | None, options: dict[str, Any], config: Any) -> dict[str, Any]:
+    """All options of the engine: the benchmark's defaults under what a file, variables and flags say."""
+    return dataclasses.asdict(BenchConfig.load({"model": model, **options}, config))
 
 
 _COMMANDS = (

@@ -62,6 +62,7 @@ def test_a_short_trace_is_repeated_at_the_same_rate(tmp_path: Path) -> None:
     config, metrics = report["config"], report["metrics"]
     assert metrics["requests_per_s"] == pytest.approx(config["requests_per_s"], rel=0.05)
     assert metrics["simulated_requests_per_s"] > 0
+    assert (config["num_blocks"], config["context"], config["coefficients"]["decode"]) == (64, 256, 0.002)
     with pytest.raises(ConfigError, match="router must be"):
         cluster.run(str(path), num_requests=200, router="random", machine=MACHINE)
 

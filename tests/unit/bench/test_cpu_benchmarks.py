@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,10 +88,21 @@ def test_cases_of_a_pair_merge_and_ratios_say_how_many_times_better_ours_is(load
     module.keep(file, "prefill", {"vllm": {"prefill": [3.0]}, "fastserve": {"prefill": [2.0]}}, {}, {})
     module.keep(file, "throughput", {"vllm": {"throughput": [9.0], "memory": [8]}}, {}, {})
     report = module.collect(tmp_path, {})
+    assert report.as_dict()["repeats"] == 1  # of decode there are three, of the others one
     assert report.metrics["ratio.vllm.bf16.decode"] == 2.0
     assert report.metrics["ratio.vllm.bf16.prefill"] == 1.5
     assert "ratio.vllm.bf16.throughput" not in report.metrics
     assert "ours beside vllm.bf16" in report.skipped
+
+
+@pytest.mark.parametrize(("peer", "weights", "head"), [("vllm", "int4", ""), ("openvino", "int4-a8", "int8")])
+def test_our_weights_and_head_have_the_peer_s_bits(load, monkeypatch, peer, weights, head):
+    module, beside = load("cpu_peers"), load("peers").PEERS[peer]
+    commands = []
+    made = SimpleNamespace(stdout="folder\n")
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: commands.append(command) or made)
+    module.our_model("llama-0.1b", "int4", beside.our_int4, beside.our_head)
+    assert commands[0][2:] == ["llama-0.1b", "--weights", weights, "--head", head]
 
 
 def test_roofline_plot_draws_every_operation(load, tmp_path):

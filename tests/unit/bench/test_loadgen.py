@@ -75,6 +75,10 @@ def test_failures_are_named() -> None:
     assert "without [DONE]" in fetch(HEAD + chunked([event(choices=[{"text": "a"}])]))[0].error
     assert "engine died" in fetch(HEAD + chunked([event(error={"message": "engine died"})]))[0].error
     assert "IncompleteRead" in fetch(HEAD + b"ff\r\ndata: ")[0].error
+    odd_events: list[object] = [[1], {"choices": [{"delta": None}]}, {"choices": [7]}, {"usage": {"tokens": 3}}, "text"]
+    for odd in odd_events:
+        assert "Error" in fetch(HEAD + chunked([b"data: " + json.dumps(odd).encode() + b"\n\n"]))[0].error, odd
+    assert "LimitOverrunError" in fetch(HEAD + b"f" * (5 << 20))[0].error
     silent, _ = fetch(HEAD, timeout=0.2, hang=True)
     assert "no end" in silent.error and math.isnan(silent.ttft)
 

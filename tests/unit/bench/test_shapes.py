@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from fastserve.bench import random_model, shapes
+from fastserve.bench import quantized_model, random_model, shapes
+from fastserve.checkpoint.folder import ModelFolder
 from fastserve.core.errors import ConfigError
 
 TINY = {
@@ -80,3 +81,20 @@ def test_write_refuses_a_folder_with_contents(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="not empty"):
         random_model.write(shapes.decoder_shape(TINY), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_interrupted_quantising_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    source = ModelFolder.open(str(random_model.write(shapes.decoder_shape(TINY), tmp_path / "source")))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantized_model.shutil, "copyfile", interrupted)
+        quantized_model.quantize_folder(source, tmp_path / "made", "int8")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+    made = ModelFolder.open(str(quantized_model.quantize_folder(source, tmp_path / "made", "int8")))
+    assert "quantization_config" in made.config
+    assert {file.name for file in source.path.iterdir()} - {"model.safetensors"} < {
+        file.name for file in made.path.iterdir()
+    }

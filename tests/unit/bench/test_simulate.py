@@ -13,6 +13,7 @@ from fastserve.bench import policies
 from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, saturated_rate, summarise
 from fastserve.bench.simulate import Machine, Run, capacity, make_requests, simulate, warm_cost_model
 from fastserve.bench.traces import Trace, TraceRequest
+from fastserve.core.errors import ConfigError
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
 
 STEP = Coefficients(step=0.01, prefill_token=0.001, decode=0.002)
@@ -90,6 +91,29 @@ def test_policies_report_has_ratios_above_one_for_the_better(tmp_path: Path) -> 
     assert metrics["ratio_vs_fcfs.mean_normalised_latency"] > 1.2
     assert {"fcfs.goodput", "hrrn.p99_e2e", "srpt-oracle.pauses"} <= set(metrics)
     assert report["config"]["capacity_requests_per_s"] > 0
+
+
+def test_equal_policies_leave_no_gap_to_report(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,client_id,input_tokens,output_tokens\n" + "".join(f"{i},c,9,4\n" for i in range(9)))
+    metrics = policies.compare(str(path), load=0.01, num_requests=9, policies=[], machine=MACHINE)["metrics"]
+    assert "oracle_gap_closed" not in metrics and metrics["ratio_vs_fcfs.mean_ttft"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"max_batch_sequences": 0},
+        {"max_batch_tokens": 1},
+        {"num_blocks": 15},
+        {"num_blocks": -1},
+        {"target_tpot": -0.1},
+        {"target_tpot": float("nan")},
+    ],
+)
+def test_numbers_with_which_nothing_could_run_are_refused(numbers: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"at least|a time"):
+        replace(MACHINE, **numbers)
 
 
 def test_cost_model_learns_the_coefficients_and_shrugs_off_a_stall() -> None:

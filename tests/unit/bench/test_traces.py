@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_azure_times_and_lengths(tmp_path: Path) -> None:
     assert [(item.num_prompt, item.num_output) for item in trace.requests] == [(374, 44), (396, 109), (4000, 1)]
     assert trace.requests[2].arrival - trace.requests[0].arrival == pytest.approx(60)
     assert trace.has_arrivals
+
+
+def test_azure_times_are_utc_unless_they_say_otherwise(tmp_path: Path) -> None:
+    times = ["2024-05-10 00:00:00.009930+00:00", "2024-05-10 00:00:01", "2024-05-10 01:00:02+01:00"]
+    rows = "".join(f"{time},5,5\n" for time in times)
+    trace = read_trace(write(tmp_path, "azure.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows))
+    since = [item.arrival - datetime(2024, 5, 10, tzinfo=UTC).timestamp() for item in trace.requests]
+    assert since == pytest.approx([0.00993, 1, 2], abs=1e-5)
 
 
 def test_servegen_names_tenants_and_offset_and_count_choose(tmp_path: Path) -> None:
@@ -78,3 +87,27 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         read_trace(write(tmp_path, "odd.csv", "a,b\n1,2\n"))
     with pytest.raises(ConfigError, match="3 requests; 4 from 0"):
         read_trace(write(tmp_path, "azure.csv", AZURE), num_requests=4)
+    for numbers in ({"num_requests": -5}, {"num_requests": 1}, {"offset": -5}):
+        for name in (tmp_path / "azure.csv", "heavy-tailed"):
+            with pytest.raises(ConfigError, match="2 requests or more"):
+                read_trace(name, **numbers)
+    with pytest.raises(ConfigError, match="no room"):
+        read_trace(tmp_path / "azure.csv").fit(1)
+
+
+MOONCAKE = '{"timestamp": 0, "input_length": 9, "output_length": 5, "hash_ids": [1]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("cut.csv", AZURE + "2023-11-16 18:16:47,40", 5),
+        ("long.csv", SERVEGEN + "9" * 200_000 + ",14,23,3\n", 5),
+        ("null.jsonl", MOONCAKE + MOONCAKE.replace("[1]", "null"), 2),
+        ("list.jsonl", MOONCAKE * 2 + "[1, 2]\n", 3),
+        ("cut.jsonl", MOONCAKE + MOONCAKE[:40], 2),
+    ],
+)
+def test_the_line_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, line: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} cannot be read, line {line}: "):
+        read_trace(write(tmp_path, name, text))

@@ -50,9 +50,11 @@ def test_asked_for_memory_is_used_to_the_block() -> None:
     assert made.num_longest == made.num_blocks // 256
 
 
-def test_never_more_than_the_batch_can_use() -> None:
+def test_unasked_never_more_than_the_batch_can_use() -> None:
     made = plan(max_model_len=64, max_batch_sequences=2)
     assert made.num_blocks == 2 * 4
+    asked = plan(max_model_len=64, max_batch_sequences=2, kv_cache_memory=GIB)
+    assert asked.num_blocks == GIB // asked.block_bytes
 
 
 def test_unasked_it_leaves_half_of_the_free_memory_alone() -> None:

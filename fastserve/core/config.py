@@ -144,6 +144,11 @@ class EngineConfig:
         self._choice("speculation", ("auto", "draft") if self.draft_model else ("auto", "ngram", "off"))
         if self.draft_model and self.kv_cache_max_memory:
             raise ConfigError("with draft_model the KV cache keeps its size; leave out kv_cache_max_memory")
+        if 0 < self.kv_cache_max_memory < self.kv_cache_memory:
+            raise ConfigError(
+                f"kv_cache_max_memory ({self.kv_cache_max_memory}) must be at least kv_cache_memory "
+                f"({self.kv_cache_memory}), since the KV cache grows from one to the other"
+            )
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("target_tpot_ms", 0)

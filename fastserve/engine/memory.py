@@ -143,7 +143,7 @@ def plan_memory(
         budget = int(available * _GPU_SHARE)
     else:
         wanted = -(-max_model_len // block_size) * block
-        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted))
+        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted), config.kv_cache_max_memory or available)
     full_batch = config.max_batch_sequences * -(-longest // block_size) * block
     budget = kv_cache_memory or min(budget, full_batch)
     num_blocks = budget // block

@@ -7,6 +7,7 @@ whole object.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -36,11 +37,11 @@ SIZE_FIELDS = frozenset(
 )
 
 
-def parse_bytes(value: int | str) -> int:
-    """ "512MiB", "2GB", "1.5g" or a plain number -> bytes. Decimal units unless an i says binary."""
-    if isinstance(value, int):
-        return value
-    match = _SIZE.match(value)
+def parse_bytes(value: float | str) -> int:
+    """ "512MiB", "2GB", "1.5g" or a plain whole number -> bytes. Decimal units unless an i says binary."""
+    if isinstance(value, int | float) and value % 1 == 0:
+        return int(value)
+    match = _SIZE.match(value) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"{value!r} is no memory size; write for example 512MiB or 2GB")
     number, power, binary = match.groups()
@@ -181,8 +182,8 @@ class EngineConfig:
             raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
     def _at_least(self, name: str, low: int) -> None:
-        if getattr(self, name) < low:
-            raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not low <= getattr(self, name) < math.inf:
+            raise ConfigError(f"{name} must be a number of at least {low}, not {getattr(self, name)}")
 
     @classmethod
     def load(
@@ -218,7 +219,7 @@ class EngineConfig:
             return tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config file {file}: {error.strerror or error}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
 
 
@@ -284,10 +285,8 @@ class ServeConfig(EngineConfig):
         self._choice("reasoning", ("auto", "on", "off"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if self.drain_timeout < 0:
-            raise ConfigError(f"drain_timeout must be at least 0 seconds, not {self.drain_timeout}")
-        if self.stall_timeout < 1:
-            raise ConfigError(f"stall_timeout must be at least 1 second, not {self.stall_timeout}")
+        self._at_least("drain_timeout", 0)
+        self._at_least("stall_timeout", 1)
 
     def engine(self) -> EngineConfig:
         """The engine's part of these options."""
@@ -301,11 +300,14 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     if name in SIZE_FIELDS:
         return parse_bytes(value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(value.split(",") if isinstance(value, str) else value)
     try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(value.split(",") if isinstance(value, str) else map(str, value))
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
         if kind is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
         return kind(value)
     except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error
+        wanted = "a list of texts" if typing.get_origin(kind) is tuple else kind.__name__
+        raise ConfigError(f"{name} must be {wanted}, not {value!r}") from error

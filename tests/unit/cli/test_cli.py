@@ -20,7 +20,7 @@ from fastserve.cli.chat import ServerChat, converse
 from fastserve.cli.main import app
 from fastserve.cli.options import field_help, guarded
 from fastserve.core.config import EngineConfig, ServeConfig
-from fastserve.core.errors import CheckpointError, FastServeError, RequestError
+from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.serve.tenants import KeyRing
 from tests.unit.serve.server import run_server
@@ -107,6 +107,8 @@ def test_kinds_of_flags(monkeypatch):
         (["generate", "-p", "x", "--temperature", "-1"], "temperature must be between"),
         (["chat", "--url", "http://127.0.0.1:1", "--dtype", "float32"], "leave out dtype"),
         (["chat", "--url", "ftp://x"], "is no address"),
+        (["serve", "--target-tpot-ms", "nan"], "target_tpot_ms must be a number"),
+        (["serve", "--stall-timeout", "inf"], "stall_timeout must be a number"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(arguments, message, monkeypatch):
@@ -116,6 +118,27 @@ def test_wrong_options_are_one_line_and_status_2(arguments, message, monkeypatch
     assert result.exit_code == 2
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match=r"options\.toml is not valid TOML"):
+        EngineConfig.load(file=file, environment={})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lora", 3), ("kv_cache_memory", [1]), ("kv_cache_memory", 1.5), ("max_batch_tokens", 2000.7)],
+)
+def test_values_of_the_wrong_type_are_config_errors(option, value):
+    with pytest.raises(ConfigError, match=str(value).strip("[]")):
+        EngineConfig.from_options({option: value})
+
+
+def test_a_whole_float_is_a_size_and_a_count():
+    config = EngineConfig.from_options({"kv_cache_memory": 2e9, "max_batch_tokens": 2000.0})
+    assert (config.kv_cache_memory, config.max_batch_tokens) == (2_000_000_000, 2000)
 
 
 def test_missing_folder_is_one_line_and_status_3():

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -132,6 +133,7 @@ class LocalChat:
         SamplingParams(**self._sampling)
         self._engine = Engine(config)
         self._num_turns = 0
+        self._seeds = Random(config.seed)
 
     def reply(self, messages: Messages) -> Iterator[str]:
         from fastserve.checkpoint.text_stream import TextStream
@@ -143,7 +145,7 @@ class LocalChat:
         if room < 1:
             raise RequestError(f"the conversation has {len(prompt_ids)} tokens, which is more than the model can read")
         limit = min(room, self._sampling["max_tokens"] or room)
-        [sampling] = fork(SamplingParams(**{**self._sampling, "max_tokens": limit}))
+        [sampling] = fork(SamplingParams(**{**self._sampling, "max_tokens": limit}), self._seeds)
         self._num_turns += 1
         request = Request(f"chat-{self._num_turns}", prompt_ids, sampling, time.monotonic())
         stream = TextStream(self._tokenizer, prompt_ids, sampling)

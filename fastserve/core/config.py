@@ -93,7 +93,7 @@ class EngineConfig:
         max_loras: most adapters at a time, those loaded while serving included; 0: those of `lora`.
         max_lora_rank: largest rank of an adapter.
         num_threads: compute threads; 0 uses every core the process may use.
-        seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
+        seed: from it come the seeds of requests without one, in the order in which they arrive; None: fresh each time.
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
     """
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder
@@ -53,6 +54,7 @@ class LLM:
         self.source_text = SourceText(folder, self.tokenizer) if folder.task == TEXT_TO_TEXT else None
         self.engine = Engine(config)
         self._num_calls = 0
+        self._seeds = Random(config.seed)
 
     def generate(
         self,
@@ -207,7 +209,7 @@ class LLM:
             prompt_ids, start = encode(prompt)
             num_source, before = (len(prompt_ids), []) if start else (0, prompt_ids)
             job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
-            for number, single in enumerate(fork(sampling)):
+            for number, single in enumerate(fork(sampling, self._seeds)):
                 name = f"{self._num_calls}-{index}-{number}"
                 now = time.monotonic()
                 request = Request(name, prompt_ids + start, single, now, adapter=adapter, num_source=num_source)

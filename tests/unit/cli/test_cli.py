@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from fastserve import __version__
+from fastserve import LLM, __version__
+from fastserve.checkpoint.folder import TEXT_GENERATION
 from fastserve.cli import chat as chat_module
 from fastserve.cli.chat import ServerChat, converse
 from fastserve.cli.main import app
@@ -23,6 +26,7 @@ from fastserve.core.config import EngineConfig, ServeConfig
 from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.serve.tenants import KeyRing
+from tests.encoder_decoder_folders import encoder_decoder
 from tests.unit.serve.server import run_server
 
 runner = CliRunner()
@@ -113,7 +117,8 @@ def test_kinds_of_flags(monkeypatch):
 )
 def test_wrong_options_are_one_line_and_status_2(arguments, message, monkeypatch):
     monkeypatch.setattr("fastserve.checkpoint.sampling_defaults.sampling_defaults", lambda folder: {})
-    monkeypatch.setattr("fastserve.checkpoint.folder.ModelFolder.open", lambda name: None)
+    decoder = SimpleNamespace(task=TEXT_GENERATION)
+    monkeypatch.setattr("fastserve.checkpoint.folder.ModelFolder.open", lambda name: decoder)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output
@@ -147,6 +152,16 @@ def test_missing_folder_is_one_line_and_status_3():
         assert result.exit_code == 3, result.output
         assert "there is no model folder" in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_generate_asks_an_encoder_decoder_as_its_folder_says(tmp_path):
+    folder = encoder_decoder(tmp_path / "bart", "bart", generation={"num_beams": 2, "max_length": 8})
+    small = ["--kv-cache-memory", "8MiB", "--num-threads", "1"]
+    expected = LLM(str(folder), kv_cache_memory="8MiB", num_threads=1).generate("The fox")[0].outputs[0].text
+    command = ["generate", str(folder), "-p", "The fox", *small]
+    assert runner.invoke(app, command).output == f"{expected}\n"
+    answer = json.loads(runner.invoke(app, [*command, "--json", "--max-tokens", "3"]).output)
+    assert len(answer["outputs"][0]["token_ids"]) == 3 and answer["outputs"][0]["score"] is not None
 
 
 @pytest.mark.parametrize(

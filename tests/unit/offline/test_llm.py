@@ -41,6 +41,9 @@ def test_text_and_token_ids_of_one_prompt_agree(llm: LLM) -> None:
     by_ids = llm.generate(ids, GREEDY)[0]
     assert by_text.outputs[0].token_ids == by_ids.outputs[0].token_ids
     assert by_ids.prompt is None and by_ids.prompt_token_ids == ids
+    by_dicts = llm.generate([{"prompt": "The fox said"}, {"prompt_token_ids": ids}], GREEDY)
+    assert [output.prompt for output in by_dicts] == ["The fox said", None]
+    assert [output.outputs[0].token_ids for output in by_dicts] == [by_text.outputs[0].token_ids] * 2
 
 
 def test_n_completions_differ_and_are_reproducible(llm: LLM) -> None:
@@ -99,6 +102,13 @@ def test_bad_input_is_refused_and_nothing_stays_behind(llm: LLM) -> None:
         llm.generate([[5, 10**6]], GREEDY)
     with pytest.raises(RequestError, match="as many params"):
         llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(RequestError, match="as many params"):
+        llm.generate(["a", "b"], [])
+    with pytest.raises(RequestError, match="as many lora"):
+        llm.generate(["a", "b"], GREEDY, lora=[])
+    for wrong in (["a"], [1.5], {"ids": [1]}, {}, None):
+        with pytest.raises(RequestError, match="a prompt is a text"):
+            llm.generate([[5, 6], wrong], GREEDY)
     assert not llm.engine.has_work()
     assert llm.engine.stats().kv_blocks_used == 0
 

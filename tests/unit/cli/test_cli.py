@@ -111,6 +111,7 @@ def test_kinds_of_flags(monkeypatch):
         (["generate", "-p", "x", "--temperature", "-1"], "temperature must be between"),
         (["chat", "--url", "http://127.0.0.1:1", "--dtype", "float32"], "leave out dtype"),
         (["chat", "--url", "ftp://x"], "is no address"),
+        (["chat", "--url", "http://127.0.0.1:99999"], "is no address"),
         (["serve", "--target-tpot-ms", "nan"], "target_tpot_ms must be a number"),
         (["serve", "--stall-timeout", "inf"], "stall_timeout must be a number"),
     ],
@@ -192,6 +193,12 @@ def test_bugs_are_not_hidden():
         fails()
 
 
+class Answered(list):
+    """The lines of a response."""
+
+    status = 200
+
+
 class Parrot:
     """Repeats the last message; asks to stop, or fails, when told so."""
 
@@ -206,6 +213,8 @@ class Parrot:
             raise KeyboardInterrupt
         if text == "long":
             raise RequestError("the conversation is too long")
+        if text == "busy":
+            raise FastServeError("the server says: too many requests")
         yield text[2:]
 
 
@@ -243,6 +252,19 @@ def test_a_turn_that_cannot_be_answered_is_taken_back(capsys):
     assert status == 0
     assert [message["content"] for message in parrot.seen[1]] == ["short"]
     assert "too long" in capsys.readouterr().err
+
+
+def test_a_server_that_is_busy_ends_no_conversation(capsys):
+    status, parrot = run_chat(["hello", "busy", "again", "busy"])
+    assert status == 1  # the last line was not answered
+    assert [message["content"] for message in parrot.seen[2]] == ["hello", "hello", "again"]
+    assert "too many requests (your line was dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("event", [b"data: {", b"data: []", b'data: {"choices": [1]}'])
+def test_an_event_that_is_none_is_an_error_of_the_server(event):
+    with pytest.raises(FastServeError, match="no part of an answer"):
+        list(ServerChat("127.0.0.1:1", None, {}, "")._read(Answered([event])))
 
 
 def test_chat_through_a_server(tmp_path):

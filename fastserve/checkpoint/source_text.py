@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
 from fastserve.checkpoint.folder import ModelFolder, read_json
 from fastserve.checkpoint.tokenizer import Tokenizer, check_unicode
 from fastserve.core.errors import CheckpointError, RequestError
-from fastserve.core.sampling_params import SamplingParams
+from fastserve.core.sampling_params import WITH_BEAMS, SamplingParams
 
 # How a family spells its languages: M2M100 and NLLB, mBART, multilingual Marian.
 _CODES = {
@@ -167,6 +168,23 @@ class SourceText:
                 "target_language",
             )
         return matching[0]
+
+
+def over_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """What a request says over what the folder says; a folder's beams give way to what has no place in a search.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    asked = given.get("num_beams")
+    usual = {item.name: item.default for item in fields(SamplingParams)} | {"temperature": 0.0}
+    against = {name for name in given.keys() - WITH_BEAMS if given[name] != usual[name]}
+    if asked == 1 or (asked is None and (against or given.get("n", 1) > defaults.get("num_beams", 1))):
+        defaults = {name: value for name, value in defaults.items() if name not in _OF_BEAMS}
+    elif asked is not None:
+        defaults = {name: value for name, value in defaults.items() if name in WITH_BEAMS} | {"temperature": 0.0}
+    least = min(defaults.get("min_tokens", 0), given.get("max_tokens", 1 << 31))  # a short answer is what was asked for
+    return SamplingParams(**{**defaults, "min_tokens": least, **given})
 
 
 _FIELDS = (

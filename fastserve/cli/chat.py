@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -69,7 +70,7 @@ def chat(
 
 
 def converse(answerer: Chat, system: str, read: Callable[[], str] | None = None) -> int:
-    """Read lines and print answers until the end of the input; returns the exit status."""
+    """Read lines and print answers until the end of the input; the exit status says whether the last was answered."""
     if read is None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing)
@@ -80,12 +81,13 @@ def converse(answerer: Chat, system: str, read: Callable[[], str] | None = None)
 
     start: Messages = [{"role": "system", "content": system}] if system else []
     messages = list(start)
+    status = 0
     while True:
         try:
             line = read().strip()
         except EOFError:
             print()
-            return 0
+            return status
         except KeyboardInterrupt:
             print()
             return INTERRUPTED
@@ -94,11 +96,11 @@ def converse(answerer: Chat, system: str, read: Callable[[], str] | None = None)
         if line == "/new":
             messages = list(start)
         elif line:
-            _take_turn(answerer, messages, line)
+            status = _take_turn(answerer, messages, line)
 
 
-def _take_turn(answerer: Chat, messages: Messages, line: str) -> None:
-    """Ask and print; an answer that was stopped stays in the conversation as far as it went."""
+def _take_turn(answerer: Chat, messages: Messages, line: str) -> int:
+    """Ask and print; an answer that was stopped stays in the conversation as far as it went. Returns an exit status."""
     messages.append({"role": "user", "content": line})
     pieces: list[str] = []
     try:
@@ -108,11 +110,12 @@ def _take_turn(answerer: Chat, messages: Messages, line: str) -> None:
         print()
     except KeyboardInterrupt:
         print(" [stopped]")
-    except RequestError as error:
+    except FastServeError as error:
         messages.pop()
-        print(f"{error} (/new begins afresh)", file=sys.stderr)
-        return
+        print("\n" * bool(pieces) + f"{error} (your line was dropped; /new begins afresh)", file=sys.stderr)
+        return error.exit_code
     messages.append({"role": "assistant", "content": "".join(pieces)})
+    return 0
 
 
 class LocalChat:
@@ -132,6 +135,7 @@ class LocalChat:
         SamplingParams(**self._sampling)
         self._engine = Engine(config)
         self._num_turns = 0
+        self._seeds = Random(config.seed)
 
     def reply(self, messages: Messages) -> Iterator[str]:
         from fastserve.checkpoint.text_stream import TextStream
@@ -143,7 +147,7 @@ class LocalChat:
         if room < 1:
             raise RequestError(f"the conversation has {len(prompt_ids)} tokens, which is more than the model can read")
         limit = min(room, self._sampling["max_tokens"] or room)
-        [sampling] = fork(SamplingParams(**{**self._sampling, "max_tokens": limit}))
+        [sampling] = fork(SamplingParams(**{**self._sampling, "max_tokens": limit}), self._seeds)
         self._num_turns += 1
         request = Request(f"chat-{self._num_turns}", prompt_ids, sampling, time.monotonic())
         stream = TextStream(self._tokenizer, prompt_ids, sampling)
@@ -166,8 +170,12 @@ class ServerChat:
     """Answers through a server's /v1/chat/completions."""
 
     def __init__(self, url: str, model: str | None, sampling: dict[str, Any], api_key: str) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets, or a port above 65535
+            is_address = False
+        if not is_address:
             raise ConfigError(f"{url!r} is no address of a server; write for example http://127.0.0.1:8000")
         self._address = parts
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
@@ -188,7 +196,7 @@ class ServerChat:
                 body = json.dumps({**self._fields, "messages": messages})
                 connection.request("POST", self._path, body, self._headers)
                 yield from self._read(connection.getresponse())
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, UnicodeError, http.client.HTTPException) as error:  # a name like a..b is a UnicodeError
                 raise FastServeError(f"the server at {self._address.geturl()} does not answer: {error}") from error
 
     def _read(self, response: http.client.HTTPResponse) -> Iterator[str]:
@@ -199,11 +207,14 @@ class ServerChat:
             data = line.removeprefix(b"data: ").strip()
             if not line.startswith(b"data: ") or data == b"[DONE]":
                 continue
-            event = json.loads(data)
-            if "error" in event:
-                raise FastServeError(f"the server says: {event['error']['message']}")
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+            try:
+                event = json.loads(data)
+                if "error" in event:
+                    raise FastServeError(f"the server says: {_error_message(data)}")
+                pieces = [choice["delta"].get("content") or "" for choice in event["choices"]]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FastServeError(f"the server sent what is no part of an answer: {data[:200]!r}") from error
+            yield from pieces
 
 
 def _error_message(body: bytes) -> str:

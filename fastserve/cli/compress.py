@@ -18,8 +18,13 @@ from fastserve.core.errors import ConfigError
 if TYPE_CHECKING:
     from fastserve.checkpoint.folder import ModelFolder
 
+_STEP = ("method", "kind", "bits", "group_size", "symmetric", "activations", "budget", "head")
+_TEXTS = ("calibration", "samples", "length", "evaluation")
+_LIMITS = ("max_size", "max_loss")
+
 
 def compress(
+    context: typer.Context,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The new folder.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with the steps; instead of the flags below.")] = None,
@@ -56,13 +61,17 @@ def compress(
     if out is None:
         raise ConfigError("name the new folder: --out DIR" + " (or FILE.gguf)" * bool(gguf))
     if gguf or dense:
-        if auto or recipe is not None or calibration or (gguf and dense):
-            name = "--gguf" if gguf else "--dense"
-            raise ConfigError(f"{name} writes a model as it is: compress it into a folder first, then give that folder")
+        why = f"{'--gguf' if gguf else '--dense'} writes a model as it is (compress it into a folder first)"
+        other = ("dense",) if gguf else ()
+        _refuse(context, why, "auto", "recipe", *_STEP, *_TEXTS, *_LIMITS, *other)
         _export(model or "", out, gguf, as_json)
         return
-    if not auto and (max_size or max_loss):
-        raise ConfigError("--max-size and --max-loss go with --auto")
+    if auto:
+        _refuse(context, "--auto chooses the steps itself", "recipe", *_STEP)
+    else:
+        _refuse(context, "limits go with --auto", *_LIMITS)
+    if recipe is not None:
+        _refuse(context, "the recipe says everything", *_STEP, *_TEXTS)
     from fastserve.compress.recipe import Calibration, Evaluation, make_recipe, read_recipe
 
     if auto:
@@ -84,6 +93,14 @@ def compress(
 
     score = _scorer(chosen.evaluation.task, chosen.evaluation.examples) if chosen.evaluation.task else None
     _show(as_json, lambda progress: run(model or "", out, chosen, progress, score))
+
+
+def _refuse(context: typer.Context, why: str, *names: str) -> None:
+    """ConfigError for flags that were given and would do nothing."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ConfigError(f"{why}; leave out {', '.join('--' + name.replace('_', '-') for name in given)}")
 
 
 def _scorer(task: str, examples: str) -> Callable[[str], dict[str, float]]:

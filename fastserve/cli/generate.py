@@ -23,17 +23,23 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Continue texts offline and print them. --seed is the seed of sampling."""
+    """Continue texts offline and print them, or the answers of an encoder-decoder. --seed is the seed of sampling."""
     sampling = {name: options.pop(name) for name in list(options) if name in _SAMPLING}
     settings = EngineConfig.load({"model": model, **options}, config)
 
-    from fastserve.checkpoint.folder import ModelFolder
+    from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder
     from fastserve.checkpoint.sampling_defaults import sampling_defaults
+    from fastserve.checkpoint.source_text import SourceText, over_defaults
+    from fastserve.checkpoint.tokenizer import Tokenizer
 
-    # A beam search is not sampled, so the model's defaults of sampling have no place in it.
-    is_search = sampling.get("num_beams", 1) > 1
-    defaults = {} if is_search else sampling_defaults(ModelFolder.open(settings.model))
-    params = SamplingParams(**{**defaults, **sampling})
+    folder = ModelFolder.open(settings.model)
+    continues = folder.task != TEXT_TO_TEXT
+    if continues:
+        # A beam search is not sampled, so the model's defaults of sampling have no place in it.
+        is_search = sampling.get("num_beams", 1) > 1
+        params = SamplingParams(**{**({} if is_search else sampling_defaults(folder)), **sampling})
+    else:
+        params = over_defaults(sampling, SourceText(folder, Tokenizer.load(folder)).defaults())
 
     from fastserve.offline.llm import LLM
 
@@ -43,4 +49,4 @@ def generate(
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
             continue
         for completion in output.outputs:
-            print(f"{output.prompt}{completion.text}")
+            print(f"{output.prompt if continues else ''}{completion.text}")

@@ -7,6 +7,7 @@ whole object.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -36,11 +37,11 @@ SIZE_FIELDS = frozenset(
 )
 
 
-def parse_bytes(value: int | str) -> int:
-    """ "512MiB", "2GB", "1.5g" or a plain number -> bytes. Decimal units unless an i says binary."""
-    if isinstance(value, int):
-        return value
-    match = _SIZE.match(value)
+def parse_bytes(value: float | str) -> int:
+    """ "512MiB", "2GB", "1.5g" or a plain whole number -> bytes. Decimal units unless an i says binary."""
+    if isinstance(value, int | float) and value % 1 == 0:
+        return int(value)
+    match = _SIZE.match(value) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"{value!r} is no memory size; write for example 512MiB or 2GB")
     number, power, binary = match.groups()
@@ -94,7 +95,7 @@ class EngineConfig:
         max_loras: most adapters at a time, those loaded while serving included; 0: those of `lora`.
         max_lora_rank: largest rank of an adapter.
         num_threads: compute threads; 0 uses every core the process may use.
-        seed: seed of the weights' dummy initialisation and of requests without one (None: fresh each time).
+        seed: from it come the seeds of requests without one, in the order in which they arrive; None: fresh each time.
         trust_remote_code: let transformers run code from the folder. Off unless you ask for it.
     """
 
@@ -147,6 +148,11 @@ class EngineConfig:
         self._choice("speculation", ("auto", "draft") if self.draft_model else ("auto", "ngram", "off"))
         if self.draft_model and self.kv_cache_max_memory:
             raise ConfigError("with draft_model the KV cache keeps its size; leave out kv_cache_max_memory")
+        if 0 < self.kv_cache_max_memory < self.kv_cache_memory:
+            raise ConfigError(
+                f"kv_cache_max_memory ({self.kv_cache_max_memory}) must be at least kv_cache_memory "
+                f"({self.kv_cache_memory}), since the KV cache grows from one to the other"
+            )
         self._at_least("max_batch_sequences", 1)
         self._at_least("max_batch_tokens", 1)
         self._at_least("target_tpot_ms", 0)
@@ -180,8 +186,8 @@ class EngineConfig:
             raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
     def _at_least(self, name: str, low: int) -> None:
-        if getattr(self, name) < low:
-            raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not low <= getattr(self, name) < math.inf:
+            raise ConfigError(f"{name} must be a number of at least {low}, not {getattr(self, name)}")
 
     @classmethod
     def load(
@@ -217,7 +223,7 @@ class EngineConfig:
             return tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config file {file}: {error.strerror or error}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
 
 
@@ -283,10 +289,8 @@ class ServeConfig(EngineConfig):
         self._choice("reasoning", ("auto", "on", "off"))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if self.drain_timeout < 0:
-            raise ConfigError(f"drain_timeout must be at least 0 seconds, not {self.drain_timeout}")
-        if self.stall_timeout < 1:
-            raise ConfigError(f"stall_timeout must be at least 1 second, not {self.stall_timeout}")
+        self._at_least("drain_timeout", 0)
+        self._at_least("stall_timeout", 1)
 
     def engine(self) -> EngineConfig:
         """The engine's part of these options."""
@@ -300,11 +304,14 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     if name in SIZE_FIELDS:
         return parse_bytes(value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(value.split(",") if isinstance(value, str) else value)
     try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(value.split(",") if isinstance(value, str) else map(str, value))
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
         if kind is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
         return kind(value)
     except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error
+        wanted = "a list of texts" if typing.get_origin(kind) is tuple else kind.__name__
+        raise ConfigError(f"{name} must be {wanted}, not {value!r}") from error

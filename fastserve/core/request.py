@@ -6,8 +6,8 @@ single ones where it enters (see `fork`), so that the scheduler only knows seque
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
+from random import Random
 
 import msgspec
 
@@ -118,12 +118,13 @@ class TokenOutput(msgspec.Struct, array_like=True, gc=False):
         )
 
 
-def fork(params: SamplingParams, all_score: bool = False) -> list[SamplingParams]:
+def fork(params: SamplingParams, seeds: Random, all_score: bool = False) -> list[SamplingParams]:
     """Split `params` with n completions into n valid single ones with distinct seeds (index i uses seed + i).
 
-    Only the first has prompt_logprobs, unless `all_score`. A beam search stays one: its request has n answers.
+    Params without a seed take the next of `seeds`. Only the first one has prompt_logprobs, unless `all_score`. A beam
+    search stays one: its request has n answers.
     """
-    seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(7), "little")
+    seed = params.seed if params.seed is not None else seeds.getrandbits(56)
     if params.num_beams > 1:
         return [replace(params, seed=seed)]
     first = replace(params, n=1, seed=seed)

@@ -338,6 +338,9 @@ def _make_stores(config: EngineConfig, loaded: LoadedModel, block_bytes: int) ->
             "kv_host_cache, kv_disk_cache and kv_cache_max_memory need a model that FastServe computes itself; leave "
             "them out, or choose --backend native"
         )
+    for name, size in (("kv_host_cache", config.kv_host_cache), ("kv_disk_cache", config.kv_disk_cache)):
+        if 0 < size < block_bytes:
+            raise ConfigError(f"{name} is {size} bytes, but one KV block takes {block_bytes}; raise it or set it to 0")
     host, disk = config.kv_host_cache // block_bytes, config.kv_disk_cache // block_bytes
     stores: list[BlockStore] = [HostStore(host, block_bytes)] if host else []
     if disk:

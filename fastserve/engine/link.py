@@ -29,15 +29,15 @@ class EngineLink:
     async def open(cls, command: Sequence[str]) -> EngineLink:
         """Start `command` with the number of its end of a socket pair as the last argument."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # whatever a library prints there must not mix with the output of the command
             )
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+            kept = ours.dup()  # `ours` is closed whether the process was started or not
+        reader, writer = await asyncio.open_unix_connection(sock=kept)
         return cls(process, reader, writer)
 
     def send(self, frame: bytes) -> None:

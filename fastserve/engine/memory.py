@@ -124,25 +124,29 @@ def plan_memory(
         MemoryPlanError: not even one sequence fits; the message names what to change.
     """
     block_size, max_model_len, kv_cache_memory = config.block_size, config.max_model_len, config.kv_cache_memory
-    longest = _longest(shape, max_model_len)
+    if max_model_len > shape.max_positions:
+        raise MemoryPlanError(
+            f"max_model_len is {max_model_len}, but the model was made for {shape.max_positions} positions; lower it"
+        )
+    longest = max_model_len or shape.max_positions
     activation = activation_bytes(shape, config.max_batch_sequences, config.max_batch_tokens)
     is_int8 = config.kv_cache_dtype == "int8"
     block = sum(KVCache.block_bytes(one, block_size, is_int8) for one in (shape, draft) if one is not None)
     available = max(0, free_bytes - activation)
-    if kv_cache_memory:
-        if kv_cache_memory > available:
-            raise MemoryPlanError(
-                f"kv_cache_memory asks for {format_bytes(kv_cache_memory)}, but only {format_bytes(available)} are "
-                f"free after the weights and a step of {format_bytes(activation)}; lower kv_cache_memory or "
-                "max_batch_tokens"
-            )
-        budget = kv_cache_memory
-    elif device.type == "cuda":
+    if kv_cache_memory > available:
+        raise MemoryPlanError(
+            f"kv_cache_memory asks for {format_bytes(kv_cache_memory)}, but only {format_bytes(available)} are "
+            f"free after the weights and a step of {format_bytes(activation)}; lower kv_cache_memory or "
+            "max_batch_tokens"
+        )
+    if device.type == "cuda":
         budget = int(available * _GPU_SHARE)
     else:
         wanted = -(-max_model_len // block_size) * block
-        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted))
-    num_blocks = min(budget // block, config.max_batch_sequences * -(-longest // block_size))
+        budget = min(int(available * _CPU_SHARE), max(_CPU_LIMIT, wanted), config.kv_cache_max_memory or available)
+    full_batch = config.max_batch_sequences * -(-longest // block_size) * block
+    budget = kv_cache_memory or min(budget, full_batch)
+    num_blocks = budget // block
     capacity = num_blocks * block_size
     if capacity < longest:
         smallest = block_size * 2
@@ -163,11 +167,3 @@ def activation_bytes(shape: ModelShape, max_batch_sequences: int, max_batch_toke
     rows = max_batch_tokens * shape.hidden_size * shape.dtype.itemsize * 12
     logits = max_batch_sequences * shape.vocab_size * 4 * 3
     return rows + logits
-
-
-def _longest(shape: ModelShape, max_model_len: int) -> int:
-    if max_model_len > shape.max_positions:
-        raise MemoryPlanError(
-            f"max_model_len is {max_model_len}, but the model was made for {shape.max_positions} positions; lower it"
-        )
-    return max_model_len or shape.max_positions

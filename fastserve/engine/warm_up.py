@@ -26,7 +26,8 @@ def measure_steps(
     started = time.monotonic()
     for num_sequences, num_tokens, start in warm_up_shapes(config.max_batch_sequences, config.max_batch_tokens):
         blocks = -(-(start + num_tokens) // memory.block_size)
-        if num_sequences * blocks > memory.num_blocks or time.monotonic() - started > max_seconds:
+        fits = start + num_tokens <= memory.max_model_len and num_sequences * blocks <= memory.num_blocks
+        if not fits or time.monotonic() - started > max_seconds:
             continue
         plan = _plan(num_sequences, num_tokens, start, blocks)
         for _ in range(2):

@@ -6,10 +6,12 @@ server instead. Not thread-safe.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from fastserve.checkpoint.folder import TEXT_TO_TEXT, ModelFolder
@@ -26,7 +28,8 @@ from fastserve.engine.engine import Engine
 
 _BURST_MS = 200.0  # nobody comes meanwhile
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+_Plain = str | list[int]  # a prompt without vLLM's forms
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -55,6 +58,7 @@ class LLM:
         self.source_text = SourceText(folder, self.tokenizer) if folder.task == TEXT_TO_TEXT else None
         self.engine = Engine(config)
         self._num_calls = 0
+        self._seeds = Random(config.seed)
 
     def generate(
         self,
@@ -67,7 +71,8 @@ class LLM:
         """Complete prompts, batched; results are in the order of the prompts.
 
         Args:
-            prompts: one text or one list of token ids, or a list of such.
+            prompts: one text or one list of token ids, or a list of such; also in vLLM's form, {"prompt": text} or
+                {"prompt_token_ids": ids}.
             params: for all prompts, or one per prompt; by default 16 tokens at temperature 1, and for an
                 encoder-decoder what its folder says.
             lora: name of an adapter (option `lora`, or `load_lora`) for all prompts, or one per prompt; "" for none.
@@ -103,27 +108,27 @@ class LLM:
         if source_text is None:
             raise RequestError("this model continues texts; translate needs an encoder-decoder")
 
-        def encode(prompt: Prompt) -> tuple[list[int], list[int]]:
-            assert isinstance(prompt, str)
+        def encode(prompt: _Plain) -> tuple[list[int], list[int]]:
+            if not isinstance(prompt, str):
+                raise RequestError("translate takes texts, not token ids", "texts")
             return source_text.encode(prompt, source_language, target_language, prefix)
 
-        given: list[Prompt] = [texts] if isinstance(texts, str) else list(texts)
-        return self._generate(given, params, None, use_tqdm, encode)
+        return self._generate(_as_prompts(texts), params, None, use_tqdm, encode)
 
-    def _encode(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+    def _encode(self, prompt: _Plain) -> tuple[list[int], list[int]]:
         """Token ids of a prompt, and of an encoder-decoder those that its decoder begins with."""
         if self.source_text is not None:
             ids, start = self.source_text.encode(prompt if isinstance(prompt, str) else "")
-            return (ids if isinstance(prompt, str) else list(prompt)), start
-        return (self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)), []
+            return (ids if isinstance(prompt, str) else prompt), start
+        return (self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), []
 
     def _generate(
         self,
-        prompts: list[Prompt],
+        prompts: list[_Plain],
         params: SamplingParams | Sequence[SamplingParams] | None,
         lora: str | Sequence[str] | None,
         use_tqdm: bool,
-        encode: Callable[[Prompt], tuple[list[int], list[int]]],
+        encode: Callable[[_Plain], tuple[list[int], list[int]]],
     ) -> list[RequestOutput]:
         if params is None and self.source_text is not None:
             params = SamplingParams(**self.source_text.defaults())
@@ -189,12 +194,13 @@ class LLM:
 
     def _jobs(
         self,
-        prompts: list[Prompt],
+        prompts: list[_Plain],
         params: SamplingParams | Sequence[SamplingParams] | None,
         lora: str | Sequence[str] | None,
-        encode: Callable[[Prompt], tuple[list[int], list[int]]],
+        encode: Callable[[_Plain], tuple[list[int], list[int]]],
     ) -> list[_Job]:
-        params, lora = params or SamplingParams(), lora or ""
+        params = SamplingParams() if params is None else params
+        lora = "" if lora is None else lora
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         adapters = [lora] * len(prompts) if isinstance(lora, str) else list(lora)
         for name, given in (("params", per_prompt), ("lora", adapters)):
@@ -209,7 +215,7 @@ class LLM:
             prompt_ids, start = encode(prompt)
             num_source, before = (len(prompt_ids), []) if start else (0, prompt_ids)
             job = _Job(prompt if isinstance(prompt, str) else None, prompt_ids)
-            for number, single in enumerate(fork(sampling)):
+            for number, single in enumerate(fork(sampling, self._seeds)):
                 name = f"{self._num_calls}-{index}-{number}"
                 now = time.monotonic()
                 request = Request(name, prompt_ids + start, single, now, adapter=adapter, num_source=num_source)
@@ -317,10 +323,22 @@ class _Job:
     num_finished: int = 0
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[_Plain]:
+    is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [_as_prompt(prompt) for prompt in ([prompts] if is_one else prompts)]
+
+
+def _as_prompt(prompt: Any) -> _Plain:
+    if isinstance(prompt, Mapping) and prompt.keys() <= {"prompt", "prompt_token_ids"}:
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError as error:
+        raise RequestError(
+            'a prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}', "prompt"
+        ) from error
 
 
 @contextmanager

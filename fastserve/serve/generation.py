@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import TypeVar
 
 from msgspec.structs import replace as replace_fields
@@ -220,6 +221,7 @@ class Generator:
         self._metrics = metrics
         self._admission = admission
         self._max_seconds = max_seconds
+        self._seeds = Random(client.config.seed)
         self.is_draining = False
 
     def check_open(self) -> None:
@@ -287,7 +289,7 @@ class Generator:
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(prompts):
             fitted = self._fit(prompt_ids, sampling) if target is None else _fit_source(prompt_ids, sampling, target)
-            for single in fork(fitted, all_score):
+            for single in fork(fitted, self._seeds, all_score):
                 request = Request(f"{name}-{len(choices)}", prompt_ids, single, now, priority, tenant, adapter)
                 if target is not None:
                     given, num_source = prompt_ids + target.start_ids, len(prompt_ids)

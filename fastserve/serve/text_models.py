@@ -9,25 +9,24 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from fastserve.checkpoint.folder import ModelFolder
-from fastserve.checkpoint.source_text import SourceText
+from fastserve.checkpoint.source_text import SourceText, over_defaults
 from fastserve.checkpoint.tokenizer import Tokenizer
 from fastserve.core.arrays import ModelInfo
 from fastserve.core.errors import RequestError
-from fastserve.core.sampling_params import WITH_BEAMS, SamplingParams
+from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine.client import EngineClient
 from fastserve.serve.errors import ApiError
 from fastserve.serve.generation import Target, in_thread_if_long
 from fastserve.serve.openai import MAX_PROMPTS, CompletionBody, GenerationBody, Name
 from fastserve.serve.replies import CompletionReply, Reply
 
-_BEAM_FIELDS = ("num_beams", "length_penalty", "early_stopping")
 # What of a text completion has no meaning for a source, and how it may be there all the same.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
@@ -160,18 +159,10 @@ def _read(path: str, info: ModelInfo) -> TextModel:
 
 
 def _sampling(body: GenerationBody, defaults: dict[str, Any]) -> SamplingParams:
-    """What the body says over what the folder says; a folder's beams give way to what has no place in a search."""
     given = {name: value for name, value in body.given().items() if value is not None}
     if body.max_tokens is None:
         given.pop("max_tokens", None)
     asked = body.asked_width()
-    usual = {item.name: item.default for item in fields(SamplingParams)} | {"temperature": 0.0}
-    against = {name for name in given.keys() - WITH_BEAMS if given[name] != usual[name]}
     if asked is not None:
         given["num_beams"] = asked
-    if asked == 1 or (asked is None and (against or given.get("n", 1) > defaults.get("num_beams", 1))):
-        defaults = {name: value for name, value in defaults.items() if name not in _BEAM_FIELDS}
-    elif asked is not None:
-        defaults = {name: value for name, value in defaults.items() if name in WITH_BEAMS} | {"temperature": 0.0}
-    least = min(defaults.get("min_tokens", 0), given.get("max_tokens", 1 << 31))  # a short answer is what was asked for
-    return SamplingParams(**{**defaults, "min_tokens": least, **given})
+    return over_defaults(given, defaults)

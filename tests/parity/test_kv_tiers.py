@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastserve import LLM, SamplingParams
+from fastserve.core.errors import ConfigError
 from fastserve.engine import kv_tiers
 from tests import folders
 from tests.parity.test_engine_identity import tokens
@@ -55,6 +56,12 @@ def test_a_quarter_of_the_memory(folder: Path, expected: list[list[int]], policy
     stats = llm.engine.stats()
     assert stats.num_preemptions > 0 and stats.kv_blocks_restored > 0 and stats.kv_errors == 0
     llm.engine.close()
+
+
+@pytest.mark.parametrize("name", ["kv_host_cache", "kv_disk_cache"])
+def test_a_tier_that_holds_no_block_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        make(folder, 12, **{name: 100})
 
 
 def test_a_quarter_of_the_memory_in_eight_bits(folder: Path) -> None:

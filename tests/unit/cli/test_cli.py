@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from fastserve import __version__
+from fastserve import LLM, __version__
+from fastserve.checkpoint.folder import TEXT_GENERATION
 from fastserve.cli import chat as chat_module
 from fastserve.cli.chat import ServerChat, converse
 from fastserve.cli.main import app
 from fastserve.cli.options import field_help, guarded
 from fastserve.core.config import EngineConfig, ServeConfig
-from fastserve.core.errors import CheckpointError, FastServeError, RequestError
+from fastserve.core.errors import CheckpointError, ConfigError, FastServeError, RequestError
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.serve.tenants import KeyRing
+from tests.encoder_decoder_folders import encoder_decoder
 from tests.unit.serve.server import run_server
 
 runner = CliRunner()
@@ -107,15 +111,40 @@ def test_kinds_of_flags(monkeypatch):
         (["generate", "-p", "x", "--temperature", "-1"], "temperature must be between"),
         (["chat", "--url", "http://127.0.0.1:1", "--dtype", "float32"], "leave out dtype"),
         (["chat", "--url", "ftp://x"], "is no address"),
+        (["chat", "--url", "http://127.0.0.1:99999"], "is no address"),
+        (["serve", "--target-tpot-ms", "nan"], "target_tpot_ms must be a number"),
+        (["serve", "--stall-timeout", "inf"], "stall_timeout must be a number"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(arguments, message, monkeypatch):
     monkeypatch.setattr("fastserve.checkpoint.sampling_defaults.sampling_defaults", lambda folder: {})
-    monkeypatch.setattr("fastserve.checkpoint.folder.ModelFolder.open", lambda name: None)
+    decoder = SimpleNamespace(task=TEXT_GENERATION)
+    monkeypatch.setattr("fastserve.checkpoint.folder.ModelFolder.open", lambda name: decoder)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match=r"options\.toml is not valid TOML"):
+        EngineConfig.load(file=file, environment={})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lora", 3), ("kv_cache_memory", [1]), ("kv_cache_memory", 1.5), ("max_batch_tokens", 2000.7)],
+)
+def test_values_of_the_wrong_type_are_config_errors(option, value):
+    with pytest.raises(ConfigError, match=str(value).strip("[]")):
+        EngineConfig.from_options({option: value})
+
+
+def test_a_whole_float_is_a_size_and_a_count():
+    config = EngineConfig.from_options({"kv_cache_memory": 2e9, "max_batch_tokens": 2000.0})
+    assert (config.kv_cache_memory, config.max_batch_tokens) == (2_000_000_000, 2000)
 
 
 def test_missing_folder_is_one_line_and_status_3():
@@ -124,6 +153,16 @@ def test_missing_folder_is_one_line_and_status_3():
         assert result.exit_code == 3, result.output
         assert "there is no model folder" in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_generate_asks_an_encoder_decoder_as_its_folder_says(tmp_path):
+    folder = encoder_decoder(tmp_path / "bart", "bart", generation={"num_beams": 2, "max_length": 8})
+    small = ["--kv-cache-memory", "8MiB", "--num-threads", "1"]
+    expected = LLM(str(folder), kv_cache_memory="8MiB", num_threads=1).generate("The fox")[0].outputs[0].text
+    command = ["generate", str(folder), "-p", "The fox", *small]
+    assert runner.invoke(app, command).output == f"{expected}\n"
+    answer = json.loads(runner.invoke(app, [*command, "--json", "--max-tokens", "3"]).output)
+    assert len(answer["outputs"][0]["token_ids"]) == 3 and answer["outputs"][0]["score"] is not None
 
 
 @pytest.mark.parametrize(
@@ -154,6 +193,12 @@ def test_bugs_are_not_hidden():
         fails()
 
 
+class Answered(list):
+    """The lines of a response."""
+
+    status = 200
+
+
 class Parrot:
     """Repeats the last message; asks to stop, or fails, when told so."""
 
@@ -168,6 +213,8 @@ class Parrot:
             raise KeyboardInterrupt
         if text == "long":
             raise RequestError("the conversation is too long")
+        if text == "busy":
+            raise FastServeError("the server says: too many requests")
         yield text[2:]
 
 
@@ -205,6 +252,19 @@ def test_a_turn_that_cannot_be_answered_is_taken_back(capsys):
     assert status == 0
     assert [message["content"] for message in parrot.seen[1]] == ["short"]
     assert "too long" in capsys.readouterr().err
+
+
+def test_a_server_that_is_busy_ends_no_conversation(capsys):
+    status, parrot = run_chat(["hello", "busy", "again", "busy"])
+    assert status == 1  # the last line was not answered
+    assert [message["content"] for message in parrot.seen[2]] == ["hello", "hello", "again"]
+    assert "too many requests (your line was dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("event", [b"data: {", b"data: []", b'data: {"choices": [1]}'])
+def test_an_event_that_is_none_is_an_error_of_the_server(event):
+    with pytest.raises(FastServeError, match="no part of an answer"):
+        list(ServerChat("127.0.0.1:1", None, {}, "")._read(Answered([event])))
 
 
 def test_chat_through_a_server(tmp_path):

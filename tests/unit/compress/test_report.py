@@ -66,6 +66,10 @@ def test_the_command_writes_folder_card_and_report(models: dict[str, Path], text
         (["--out", "x", "--auto", "--max-loss", "0.1"], "evaluation"),
         (["--out", "x", "--recipe", "none.toml"], "cannot read the recipe"),
         (["--out", "x", "--gguf", "q8_0", "--auto"], "--gguf writes a model as it is"),
+        (["--out", "x", "--dense", "--bits", "4"], "leave out --bits"),
+        (["--out", "x", "--auto", "--max-loss", "0.1", "--group-size", "0"], "leave out --group-size"),
+        (["--out", "x", "--auto", "--recipe", "none.toml", "--asymmetric"], "leave out --recipe, --symmetric"),
+        (["--out", "x", "--recipe", "none.toml", "--method", "rtn", "--samples", "3"], "leave out --method, --samples"),
     ],
 )
 def test_mistakes_are_one_line(

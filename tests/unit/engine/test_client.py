@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from fastserve.core.request import Request, TokenOutput
 from fastserve.core.sampling_params import SamplingParams
 from fastserve.engine import messages, process
 from fastserve.engine.client import EngineClient, EngineState, RestartPolicy
+from fastserve.engine.link import EngineLink
 from fastserve.engine.token_stream import TokenStream, merge
 from tests.unit.engine.fake_engine import COMMAND, CRASH, HANG, MAX_MODEL_LEN, RAISE, REFUSE, WAIT
 
@@ -118,6 +120,14 @@ def test_start_of_a_program_that_just_dies_says_how_it_ended():
             await client.start()
 
     run(scenario())
+
+
+def test_a_program_that_cannot_be_started_leaves_no_socket_open(monkeypatch):
+    pairs, make_pair = [], socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", lambda: pairs.append(make_pair()) or pairs[-1])
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(EngineLink.open(["/no/such/program"]))
+    assert [end.fileno() for end in pairs[-1]] == [-1, -1]
 
 
 def test_kill_9_ends_running_streams_and_keeps_the_waiting_ones():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastserve.core.config import EngineConfig
-from fastserve.core.errors import MemoryPlanError
+from fastserve.core.errors import ConfigError, MemoryPlanError
 from fastserve.engine import memory
 from fastserve.engine.memory import MemoryPlan, free_memory, keep_freed_memory, plan_memory
 from fastserve.models.model import ModelShape
@@ -50,9 +50,18 @@ def test_asked_for_memory_is_used_to_the_block() -> None:
     assert made.num_longest == made.num_blocks // 256
 
 
-def test_never_more_than_the_batch_can_use() -> None:
+def test_unasked_never_more_than_the_batch_can_use() -> None:
     made = plan(max_model_len=64, max_batch_sequences=2)
     assert made.num_blocks == 2 * 4
+    asked = plan(max_model_len=64, max_batch_sequences=2, kv_cache_memory=GIB)
+    assert asked.num_blocks == GIB // asked.block_bytes
+
+
+def test_what_it_may_grow_to_bounds_the_planned_size() -> None:
+    assert plan().kv_bytes > GIB
+    assert GIB - plan().block_bytes < plan(kv_cache_max_memory=GIB).kv_bytes <= GIB
+    with pytest.raises(ConfigError, match="kv_cache_max_memory"):
+        plan(kv_cache_max_memory=GIB, kv_cache_memory=2 * GIB)
 
 
 def test_unasked_it_leaves_half_of_the_free_memory_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastserve import LLM, SamplingParams
@@ -12,8 +14,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return LLM(folders.llama(tmp_path_factory.mktemp("model") / "llama"), kv_cache_memory="8MiB", max_model_len=200)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, kv_cache_memory="8MiB", max_model_len=200)
 
 
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
@@ -34,6 +41,9 @@ def test_text_and_token_ids_of_one_prompt_agree(llm: LLM) -> None:
     by_ids = llm.generate(ids, GREEDY)[0]
     assert by_text.outputs[0].token_ids == by_ids.outputs[0].token_ids
     assert by_ids.prompt is None and by_ids.prompt_token_ids == ids
+    by_dicts = llm.generate([{"prompt": "The fox said"}, {"prompt_token_ids": ids}], GREEDY)
+    assert [output.prompt for output in by_dicts] == ["The fox said", None]
+    assert [output.outputs[0].token_ids for output in by_dicts] == [by_text.outputs[0].token_ids] * 2
 
 
 def test_n_completions_differ_and_are_reproducible(llm: LLM) -> None:
@@ -44,6 +54,17 @@ def test_n_completions_differ_and_are_reproducible(llm: LLM) -> None:
     assert [completion.index for completion in first.outputs] == [0, 1, 2]
     assert len({tuple(item) for item in ids}) == 3
     assert ids == [completion.token_ids for completion in again.outputs]
+
+
+def test_the_seed_of_the_model_is_for_requests_without_one(folder: Path) -> None:
+    def texts(seed: int | None) -> list[str]:
+        again = LLM(folder, seed=seed, kv_cache_memory="8MiB", max_model_len=200)
+        params = SamplingParams(max_tokens=10, ignore_eos=True)
+        return [output.outputs[0].text for output in again.generate(["The bear"] * 2, params)]
+
+    first = texts(1)
+    assert first == texts(1)
+    assert len({*first, *texts(2), *texts(None)}) == 6
 
 
 def test_a_stop_string_ends_the_text_and_frees_the_sequence(llm: LLM) -> None:
@@ -81,6 +102,13 @@ def test_bad_input_is_refused_and_nothing_stays_behind(llm: LLM) -> None:
         llm.generate([[5, 10**6]], GREEDY)
     with pytest.raises(RequestError, match="as many params"):
         llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(RequestError, match="as many params"):
+        llm.generate(["a", "b"], [])
+    with pytest.raises(RequestError, match="as many lora"):
+        llm.generate(["a", "b"], GREEDY, lora=[])
+    for wrong in (["a"], [1.5], {"ids": [1]}, {}, None):
+        with pytest.raises(RequestError, match="a prompt is a text"):
+            llm.generate([[5, 6], wrong], GREEDY)
     assert not llm.engine.has_work()
     assert llm.engine.stats().kv_blocks_used == 0
 

@@ -56,3 +56,9 @@ def test_scarce_memory_changes_no_token(model: Path, expected: list[list[int]], 
     assert engine.memory.num_blocks < 12
     assert tokens == expected
     assert engine.stats().num_preemptions > 0
+
+
+def test_the_warm_up_stays_within_the_models_positions(tmp_path: Path) -> None:
+    folder = folders.gpt2(tmp_path / "gpt2", n_positions=64)
+    engine = LLM(str(folder), scheduler="hrrn", kernels="reference", kv_cache_memory="8MiB").engine
+    assert engine.max_model_len == 64

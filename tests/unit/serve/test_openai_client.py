@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 
+import httpx
 import openai
 import pytest
 
 from fastserve.checkpoint.tokenizer import Tokenizer
+from fastserve.core.config import EngineConfig
+from fastserve.engine.client import EngineClient
 from tests.unit.engine.fake_engine import MAX_MODEL_LEN
+from tests.unit.serve.server import run_server
 
 HELLO = [{"role": "user", "content": "hello"}]
 # The fake engine echoes the prompt, which the test tokenizer's template makes of HELLO.
@@ -176,6 +180,22 @@ def test_a_prompt_is_scored_once_and_shown_with_every_choice(client, http, serve
 def test_seeds_of_several_choices_stay_within_their_range(client):
     answer = client.completions.create(model="fake", prompt="abc", max_tokens=1, n=2, seed=2**64 - 1)
     assert len(answer.choices) == 2
+
+
+def test_the_servers_seed_is_for_requests_without_one(tmp_path, monkeypatch):
+    seeds, stream = [], EngineClient.stream
+
+    def seen(self, *requests):
+        seeds.append([request.sampling.seed for request in requests])
+        return stream(self, *requests)
+
+    monkeypatch.setattr(EngineClient, "stream", seen)
+    for _ in range(2):
+        with run_server(tmp_path, EngineConfig(seed=7)) as server:
+            body = {"model": "fake", "prompt": ["a", "b"], "max_tokens": 1}
+            assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 2
 
 
 def test_long_prompts_are_tokenised_in_a_thread_and_too_many_not_at_all(http, monkeypatch):

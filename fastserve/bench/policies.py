@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastserve.bench.bounds import least_mean_ttft
 from fastserve.bench.latencies import Limits, gap_closed, ratios, summarise
 from fastserve.bench.report import Report, rounded
 from fastserve.bench.simulate import Machine, Run, capacity, make_requests, simulate
@@ -47,7 +48,7 @@ def compare(
 
     Metrics: per policy the figures of `latencies.summarise`, preemptions, recomputed and cached tokens; of the default
     policy `ratio_vs_fcfs.*` (above 1 is better) and, where FCFS and the oracle differ, `oracle_gap_closed` (mean
-    normalised latency).
+    normalised latency); `bound.*` is the mean TTFT that no order of service can beat, and how much better than FCFS's.
 
     Raises:
         ConfigError: the trace cannot be read, or the load is not positive.
@@ -65,6 +66,9 @@ def compare(
     for name, figures in results.items():
         report.metrics.update({f"{name}.{figure}": value for figure, value in figures.items()})
     report.metrics.update(against_floor(results, default_policy))
+    bound = least_mean_ttft(requests, machine)
+    report.metrics["bound.mean_ttft"] = rounded(bound)
+    report.metrics["bound.ratio_vs_fcfs.mean_ttft"] = rounded(results[FLOOR]["mean_ttft"] / bound)
     return report.as_dict()
 
 

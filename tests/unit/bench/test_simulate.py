@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from fastserve.bench import policies
+from fastserve.bench.bounds import least_mean_ttft
 from fastserve.bench.latencies import Limits, RequestTimes, gap_closed, saturated_rate, summarise
 from fastserve.bench.simulate import Machine, Run, capacity, make_requests, simulate, warm_cost_model
 from fastserve.bench.traces import Trace, TraceRequest
 from fastserve.core.errors import ConfigError
 from fastserve.scheduler.cost import Coefficients, CostModel, StepWork
+from fastserve.scheduler.policy import POLICY_NAMES
 
 STEP = Coefficients(step=0.01, prefill_token=0.001, decode=0.002)
 MACHINE = Machine(coefficients=STEP, max_batch_sequences=2, max_batch_tokens=64, context=256)
@@ -46,6 +48,32 @@ def test_a_run_is_complete_deterministic_and_busy(policy: str) -> None:
     assert [item.num_tokens for item in runs[0].times] == [item.num_output for item in items]
     assert runs[0].times == runs[1].times
     assert all(item.arrival < item.first_token <= item.last_token for item in runs[0].times)
+
+
+def test_the_least_mean_ttft_is_that_of_the_shortest_remaining_prefill_first() -> None:
+    items = (TraceRequest(0.0, 100, 9), TraceRequest(0.02, 30, 9), TraceRequest(0.04, 20, 9), TraceRequest(9.0, 1, 1))
+    # 100 ms of work from 0; the second goes first from 20 to 50 ms, then the third, then what is left of the first.
+    expected = 0.01 + (0.15 + 0.03 + 0.03 + 0.001) / 4
+    assert least_mean_ttft(make_requests(Trace("hand", items, True)), MACHINE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_policy_beats_the_least_mean_ttft(seed: int) -> None:
+    draws = random.Random(seed)
+    items = [
+        TraceRequest(
+            index * draws.random() * 0.1,
+            draws.randrange(33, 200),
+            draws.randrange(1, 20),
+            prefix_hashes=(draws.randrange(3),),
+            hash_tokens=32,
+        )
+        for index in range(40)
+    ]
+    requests = make_requests(Trace("random", tuple(sorted(items, key=lambda item: item.arrival)), True))
+    bound = least_mean_ttft(requests, MACHINE)
+    found = {name: summarise(simulate(requests, MACHINE, name).times)["mean_ttft"] for name in POLICY_NAMES}
+    assert min(found.values()) >= bound > max(found.values()) / 50
 
 
 def test_capacity_is_the_rate_of_a_full_batch() -> None:
@@ -89,6 +117,7 @@ def test_policies_report_has_ratios_above_one_for_the_better(tmp_path: Path) -> 
     metrics = report["metrics"]
     assert metrics["oracle_gap_closed"] == 1.0
     assert metrics["ratio_vs_fcfs.mean_normalised_latency"] > 1.2
+    assert metrics["bound.ratio_vs_fcfs.mean_ttft"] > metrics["ratio_vs_fcfs.mean_ttft"]
     assert {"fcfs.goodput", "hrrn.p99_e2e", "srpt-oracle.pauses"} <= set(metrics)
     assert report["config"]["capacity_requests_per_s"] > 0
 

@@ -19,7 +19,7 @@ from fastserve.checkpoint.quantized import QuantScheme
 from fastserve.kernels.cpu import CPUKernels, create
 from fastserve.kernels.interface import Batch, PackedLinear, Weight
 from fastserve.kernels.reference import Kernels
-from fastserve.models import loader
+from fastserve.models import loader, rope
 from fastserve.models.attention import PagedContext
 from fastserve.models.loader import load_model
 from tests import folders
@@ -197,3 +197,12 @@ def test_tokens_do_not_depend_on_batch_chunks_or_preemption(
     preempted, llm = generate(kv_cache_memory=small, speculation="off")  # guesses would end sequences sooner
     assert preempted == alone
     assert llm.engine.stats().num_preemptions > 0
+
+
+def test_long_rotation_tables_are_there_before_the_recording(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rope, "_FIRST_ROWS", 16)
+    llm = LLM(folder, backend="native", max_model_len=160)
+    assert "one native call" in llm.engine.report
+    monkeypatch.undo()
+    [answer] = tokens(llm.generate(PROMPTS[:1], GREEDY))
+    assert answer == tokens(LLM(folder, backend="native", max_model_len=160).generate(PROMPTS[:1], GREEDY))[0]

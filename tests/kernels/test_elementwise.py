@@ -83,13 +83,15 @@ def test_activations(isa: str, dtype: torch.dtype, name: str) -> None:
 def test_cache_writes(isa: str, cache_dtype: torch.dtype) -> None:
     kernels = native_kernels(isa)
     merged = random(6, 9, 40)
-    key, value = merged[:, 4:6], merged[:, 7:9]
     slots = torch.tensor([7, 0, 30, 31, 2, 19])
     caches = [[torch.zeros(4, 8, 2, 40, dtype=cache_dtype) for _ in range(2)] for _ in range(2)]
-    kernels.store_kv(key, value, *caches[0], slots)
-    REFERENCE.store_kv(key, value, *caches[1], slots)
-    for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
-        assert torch.equal(cache_rows(ours, is_keys=is_keys), theirs)
+    # As they come, and with rows that are not contiguous, of which a copy is stored.
+    for heads in (merged, random(6, 40, 9, seed=1).transpose(1, 2)):
+        key, value = heads[:, 4:6], heads[:, 7:9]
+        kernels.store_kv(key, value, *caches[0], slots)
+        REFERENCE.store_kv(key, value, *caches[1], slots)
+        for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
+            assert torch.equal(cache_rows(ours, is_keys=is_keys), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])

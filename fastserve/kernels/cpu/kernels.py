@@ -194,8 +194,9 @@ class CPUKernels(Kernels):
         return out
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        key, value = _dense(key), _dense(value)
         if key.numel():
-            self._backend.store(*_store_arguments(_dense(key), _dense(value), keys, values, slot_mapping))
+            self._backend.store(*_store_arguments(key, value, keys, values, slot_mapping))
 
     def transform_and_store(
         self, query: Tensor, key: Tensor, value: Tensor, how: HeadTransform, keys: Tensor, values: Tensor, slots: Tensor

@@ -327,13 +327,15 @@ def create(isa: str = "") -> CPUKernels:
     """The kernels of instruction set `isa` ("" takes the best that this machine has); one thread pool per process.
 
     Raises:
-        ConfigError: `isa` is not available here.
+        ConfigError: `isa` is not available here; the library cannot be loaded, or not start its threads.
     """
     try:
         native = importlib.import_module("fastserve.kernels.cpu._native")
-    except ImportError:
+        available = native.available_isas()
+        if isa and isa not in available:
+            raise ConfigError(f"FASTSERVE_ISA={isa} is not available here; this machine has {', '.join(available)}")
+        return CPUKernels(native.Backend(isa or available[-1], len(usable_cpus())))
+    except ModuleNotFoundError:
         return CPUKernels(None)
-    available = native.available_isas()
-    if isa and isa not in available:
-        raise ConfigError(f"FASTSERVE_ISA={isa} is not available here; this machine has {', '.join(available)}")
-    return CPUKernels(native.Backend(isa or available[-1], len(usable_cpus())))
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"the native library cannot be used: {error}; mend that, or set kernels=reference") from error

@@ -1,6 +1,6 @@
 // The Python module `fastserve.kernels.cpu._native`. Buffers come in as addresses (torch's data_ptr()), strides in
-// elements; nothing is checked here that `fastserve/kernels/cpu` checks. The interpreter lock is released while
-// the pool works.
+// elements; that shapes and types fit is for `fastserve/kernels/cpu` to see to. The interpreter lock is released while the
+// pool works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>

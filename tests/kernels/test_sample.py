@@ -110,6 +110,9 @@ def test_the_most_probable_are_the_reference_s(isa: str) -> None:
     for size, count in ((8, 8), (100, 4), (1000, 1), (30001, 12)):
         x = torch.stack(kinds_of_logits(size, seed=size))
         x[-1, 2:] = -INF
+        x = torch.cat((x, x[:2]))
+        x[-1] = -INF
+        x[-2, size // 2] = INF
         sums, values, ids = kernels.most_probable(x, count)
         expected_sums, expected_values, _ = REFERENCE.most_probable(x, count)
         torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-5)

@@ -149,6 +149,13 @@ def test_argmax_takes_the_first_among_equals(isa: str, dtype: torch.dtype) -> No
         x[3, size // 2 :] = 9.0
         expected = torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
         assert torch.equal(kernels.argmax(x), expected)
+        for row in (0, 3):  # not the largest anywhere, and not in the way of it
+            x[row, expected[row] + 1 :: 3] = float("nan")
+            x[row, : expected[row]] = float("nan")
+        x[2, : size // 2] = x[1] = float("nan")
+        expected[1] = 0
+        for backend in (kernels, REFERENCE):
+            assert torch.equal(backend.argmax(x), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
@@ -166,6 +173,14 @@ def test_int8_cache_writes_give_the_reference_s_bytes(isa: str, dtype: torch.dty
         values, scales = int8_kv_views(theirs)
         assert torch.equal(cache_rows(ours, is_keys=is_keys), values)
         assert torch.equal(int8_kv_views(ours)[1], scales)
+    for number in (float("nan"), float("inf")):
+        key = merged[:, 4:6].clone()
+        key[1, 1, size - 1] = number
+        for kernels_of_either, (keys, spare) in ((kernels, caches[0]), (REFERENCE, caches[1])):
+            kernels_of_either.store_kv(key, merged[:, 7:9], keys, spare, slots)
+            scales = int8_kv_views(keys)[1].flatten(0, 1)[slots]
+            assert torch.equal(scales.isfinite(), torch.arange(12).view(6, 2) != 3)
+            kernels_of_either.store_kv(merged[:, 4:6], merged[:, 7:9], keys, spare, slots)
     values, scales = int8_kv_views(caches[1][0])
     stored = (values.float() * scales.unsqueeze(-1)).flatten(0, 1)[slots]
     assert ((stored - merged[:, 4:6].float()).abs() <= merged[:, 4:6].float().abs().amax(-1, keepdim=True) / 253).all()

@@ -8,6 +8,7 @@ rounding alone (2e-6); 8-bit activations are compared with the reference's own q
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_eight_bit_sums_are_the_same_for_every_instruction_set() -> None:
         results.append(kernels.linear(kernels.pack_linear(weight, None), x))
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+def test_a_nan_or_infinity_among_eight_bit_activations_is_not_lost(isa: str, dtype: torch.dtype) -> None:
+    for name in ("int8-asymmetric-activations8", "int4-group32-activations8"):
+        weight, x = make_weight(name, 33, 70), make_rows(9, 70, dtype)
+        for kernels in (native_kernels(isa), Kernels()):
+            packed = kernels.pack_linear(weight, None)
+            expected, broken = kernels.linear(packed, x), x.clone()
+            for row, column, number in ((0, 0, math.nan), (3, 33, math.nan), (5, 69, -math.inf), (6, 40, math.nan)):
+                broken[row, column] = number
+                expected[row] = math.nan
+            for count in (1, 4, 9):
+                torch.testing.assert_close(kernels.linear(packed, broken[:count]), expected[:count], equal_nan=True)
 
 
 def test_refusals_name_the_reason(isa: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.interface import HeadTransform
+from fastserve.kernels.interface import Batch, HeadTransform, Scores
 from fastserve.kernels.quant import int8_kv_views
 from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import cache_rows, native_kernels
@@ -196,3 +196,23 @@ def test_blocks_are_copied_in_every_part(isa: str, dtype: torch.dtype) -> None:
     native_kernels(isa).copy_blocks(list(memory), pairs)
     assert torch.equal(memory, expected)
     assert torch.equal(memory[:, 60], memory[:, 3]) and torch.equal(memory[:, 2], memory[:, 63])
+
+
+def test_shapes_and_types_that_do_not_fit() -> None:
+    kernels, x = native_kernels("plain"), torch.zeros(4, 2, 8)
+    caches, slots = [torch.zeros(2, 4, 2, 8) for _ in range(2)], torch.arange(4)
+    for call in (
+        lambda: kernels.rms_norm(x[0], torch.ones(7), 1e-6),
+        lambda: kernels.rms_norm(x[0], torch.ones(8, dtype=torch.bfloat16), 1e-6),
+        lambda: kernels.rms_norm(x[0], torch.ones(8), 1e-6, x[0].bfloat16()),
+        lambda: kernels.embed(x[0], slots.int(), x.dtype),
+        lambda: kernels.embed(x[0], slots[:2], x.dtype, x[0].bfloat16()),
+        lambda: kernels.store_kv(x, x.bfloat16(), *caches, slots),
+        lambda: kernels.store_kv(x, x, *caches, slots[:3]),
+        lambda: kernels.store_kv(x[:, :, :4], x[:, :, :4], *caches, slots),
+        lambda: kernels.varlen_attention(x, x, x, [0, 5], [0, 4], Scores(1.0)),
+        lambda: kernels.varlen_attention(x, x, x, [0, 4], [0, 2, 4], Scores(1.0)),
+        lambda: kernels.paged_attention(x, *caches, Batch([], [], [], [0, 4], [4], [], []), Scores(1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"does not fit|other numbers of sequences"):
+            call()

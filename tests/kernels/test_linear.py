@@ -213,6 +213,11 @@ def test_refusals_name_the_reason(isa: str) -> None:
         kernels.pack_linear(torch.zeros(3, 8), None, is_gated=True)
     with pytest.raises(ValueError, match="at least one row"):
         kernels.pack_linear(torch.zeros(0, 8), None)
+    packed = kernels.pack_linear(torch.zeros(4, 8), None)
+    with pytest.raises(ValueError, match="the input of a linear has a shape"):
+        kernels.linear(packed, torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="the residual of a linear has a shape"):
+        kernels.linear(packed, torch.zeros(2, 8), residual=torch.zeros(1, 4))
 
 
 def test_packed_layer_frees_what_it_was_made_from() -> None:

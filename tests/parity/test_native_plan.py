@@ -6,6 +6,7 @@ Also what ends a recording, and that a sequence's tokens in bf16 and int8 do not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,14 @@ BLOCK_SIZE, NUM_BLOCKS = 8, 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, max_tokens=24, ignore_eos=True, seed=17)
 
-pytestmark = pytest.mark.skipif(create()._backend is None, reason="the native library was not built")
+pytestmark = pytest.mark.skipif(create().native_backend is None, reason="the native library was not built")
 
 
 class QuantizingKernels(CPUKernels):
     """Packs every linear in one scheme, whatever the folder holds."""
 
     def __init__(self, scheme: QuantScheme) -> None:
-        super().__init__(create()._backend)
+        super().__init__(create().native_backend)
         self._scheme = scheme
 
     def pack_linear(
@@ -171,7 +172,18 @@ def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
 
     assert "computes a tensor itself (aten.add" in reason(lambda logits: logits + 1.0)
     assert "changes a tensor itself (aten.add_" in reason(lambda logits: logits.add_(1.0))
+    assert "reads numbers itself (aten.item" in reason(lambda logits: logits * logits[0, 0].item())
     assert "tensor of 4 rows" in reason(lambda logits: loaded.kernels.argmax(torch.empty(4, 2)))
+
+
+def test_a_step_whose_lists_do_not_fit_together_is_refused(tmp_path: Path) -> None:
+    loaded = load_model(ModelFolder.open(str(folders.llama(tmp_path))), backend="native")
+    cached = Cached(loaded.model, loaded.kernels)
+    recorded = loaded.kernels.record(cached.network, longest=64)
+    step = STEPS[1]
+    for name in ("positions", "slot_mapping", "query_starts", "context_lens", "block_tables"):
+        with pytest.raises(ValueError, match=r"a step needs a position|of other numbers of sequences"):
+            recorded.run(replace(step, **{name: getattr(step, name)[:-1]}), choose=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 // The Python module `fastserve.kernels.cpu._native`. Buffers come in as addresses (torch's data_ptr()), strides in
-// elements; nothing is checked here that `fastserve/kernels/cpu` checks. The interpreter lock is released while
-// the pool works.
+// elements; that shapes and types fit is for `fastserve/kernels/cpu` to see to. The interpreter lock is released while the
+// pool works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -28,6 +28,11 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Raises a ValueError in Python.
+void need(bool is_so, const char* what) {
+    if (!is_so) throw std::invalid_argument(what);
 }
 
 using WeightPart = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
@@ -74,6 +79,9 @@ public:
                    const std::vector<int64_t>& context_lens, const BlockTables& block_tables, float scale,
                    float softcap, int64_t window, bool causal, uintptr_t bias, int64_t bias_stride,
                    int64_t bias_origin) {
+        const size_t count = context_lens.size();
+        need(query_starts.size() == count + 1 && block_tables.size() == count,
+             "attention: query_starts, lengths and block tables are of other numbers of sequences");
         const std::vector<const int64_t*> tables = starts_of(block_tables);
         AttentionArgs args{};
         args.query = at<void>(query);
@@ -214,6 +222,7 @@ public:
     void sample(uintptr_t x, int type, int64_t rows, int64_t size, int64_t stride, uintptr_t out,
                 const std::vector<float>& inverse_temperature, const std::vector<int64_t>& top_k,
                 const std::vector<double>& top_p, const std::vector<double>& min_p, const std::vector<uint64_t>& random) {
+        need(inverse_temperature.size() == static_cast<size_t>(rows), "sample: one RowSampling for each row of logits is needed");
         std::vector<SampleRow> how;
         for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
             how.push_back({inverse_temperature.at(row), top_k.at(row), top_p.at(row), min_p.at(row), random.at(row)});
@@ -225,6 +234,7 @@ public:
 
     void most_probable(uintptr_t x, int64_t rows, int64_t size, int64_t stride, int64_t count, uintptr_t log_sums,
                        uintptr_t values, uintptr_t ids) {
+        need(count > 0 && count <= size, "most_probable: count must be from 1 to the number of logits");
         MostProbableArgs args{at<float>(x), rows, size, stride, count, at<float>(log_sums), at<float>(values), at<int64_t>(ids)};
         nb::gil_scoped_release release;
         pool_.run(most_probable_scratch(args), [&](const Worker& worker) { table_->most_probable(args, worker); }, rows * size);
@@ -248,6 +258,8 @@ public:
                 const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
                 const std::vector<int64_t>& query_starts, const std::vector<int64_t>& key_starts, float scale,
                 int64_t window, uintptr_t bias, int64_t bias_stride, int64_t bias_origin) {
+        need(!query_starts.empty() && query_starts.size() == key_starts.size(),
+             "varlen_attention: query_starts and key_starts are of other numbers of sequences");
         VarlenArgs args{};
         args.query = at<void>(query);
         args.type = static_cast<DType>(type);
@@ -309,8 +321,13 @@ public:
                              const std::vector<int64_t>& query_starts, const std::vector<int64_t>& context_lens,
                              const BlockTables& block_tables, const std::vector<int64_t>& source_lens,
                              const BlockTables& source_tables, const std::vector<uintptr_t>& adapter_slots, bool choose) {
+        const size_t tokens = input_ids.size(), count = context_lens.size();
+        need(positions.size() == tokens && slots.size() == tokens, "a step needs a position and a slot for each of its tokens");
+        need(query_starts.size() == count + 1 && block_tables.size() == count && source_tables.size() == source_lens.size() &&
+                 (source_lens.empty() || source_lens.size() == count),
+             "a step's starts, lengths and block tables are of other numbers of sequences");
         const std::vector<const int64_t*> tables = starts_of(block_tables), sources = starts_of(source_tables);
-        StepInputs step{static_cast<int64_t>(input_ids.size()),
+        StepInputs step{static_cast<int64_t>(tokens),
                         static_cast<int64_t>(logit_rows.size()),
                         input_ids.data(),
                         positions.data(),
@@ -318,7 +335,7 @@ public:
                         logit_rows.data(),
                         at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(0)),
                         at<const int64_t>(adapter_slots.empty() ? 0 : adapter_slots.at(1)),
-                        static_cast<int64_t>(context_lens.size()),
+                        static_cast<int64_t>(count),
                         query_starts.data(),
                         context_lens.data(),
                         tables.data(),

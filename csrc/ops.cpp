@@ -38,9 +38,8 @@ int64_t prepared_bytes(const LinearArgs& args) {
     return args.rows > kPrivateRows ? round_up(args.rows * row + 192, 64) : 0;
 }
 
-ScratchSize linear_scratch(const LinearArgs& args, int threads) {
-    (void)threads;
-    constexpr int64_t kTile = (192 + 128) * kPanelColumns * 4;  // partial sums and an unpacked piece of panel
+ScratchSize linear_scratch(const LinearArgs& args) {
+    constexpr int64_t kTile = (kChunkRows + kSegmentWords) * kPanelColumns * 4;  // partial sums and an unpacked piece of panel
     const PackedWeight& weight = *args.weight;
     const int64_t row = weight.k_padded * 4 + weight.groups * 4 + 4;
     ScratchSize size;
@@ -80,13 +79,13 @@ ScratchSize argmax_scratch(const ArgmaxArgs& args, int threads) {
 }
 
 ScratchSize sample_scratch(const SampleArgs& args) {
-    const int64_t chunks = ceil_div(args.size, 64);  // kSampleChunk of isa/sample.h
+    const int64_t chunks = ceil_div(args.size, kSampleChunk);
     // Weights, a list of candidates, and three numbers per chunk.
-    return {0, static_cast<size_t>((2 * chunks * 64 + 3 * chunks) * 4 + 256)};
+    return {0, static_cast<size_t>((2 * chunks * kSampleChunk + 3 * chunks) * 4 + 256)};
 }
 
 ScratchSize most_probable_scratch(const MostProbableArgs& args) {
-    return {0, static_cast<size_t>(ceil_div(args.size, 64) * 4)};  // the largest of each chunk
+    return {0, static_cast<size_t>(ceil_div(args.size, kSampleChunk) * 4)};  // the largest of each chunk
 }
 
 }  // namespace fastserve

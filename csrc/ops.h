@@ -13,7 +13,10 @@
 
 namespace fastserve {
 
-constexpr int64_t kPrivateRows = 4;  // up to here every thread prepares a product's activations for itself
+constexpr int64_t kPrivateRows = 4;   // up to here every thread prepares a product's activations for itself
+constexpr int kSegmentWords = 128;    // words of K per piece of panel: 32 KB
+constexpr int64_t kChunkRows = 192;   // rows whose partial sums stay in the L2 cache
+constexpr int64_t kSampleChunk = 64;  // logits that sampling looks at together
 
 // out = epilogue(x W^T + adapters): plus bias, activation, then plus residual. A gated weight gives activation(gate) * up.
 struct LinearArgs {
@@ -35,7 +38,7 @@ struct LinearArgs {
 
 // Bytes of the shared scratch that activations take; what adapters need comes after.
 int64_t prepared_bytes(const LinearArgs& args);
-ScratchSize linear_scratch(const LinearArgs& args, int threads);
+ScratchSize linear_scratch(const LinearArgs& args);
 
 // Where a cache has what: blocks of G heads one after the other and then, of s8, their float scales [G, block_size]. A
 // head of the values is [block_size, D]. A head of the keys is words of four bytes, [elements of D / a word's, block_size]:
@@ -45,13 +48,13 @@ struct CacheLayout {
     DType type;
     int64_t heads, size, block_size;
 
-    int64_t element() const { return element_bytes(type); }
-    int64_t head() const { return block_size * size * element(); }
-    int64_t block() const { return heads * (head() + (type == DType::s8 ? 4 * block_size : 0)); }
-    int64_t scale(int64_t head_index, int64_t offset) const { return heads * head() + 4 * (head_index * block_size + offset); }
-    int64_t words() const { return size * element() / 4; }
+    FASTSERVE_INLINE int64_t element() const { return element_bytes(type); }
+    FASTSERVE_INLINE int64_t head() const { return block_size * size * element(); }
+    FASTSERVE_INLINE int64_t block() const { return heads * (head() + (type == DType::s8 ? 4 * block_size : 0)); }
+    FASTSERVE_INLINE int64_t scale(int64_t head_index, int64_t offset) const { return heads * head() + 4 * (head_index * block_size + offset); }
+    FASTSERVE_INLINE int64_t words() const { return size * element() / 4; }
     // Of element i of the key at `offset`, from its head on.
-    int64_t key(int64_t offset, int64_t i) const {
+    FASTSERVE_INLINE int64_t key(int64_t offset, int64_t i) const {
         const int64_t each = 4 / element(), whole = words() * each;
         if (i >= whole) return (i * block_size + offset) * element();
         return (i / each * block_size + offset) * 4 + i % each * element();
@@ -133,7 +136,7 @@ struct NormArgs {
     void* out;             // contiguous
     float epsilon;
     bool subtract_mean;
-    const void* residual;  // [outer, size] contiguous, or null: added to the result; only for inner == 1
+    const void* residual;  // [outer, inner, size] contiguous, or null: added to the result
 };
 
 // out[t, h] = x[t, h] rotated by (cos, sin)[t]: halves convention, the first 2 * half entries; the rest is copied.
@@ -185,7 +188,7 @@ struct GatherArgs {
     void* out;                   // contiguous
 };
 
-// Index of the largest of each row; the first among equals.
+// Index of the largest of each row; the first among equals. NaN counts as -inf.
 struct ArgmaxArgs {
     const void* x;
     DType type;

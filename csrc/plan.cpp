@@ -63,7 +63,7 @@ struct OpWork {
 }  // namespace
 
 ScratchSize op_scratch(const Op& op, int threads) {
-    if (const auto* linear = std::get_if<LinearArgs>(&op)) return linear_scratch(*linear, threads);
+    if (const auto* linear = std::get_if<LinearArgs>(&op)) return linear_scratch(*linear);
     if (const auto* attention = std::get_if<AttentionArgs>(&op)) return attention_scratch(*attention);
     if (const auto* heads = std::get_if<HeadsArgs>(&op)) return heads_scratch(*heads);
     if (const auto* gather = std::get_if<GatherArgs>(&op)) {
@@ -185,7 +185,7 @@ const void* Plan::place(const Place& where) const {
     return slots_[tensors_[where.tensor].buffer].memory.data() + where.offset;
 }
 
-// Tensors are made in the order of their first use; each takes the first buffer of its shape that is free by then.
+// Each tensor takes the first buffer of its shape that nobody reads or writes any more when it is first used.
 void Plan::share_buffers() {
     for (Tensor& tensor : tensors_) {
         if (tensor.first_use < 0) continue;
@@ -223,11 +223,13 @@ int64_t Plan::bytes() const {
 
 void Plan::set_step(const StepInputs& step) {
     if (step.tokens > capacity_tokens_ || step.rows > capacity_rows_) {
-        capacity_tokens_ = max_of(step.tokens, capacity_tokens_), capacity_rows_ = max_of(step.rows, capacity_rows_);
+        const int64_t tokens = max_of(step.tokens, capacity_tokens_), rows = max_of(step.rows, capacity_rows_);
+        capacity_tokens_ = capacity_rows_ = 0;  // should memory run out, the next step moves everything
         for (Slot& slot : slots_) {
-            slot.memory.reserve(static_cast<size_t>((slot.per_token ? capacity_tokens_ : capacity_rows_) * slot.row_bytes));
+            slot.memory.reserve(static_cast<size_t>((slot.per_token ? tokens : rows) * slot.row_bytes));
         }
         relocate();
+        capacity_tokens_ = tokens, capacity_rows_ = rows;
     }
     const int64_t* const inputs[kInputs] = {step.input_ids, step.positions, step.slots, step.logit_rows};
     for (const Tensor& tensor : tensors_) {

@@ -143,7 +143,7 @@ double seconds_of_vector(const PackedWeight& weight, const OpTable& table, Threa
     const LinearArgs args{&weight, 1, x.data(), DType::bf16, weight.k, out.data(), DType::f32, weight.n, nullptr, 0,
                           Activation::none, false};
     const auto start = std::chrono::steady_clock::now();
-    pool.run(linear_scratch(args, pool.size()), [&](const Worker& worker) { table.linear(args, worker); });
+    pool.run(linear_scratch(args), [&](const Worker& worker) { table.linear(args, worker); });
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 

@@ -4,6 +4,13 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#ifdef FASTSERVE_X86
+#include <xmmintrin.h>
+#endif
+
 namespace fastserve {
 
 namespace {
@@ -56,6 +63,18 @@ int usable_processors() {
     return static_cast<int>(std::thread::hardware_concurrency());
 }
 
+// Rounds to the nearest and keeps denormal numbers while it lives.
+class FloatMode {
+#ifdef FASTSERVE_X86
+public:
+    FloatMode() { _mm_setcsr(0x1f80); }
+    ~FloatMode() { _mm_setcsr(before_); }
+
+private:
+    const unsigned before_ = _mm_getcsr();
+#endif
+};
+
 }  // namespace
 
 void Barrier::wait(int count, int spins, ReadAhead ahead) {
@@ -76,24 +95,32 @@ void Barrier::wait(int count, int spins, ReadAhead ahead) {
 ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus)
     : num_threads_(num_threads < 1 ? 1 : num_threads), owner_process_(getpid()),
       spins_(num_threads_ > usable_processors() ? kSpinsWhenCrowded : kSpins), scratch_(num_threads_) {
-    for (int index = 1; index < num_threads_; ++index) {
-        int cpu = index < static_cast<int>(cpus.size()) ? cpus[index] : -1;
-        threads_.emplace_back([this, index, cpu] { work(index, cpu); });
+    team_ = std::make_unique<Team>();
+    try {
+        for (int index = 1; index < num_threads_; ++index) {
+            int cpu = index < static_cast<int>(cpus.size()) ? cpus[index] : -1;
+            team_->threads.emplace_back([this, index, cpu] { work(index, cpu); });
+        }
+    } catch (const std::system_error& error) {
+        stop();
+        throw std::runtime_error("thread " + std::to_string(team_->threads.size() + 2) + " of " + std::to_string(num_threads_) +
+                                 " cannot be started: " + error.what());
     }
 }
 
 ThreadPool::~ThreadPool() {
-    if (getpid() != owner_process_) {
-        for (auto& thread : threads_) thread.detach();
-        return;
-    }
+    if (getpid() == owner_process_) stop();
+    else (void)team_.release();
+}
+
+void ThreadPool::stop() {
     {
-        std::lock_guard<std::mutex> lock(sleep_mutex_);
+        std::lock_guard<std::mutex> lock(team_->sleep_mutex);
         stopping_.store(true);
         generation_.fetch_add(1);
     }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
+    team_->wake.notify_all();
+    for (auto& thread : team_->threads) thread.join();
 }
 
 Worker ThreadPool::worker(int index, int count) {
@@ -101,9 +128,15 @@ Worker ThreadPool::worker(int index, int count) {
 }
 
 void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little) {
+    [[maybe_unused]] FloatMode mode;
+    if (getpid() != owner_process_) {  // who held the lock or wrote to the scratch at the fork may be no more
+        Buffer shared(scratch.shared), own(scratch.per_thread);
+        entry(object, {0, 1, &barrier_, shared.data(), own.data(), spins_});
+        return;
+    }
     std::lock_guard<std::mutex> one_caller(callers_);
     shared_.reserve(scratch.shared);
-    bool alone = is_little || num_threads_ == 1 || getpid() != owner_process_;
+    const bool alone = is_little || num_threads_ == 1;
     for (int index = 0; index < (alone ? 1 : num_threads_); ++index) scratch_[index].reserve(scratch.per_thread);
     if (alone) {
         entry(object, worker(0, 1));
@@ -115,8 +148,8 @@ void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, 
     // Sequentially consistent with the sleeper's own check: either it sees the new generation or we see the sleeper.
     generation_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-        { std::lock_guard<std::mutex> lock(sleep_mutex_); }
-        wake_.notify_all();
+        { std::lock_guard<std::mutex> lock(team_->sleep_mutex); }
+        team_->wake.notify_all();
     }
     entry(object, worker(0, num_threads_));
     auto finished = [&] { return pending_.load(std::memory_order_acquire) == 0; };
@@ -124,14 +157,15 @@ void ThreadPool::dispatch(ScratchSize scratch, Entry entry, const void* object, 
 }
 
 void ThreadPool::work(int index, int cpu) {
+    [[maybe_unused]] FloatMode mode;
     pin(cpu);
     uint32_t seen = 0;
     auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
     while (true) {
         if (!poll(called, spins_)) {
-            std::unique_lock<std::mutex> lock(sleep_mutex_);
+            std::unique_lock<std::mutex> lock(team_->sleep_mutex);
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
-            wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
+            team_->wake.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
             sleepers_.fetch_sub(1, std::memory_order_seq_cst);
         }
         seen = generation_.load(std::memory_order_acquire);

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -58,7 +59,8 @@ struct ScratchSize {
 
 class ThreadPool {
 public:
-    // `cpus`: pin thread i to cpus[i]; empty: do not pin. The calling thread is never pinned.
+    // `cpus`: pin thread i to cpus[i]; empty: do not pin. The calling thread is never pinned. Throws std::runtime_error
+    // when the system gives fewer threads.
     ThreadPool(int num_threads, const std::vector<int>& cpus);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -69,7 +71,8 @@ public:
     static constexpr int64_t kLittleWork = 16384;
     static constexpr int64_t kMuchWork = int64_t{1} << 62;
 
-    // Call body(worker) on every thread and return when all are done. One caller at a time; others wait.
+    // Call body(worker) on every thread and return when all are done. One caller at a time; others wait. All round to the
+    // nearest and keep denormal numbers, whatever the caller has set for itself.
     // After a fork, in the child, the threads are gone: the caller then does all the work. It also does when `work`,
     // a count of values to go through, is too small to be worth waking anybody.
     template <class Body>
@@ -84,7 +87,15 @@ private:
 
     void dispatch(ScratchSize scratch, Entry entry, const void* object, bool is_little);
     void work(int index, int cpu);
+    void stop();
     Worker worker(int index, int count);
+
+    // A fork's child has copies of these that can be neither joined nor destroyed: it leaves them where they are.
+    struct Team {
+        std::mutex sleep_mutex;
+        std::condition_variable wake;
+        std::vector<std::thread> threads;
+    };
 
     const int num_threads_;
     const int owner_process_;
@@ -99,9 +110,7 @@ private:
     alignas(64) std::atomic<int> pending_{0};
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stopping_{false};
-    std::mutex sleep_mutex_;
-    std::condition_variable wake_;
-    std::vector<std::thread> threads_;
+    std::unique_ptr<Team> team_;
 };
 
 }  // namespace fastserve

@@ -570,7 +570,8 @@ private:
             const float* last = kBounds.to + kKeyBlock - max_of(end, 0);
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-                values[v] = f_min(f_load(last + v * W), f_min(f_load(first + v * W), values[v]));  // a NaN stays one
+                const F most = f_min(f_load(last + v * W), f_load(first + v * W));
+                values[v] = f_min(most, f_zero_below(most, f_zero(), values[v]));  // a NaN that is seen stays one
             }
         }
         F highest = f_set(kNever);
@@ -765,6 +766,7 @@ static void for_each_tile(const AttentionArgs& args, int threads, const Visit& v
     const int64_t queries_per_tile = max_of(1, kTileQueryRows / group);
     for (int64_t sequence = 0; sequence < args.num_sequences; ++sequence) {
         const int64_t queries = args.query_starts[sequence + 1] - args.query_starts[sequence];
+        if (!queries) continue;
         const int64_t before = args.context_lens[sequence] - queries;
         int64_t heads = 1;
         if (queries * group <= kFewRows) {

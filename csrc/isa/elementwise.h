@@ -126,15 +126,16 @@ static void scatter_key(const CacheLayout& layout, char* head, int64_t offset, i
     for (; i < count; ++i) std::memcpy(head + layout.key(offset, first + i), bytes + i * element, element);
 }
 
-// One head of one token as bytes with a scale: x = scale * byte, the largest magnitude at 127.
+// One head of one token as bytes with a scale: x = scale * byte, the largest magnitude at 127. The scale is NaN if a number
+// is NaN or infinite.
 static void store_s8(const StoreArgs& args, const CacheLayout& layout, const void* x, int64_t at, char* block, int64_t offset,
                      int64_t head, bool is_key) {
     char* to = block + head * layout.head();
-    F largest = f_zero();
+    I largest = i_zero();
     for (int64_t i = 0; i < args.size; i += W) {
-        largest = f_max(largest, f_abs(load_lanes(x, args.type, at + i, args.size - i)));
+        largest = larger_magnitude(largest, load_lanes(x, args.type, at + i, args.size - i));
     }
-    const float scale = f_largest(largest) / 127.0f;
+    const float scale = top_magnitude(largest) / 127.0f;
     const F divisor = f_set(scale > 0.0f ? scale : 1.0f);
     for (int64_t i = 0; i < args.size; i += W) {
         int8_t narrow[W];
@@ -251,6 +252,7 @@ static float element_of(const ArgmaxArgs& args, int64_t at) {
     return args.type == DType::f32 ? static_cast<const float*>(args.x)[at] : bf16_to_f32(static_cast<const uint16_t*>(args.x)[at]);
 }
 
+// Max returns the second of a NaN pair, and no comparison holds for one: a NaN counts as -inf.
 static void argmax(const ArgmaxArgs& args, const Worker& worker) {
     struct Best {
         double value;
@@ -267,14 +269,14 @@ static void argmax(const ArgmaxArgs& args, const Worker& worker) {
             const int64_t end = min_of(begin + kPiece, part.end);
             F largest = f_set(-__builtin_inff());
             int64_t i = begin;
-            for (; i + W <= end; i += W) largest = f_max(largest, load_as_float(args.x, args.type, at + i));
+            for (; i + W <= end; i += W) largest = f_max(load_as_float(args.x, args.type, at + i), largest);
             float of_piece = f_largest(largest);
             for (; i < end; ++i) of_piece = element_of(args, at + i) > of_piece ? element_of(args, at + i) : of_piece;
             if (of_piece > top) top = of_piece, piece = begin;
         }
         int64_t index = piece;
-        while (index < part.end && element_of(args, at + index) != top) ++index;
-        best[row * worker.count + worker.index] = {top, index < part.end ? index : part.begin};
+        while (top > -__builtin_inff() && element_of(args, at + index) != top) ++index;
+        best[row * worker.count + worker.index] = {top, index};
     }
     worker.barrier();
     if (worker.index != 0) return;

@@ -16,8 +16,6 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 constexpr int kMaxRows = W == 4 ? 4 : 6;     // rows of a register tile
 constexpr int kDirectRows = 4;               // rows of a register tile that unpacks its words itself
 constexpr int kDirectLimit = 24;             // rows from which it pays to unpack a piece of panel once for all
-constexpr int kSegmentWords = 128;           // words of K per piece of panel: 32 KB
-constexpr int64_t kChunkRows = 192;          // rows whose partial sums stay in the L2 cache
 constexpr int kPrefetchBytes = 8192;
 
 // How the tile unit is configured, where there is one.
@@ -178,7 +176,7 @@ static void block_kernel(const Block& b) {
     }
 }
 
-// Kernels for 1..6 rows: over a whole panel of 64 columns where registers allow, and over 16.
+// Kernels for 1..kMaxRows rows: over a whole panel of 64 columns where registers allow, and over 16.
 struct Kernels {
     Kernel wide[kMaxRows];
     Kernel narrow[kMaxRows];

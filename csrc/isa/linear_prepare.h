@@ -26,19 +26,25 @@ static inline void reorder_u4(int8_t* bytes) {
     std::memcpy(bytes, &v, 16);
 }
 
-// Symmetric 8-bit, one scale per row: the largest magnitude becomes 127.
+// Symmetric 8-bit, one scale per row: the largest magnitude becomes 127. A row with a NaN or an infinity is zeros with the
+// scale NaN, so that its outputs are NaN.
 template <DType Type>
 static float quantize_row(const LinearArgs& args, int64_t row, int8_t* out, int32_t* sums) {
     const PackedWeight& weight = *args.weight;
     const int64_t first = row * args.x_stride, whole = weight.k / W * W;
-    F largest = f_zero(), second = f_zero();
+    I largest = i_zero(), second = i_zero();
     int64_t at = 0;
     for (; at + 2 * W <= whole; at += 2 * W) {
-        largest = f_max(largest, f_abs(load_as_float(args.x, Type, first + at)));
-        second = f_max(second, f_abs(load_as_float(args.x, Type, first + at + W)));
+        largest = larger_magnitude(largest, load_as_float(args.x, Type, first + at));
+        second = larger_magnitude(second, load_as_float(args.x, Type, first + at + W));
     }
-    for (; at < weight.k; at += W) largest = f_max(largest, f_abs(load_x(args, row, at)));
-    const float top = f_largest(f_max(largest, second));
+    for (; at < weight.k; at += W) largest = larger_magnitude(largest, load_x(args, row, at));
+    const float top = top_magnitude(i_max(largest, second));
+    if (top != top) {
+        std::memset(out, 0, weight.k_padded);
+        std::memset(sums, 0, weight.groups * 4);
+        return top;
+    }
     const float scale = top > 0.0f ? top / 127.0f : 1.0f;
     const F inverse = f_set(1.0f / scale);
     const bool reorder = weight.format == Format::u4;

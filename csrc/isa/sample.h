@@ -9,7 +9,6 @@
 
 namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 
-constexpr int64_t kSampleChunk = 64;
 constexpr int32_t kWeightOne = 1 << 30;
 using Weight = int32_t __attribute__((may_alias));  // weights take the place of the values
 
@@ -284,7 +283,8 @@ static void most_probable(const MostProbableArgs& args, const Worker& worker) {
             sums[0] = f_add(sums[0], f_exp(f_load(lanes)));
         }
         const float sum = f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
-        args.log_sums[row] = largest + static_cast<float>(__builtin_log(static_cast<double>(sum)));
+        const float log = static_cast<float>(__builtin_log(static_cast<double>(sum)));
+        args.log_sums[row] = __builtin_isinf(largest) ? largest : largest + log;
     }
 }
 

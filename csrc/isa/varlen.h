@@ -305,7 +305,7 @@ private:
 static void varlen(const VarlenArgs& args, const Worker& worker) {
     TileShape tiles;
     VarlenAttention attention(args, worker.scratch, tiles);
-    const int64_t parts = ceil_div(4 * worker.count, args.num_sequences * args.num_heads);
+    const int64_t parts = ceil_div(4 * worker.count, max_of(1, args.num_sequences) * args.num_heads);
     int64_t total = 0;
     auto queries_of = [&](int64_t sequence) { return args.query_starts[sequence + 1] - args.query_starts[sequence]; };
     auto keys_of = [&](int64_t sequence) { return args.key_starts[sequence + 1] - args.key_starts[sequence] + 16; };

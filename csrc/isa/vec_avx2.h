@@ -32,6 +32,7 @@ static inline void i_store(void* p, I v) { _mm256_storeu_si256(static_cast<__m25
 static inline I i_add(I a, I b) { return _mm256_add_epi32(a, b); }
 static inline I i_sub(I a, I b) { return _mm256_sub_epi32(a, b); }
 static inline I i_mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+static inline I i_max(I a, I b) { return _mm256_max_epi32(a, b); }
 static inline I i_and(I a, I b) { return _mm256_and_si256(a, b); }
 static inline I i_or(I a, I b) { return _mm256_or_si256(a, b); }
 static inline I i_xor(I a, I b) { return _mm256_xor_si256(a, b); }
@@ -77,8 +78,8 @@ static inline F f_scale(F v, I n, F) {
 static inline F f_where_positive(F x, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, f_zero(), _CMP_GT_OQ));
 }
-// p where v > limit, else 0.
-static inline F f_zero_below(F v, F limit, F p) { return _mm256_and_ps(_mm256_cmp_ps(v, limit, _CMP_GT_OQ), p); }
+// 0 where v <= limit, else p.
+static inline F f_zero_below(F v, F limit, F p) { return _mm256_and_ps(_mm256_cmp_ps(v, limit, _CMP_NLE_UQ), p); }
 static inline float f_sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -37,6 +37,7 @@ static inline void i_store(void* p, I v) { _mm512_storeu_si512(p, v); }
 static inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 static inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 static inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+static inline I i_max(I a, I b) { return _mm512_max_epi32(a, b); }
 static inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 static inline I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 static inline I i_xor(I a, I b) { return _mm512_xor_si512(a, b); }
@@ -79,9 +80,9 @@ static inline F f_scale(F v, I, F n) { return _mm512_scalef_ps(v, n); }
 static inline F f_where_positive(F x, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, f_zero(), _CMP_GT_OQ), no, yes);
 }
-// p where v > limit, else 0.
+// 0 where v <= limit, else p.
 static inline F f_zero_below(F v, F limit, F p) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, limit, _CMP_GT_OQ), p);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, limit, _CMP_NLE_UQ), p);
 }
 static inline float f_sum(F v) { return _mm512_reduce_add_ps(v); }
 static inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }

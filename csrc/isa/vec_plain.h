@@ -32,6 +32,7 @@ static inline I i_bits(F v) { return (I)v; }
 static inline I i_add(I a, I b) { return (I)((U)a + (U)b); }
 static inline I i_sub(I a, I b) { return (I)((U)a - (U)b); }
 static inline I i_mul(I a, I b) { return (I)((U)a * (U)b); }
+static inline I i_max(I a, I b) { return a > b ? a : b; }
 static inline I i_and(I a, I b) { return a & b; }
 static inline I i_or(I a, I b) { return a | b; }
 static inline I i_xor(I a, I b) { return a ^ b; }
@@ -70,8 +71,8 @@ static inline F f_scale(F v, I n, F) {
     return f_mul(f_mul(v, low), high);
 }
 static inline F f_where_positive(F x, F yes, F no) { return x > 0.0f ? yes : no; }
-// p where v > limit, else 0.
-static inline F f_zero_below(F v, F limit, F p) { return f_bits(i_and((I)(v > limit), i_bits(p))); }
+// 0 where v <= limit, else p.
+static inline F f_zero_below(F v, F limit, F p) { return f_bits(i_and(~(I)(v <= limit), i_bits(p))); }
 static inline float f_sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline int32_t i_sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
 static inline float f_largest(F v) {

@@ -87,7 +87,7 @@ std::vector<float> product(const OpTable& table, ThreadPool& pool, const PackedW
     std::vector<float> out(static_cast<size_t>(rows * columns), -77.0f);
     LinearArgs args{&weight, rows, x, type, weight.k, out.data(), DType::f32, columns, nullptr, 0,
                     weight.gated ? Activation::relu : Activation::none, quantize_x};
-    pool.run(linear_scratch(args, pool.size()), [&](const Worker& worker) { table.linear(args, worker); });
+    pool.run(linear_scratch(args), [&](const Worker& worker) { table.linear(args, worker); });
     return out;
 }
 

@@ -2,6 +2,7 @@
 // where threads go on without waiting for each other and where they wait.
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -78,6 +79,19 @@ void record(Plan& plan, Layer& layer) {
     plan.finish(layer.attended.data(), layer.chosen.data());
 }
 
+// A step that no memory is large enough for, after which smaller ones go on.
+void run_out_of_memory(Plan& plan) {
+    StepInputs step{};
+    step.tokens = int64_t{1} << 42;
+    bool is_refused = false;
+    try {
+        plan.run(step, true);
+    } catch (const std::bad_alloc&) {
+        is_refused = true;
+    }
+    CHECK(is_refused, "four million million tokens fit");
+}
+
 void check(const OpTable& table, int threads) {
     ThreadPool pool(threads, {});
     Layer alone(pool), planned(pool);
@@ -86,6 +100,7 @@ void check(const OpTable& table, int threads) {
     const std::vector<int64_t> blocks{1, 0};
     const int64_t* tables[] = {blocks.data()};
     for (int64_t tokens : {1, 3, 4, 5, 6, 2}) {
+        if (tokens == 3) run_out_of_memory(plan);
         const int64_t starts[] = {0, tokens}, lens[] = {tokens};
         for (int64_t i = 0; i < tokens; ++i) alone.slots[i] = planned.slots[i] = kBlockSize + i;
         for (Op& op : alone.operations(tokens)) {
@@ -100,6 +115,7 @@ void check(const OpTable& table, int threads) {
         step.slots = planned.slots.data(), step.num_sequences = 1, step.query_starts = starts, step.context_lens = lens;
         step.block_tables = tables;
         for (int repeat = 0; repeat < 20; ++repeat) plan.run(step, true);
+        CHECK(plan.bytes() >= tokens * kAll * kSize * 4, "%d tokens have no room", static_cast<int>(tokens));
         const size_t bytes = static_cast<size_t>(tokens * kHeads * kSize) * sizeof(float);
         CHECK(!std::memcmp(plan.logits(), alone.attended.data(), bytes), "%d tokens, %d threads", static_cast<int>(tokens), threads);
         CHECK(!std::memcmp(plan.chosen(), alone.chosen.data(), tokens * sizeof(int64_t)), "another token is chosen");

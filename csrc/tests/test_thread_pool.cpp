@@ -1,8 +1,16 @@
-// The pool: every thread runs once per call, barriers separate phases, sleeping threads wake, several callers queue up.
+// The pool: every thread runs once per call, barriers separate phases, sleeping threads wake, several callers queue up,
+// a fork's child goes on alone, and the caller's mode of floats is its own.
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
 #include <vector>
+#ifdef FASTSERVE_X86
+#include <xmmintrin.h>
+#endif
 
 #include "../thread_pool.h"
 #include "check.h"
@@ -83,6 +91,53 @@ void scratch_is_private_and_large_enough() {
     }
 }
 
+// A child of a fork has no threads but its own; a lock may have been held by another one.
+void a_fork_s_child_works_and_ends() {
+    ThreadPool pool(3, {});
+    std::atomic<bool> is_inside{false}, may_leave{false};
+    std::thread caller([&] {
+        pool.run({}, [&](const Worker&) {
+            is_inside = true;
+            while (!may_leave) sched_yield();
+        });
+    });
+    while (!is_inside) sched_yield();
+    const pid_t busy = fork();
+    if (busy == 0) {
+        alarm(20);
+        int calls = 0;
+        pool.run({100, 100}, [&](const Worker& worker) { calls += worker.count; });
+        _exit(calls == 1 ? 0 : 1);
+    }
+    may_leave = true;
+    caller.join();
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));  // the threads sleep
+    const pid_t idle = fork();
+    if (idle == 0) {
+        alarm(20);
+        pool.~ThreadPool();
+        _exit(0);
+    }
+    for (const pid_t child : {busy, idle}) {
+        int status = -1;
+        CHECK(waitpid(child, &status, 0) == child && status == 0, "the child's status is %d", status);
+    }
+}
+
+void denormal_numbers_are_kept_on_every_thread() {
+#ifdef FASTSERVE_X86
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    ThreadPool pool(3, {});
+    volatile float small = 1e-30f;
+    float products[3];
+    pool.run({}, [&](const Worker& worker) { products[worker.index] = small * 1e-10f; });
+    CHECK(_mm_getcsr() >= 0x8040, "the caller's own mode is lost");
+    _mm_setcsr(before);
+    for (float product : products) CHECK(product > 0.0f, "a product is %g", product);
+#endif
+}
+
 }  // namespace
 
 int main() {
@@ -91,5 +146,7 @@ int main() {
     sleeping_threads_wake();
     callers_queue_up();
     scratch_is_private_and_large_enough();
+    a_fork_s_child_works_and_ends();
+    denormal_numbers_are_kept_on_every_thread();
     std::puts("thread_pool: ok");
 }

@@ -67,6 +67,7 @@ class ModelRunner:
         hidden = self._hidden = partial(_hidden, model, kv_cache, adapters)
         recorded: RecordedStep | str = "the model keeps its own cache"
         if not model.has_own_cache:
+            model.reserve(max_model_len)
             recorded = kernels.record(lambda kernels, batch: model.head(hidden(kernels, batch), kernels), max_model_len)
         self._recorded = None if isinstance(recorded, str) else recorded
         self.report = f"step: operation by operation ({recorded})"

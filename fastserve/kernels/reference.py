@@ -236,8 +236,8 @@ class Kernels:
         return output
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64."""
-        return logits.argmax(dim=-1)
+        """Index of the largest of each row of logits [R, V], the first among equals: [R] int64. NaN counts as -inf."""
+        return logits.nan_to_num(-math.inf, math.inf, -math.inf).argmax(dim=-1)
 
     def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows of logits [R, V] float32: log of the sum of e^x [R, 1], the largest [R, count], and their ids, which

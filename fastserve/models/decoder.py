@@ -165,6 +165,10 @@ class Decoder(ServingModel):
         self._rotation_of_layer = [len(ropes) if rope is None else ropes.index(rope) for rope in config.ropes]
         self.shape = parameters.shape(config, config.num_kv_heads)
 
+    def reserve(self, num_positions: int) -> None:
+        for table in self._tables:
+            table.rotation(num_positions)
+
     @torch.inference_mode()
     def forward(
         self, input_ids: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor | None = None

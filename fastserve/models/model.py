@@ -83,6 +83,10 @@ class ServingModel(Protocol):
         """What `head` gave -> logits [R, vocab_size] in float32."""
         return logits
 
+    def reserve(self, num_positions: int) -> None:
+        """Make what depends on the length for sequences of so many tokens: a recorded step keeps its addresses."""
+        return
+
     def release(self, request_ids: list[str]) -> None:
         """Forget what is kept for these requests. Does nothing without `has_own_cache`."""
         return

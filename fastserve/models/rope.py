@@ -102,9 +102,7 @@ def read_rope(config: Mapping[str, Any], head_size: int, layer_type: str = "", t
     if kind == "longrope":
         factors = parameters.get("short_factor")
         if not isinstance(factors, list) or len(factors) != size // 2:
-            raise CheckpointError(
-                f"config.json: rope of kind longrope needs a list short_factor of {size // 2} numbers"
-            )
+            raise CheckpointError(f"config.json: rope kind longrope needs a list short_factor of {size // 2} numbers")
         known["short_factor"] = tuple(map(float, factors))
         longest = config.get("max_position_embeddings") or original
         known.setdefault("factor", longest / parameters["original_max_position_embeddings"])
@@ -115,10 +113,8 @@ def _longrope_attention_factor(numbers: dict[str, Any]) -> float:
     """LongRoPE (Ding et al., 2024) as Phi-3 has it: longer contexts get sharper attention."""
     if numbers.get("attention_factor") is not None:
         return float(numbers["attention_factor"])
-    factor = numbers["factor"]
-    return (
-        math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"])) if factor > 1 else 1.0
-    )
+    factor, original = numbers["factor"], numbers["original_max_position_embeddings"]
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _llama3(base: Tensor, numbers: dict[str, Any]) -> Tensor:

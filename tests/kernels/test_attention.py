@@ -151,6 +151,40 @@ def test_batch_and_threads_do_not_change_a_bit(isa: str) -> None:
             assert torch.equal(one[-1:], other)
 
 
+@pytest.mark.parametrize(
+    "cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["cache32", "cache16", "cache8"]
+)
+@pytest.mark.parametrize("heads", [(4, 2, 64), (2, 2, 36)], ids=str)
+def test_a_nan_is_seen_by_those_who_see_its_key(
+    isa: str, cache_dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    kernels, length, place = native_kernels(isa), 150, 70
+    for dtype, window, softcap in ((torch.float32, 0, 0.0), (torch.bfloat16, 30, 0.0), (torch.bfloat16, 0, 5.0)):
+        sequence = Sequence(length, heads, dtype, 2)
+        expected = whole(kernels, sequence, cache_dtype, window, softcap)
+        sequence.key[place, 1, 3] = math.nan
+        expected[place : place + window if window else length, heads[0] // 2 :] = math.nan
+        result = whole(kernels, sequence, cache_dtype, window, softcap)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+        starts = [0, length]
+        query, key, value = sequence.query, sequence.key, sequence.value
+        result = kernels.varlen_attention(query, key, value, starts, starts, Scores(heads[2] ** -0.5, window))
+        seen = torch.zeros(length, heads[0], dtype=torch.bool)
+        seen[max(0, place - window + 1) if window else 0 : place + window if window else length, heads[0] // 2 :] = True
+        assert torch.equal(result.isnan(), seen.unsqueeze(-1).expand(result.shape))
+
+
+def test_sequences_without_queries(isa: str) -> None:
+    kernels, sequences = native_kernels(isa), [Sequence(20, (4, 2, 64), torch.float32, seed) for seed in range(3)]
+    cache = Cache(sequences, torch.float32)
+    first = attend(kernels, cache, sequences, [(0, 0, 20), (1, 0, 20), (2, 0, 20)])
+    again = attend(kernels, cache, sequences, [(0, 19, 20), (1, 20, 20), (2, 18, 20)])
+    assert [len(part) for part in again] == [1, 0, 2]
+    assert all(torch.equal(part, whole[20 - len(part) :]) for part, whole in zip(again, first, strict=True))
+    none = kernels.varlen_attention(*(torch.zeros(1, 2, 16) for _ in range(3)), [0], [0], Scores(1.0))
+    assert none.shape == (1, 2, 16)
+
+
 def test_float32_queries_over_a_bfloat16_cache(isa: str) -> None:
     kernels = native_kernels(isa)
     sequence = Sequence(40, (4, 2, 64), torch.float32, 3)

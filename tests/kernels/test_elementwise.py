@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.errors import ConfigError
-from fastserve.kernels.interface import HeadTransform
+from fastserve.kernels.interface import Batch, HeadTransform, Scores
 from fastserve.kernels.quant import int8_kv_views
 from fastserve.kernels.reference import Kernels
 from tests.kernels.conftest import cache_rows, native_kernels
@@ -83,13 +83,15 @@ def test_activations(isa: str, dtype: torch.dtype, name: str) -> None:
 def test_cache_writes(isa: str, cache_dtype: torch.dtype) -> None:
     kernels = native_kernels(isa)
     merged = random(6, 9, 40)
-    key, value = merged[:, 4:6], merged[:, 7:9]
     slots = torch.tensor([7, 0, 30, 31, 2, 19])
     caches = [[torch.zeros(4, 8, 2, 40, dtype=cache_dtype) for _ in range(2)] for _ in range(2)]
-    kernels.store_kv(key, value, *caches[0], slots)
-    REFERENCE.store_kv(key, value, *caches[1], slots)
-    for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
-        assert torch.equal(cache_rows(ours, is_keys=is_keys), theirs)
+    # As they come, and with rows that are not contiguous, of which a copy is stored.
+    for heads in (merged, random(6, 40, 9, seed=1).transpose(1, 2)):
+        key, value = heads[:, 4:6], heads[:, 7:9]
+        kernels.store_kv(key, value, *caches[0], slots)
+        REFERENCE.store_kv(key, value, *caches[1], slots)
+        for ours, theirs, is_keys in zip(*caches, (True, False), strict=True):
+            assert torch.equal(cache_rows(ours, is_keys=is_keys), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
@@ -147,6 +149,13 @@ def test_argmax_takes_the_first_among_equals(isa: str, dtype: torch.dtype) -> No
         x[3, size // 2 :] = 9.0
         expected = torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
         assert torch.equal(kernels.argmax(x), expected)
+        for row in (0, 3):  # not the largest anywhere, and not in the way of it
+            x[row, expected[row] + 1 :: 3] = float("nan")
+            x[row, : expected[row]] = float("nan")
+        x[2, : size // 2] = x[1] = float("nan")
+        expected[1] = 0
+        for backend in (kernels, REFERENCE):
+            assert torch.equal(backend.argmax(x), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["x32", "x16"])
@@ -164,6 +173,14 @@ def test_int8_cache_writes_give_the_reference_s_bytes(isa: str, dtype: torch.dty
         values, scales = int8_kv_views(theirs)
         assert torch.equal(cache_rows(ours, is_keys=is_keys), values)
         assert torch.equal(int8_kv_views(ours)[1], scales)
+    for number in (float("nan"), float("inf")):
+        key = merged[:, 4:6].clone()
+        key[1, 1, size - 1] = number
+        for kernels_of_either, (keys, spare) in ((kernels, caches[0]), (REFERENCE, caches[1])):
+            kernels_of_either.store_kv(key, merged[:, 7:9], keys, spare, slots)
+            scales = int8_kv_views(keys)[1].flatten(0, 1)[slots]
+            assert torch.equal(scales.isfinite(), torch.arange(12).view(6, 2) != 3)
+            kernels_of_either.store_kv(merged[:, 4:6], merged[:, 7:9], keys, spare, slots)
     values, scales = int8_kv_views(caches[1][0])
     stored = (values.float() * scales.unsqueeze(-1)).flatten(0, 1)[slots]
     assert ((stored - merged[:, 4:6].float()).abs() <= merged[:, 4:6].float().abs().amax(-1, keepdim=True) / 253).all()
@@ -179,3 +196,23 @@ def test_blocks_are_copied_in_every_part(isa: str, dtype: torch.dtype) -> None:
     native_kernels(isa).copy_blocks(list(memory), pairs)
     assert torch.equal(memory, expected)
     assert torch.equal(memory[:, 60], memory[:, 3]) and torch.equal(memory[:, 2], memory[:, 63])
+
+
+def test_shapes_and_types_that_do_not_fit() -> None:
+    kernels, x = native_kernels("plain"), torch.zeros(4, 2, 8)
+    caches, slots = [torch.zeros(2, 4, 2, 8) for _ in range(2)], torch.arange(4)
+    for call in (
+        lambda: kernels.rms_norm(x[0], torch.ones(7), 1e-6),
+        lambda: kernels.rms_norm(x[0], torch.ones(8, dtype=torch.bfloat16), 1e-6),
+        lambda: kernels.rms_norm(x[0], torch.ones(8), 1e-6, x[0].bfloat16()),
+        lambda: kernels.embed(x[0], slots.int(), x.dtype),
+        lambda: kernels.embed(x[0], slots[:2], x.dtype, x[0].bfloat16()),
+        lambda: kernels.store_kv(x, x.bfloat16(), *caches, slots),
+        lambda: kernels.store_kv(x, x, *caches, slots[:3]),
+        lambda: kernels.store_kv(x[:, :, :4], x[:, :, :4], *caches, slots),
+        lambda: kernels.varlen_attention(x, x, x, [0, 5], [0, 4], Scores(1.0)),
+        lambda: kernels.varlen_attention(x, x, x, [0, 4], [0, 2, 4], Scores(1.0)),
+        lambda: kernels.paged_attention(x, *caches, Batch([], [], [], [0, 4], [4], [], []), Scores(1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"does not fit|other numbers of sequences"):
+            call()

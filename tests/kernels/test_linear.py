@@ -8,6 +8,7 @@ rounding alone (2e-6); 8-bit activations are compared with the reference's own q
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -192,12 +193,31 @@ def test_eight_bit_sums_are_the_same_for_every_instruction_set() -> None:
         assert torch.equal(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+def test_a_nan_or_infinity_among_eight_bit_activations_is_not_lost(isa: str, dtype: torch.dtype) -> None:
+    for name in ("int8-asymmetric-activations8", "int4-group32-activations8"):
+        weight, x = make_weight(name, 33, 70), make_rows(9, 70, dtype)
+        for kernels in (native_kernels(isa), Kernels()):
+            packed = kernels.pack_linear(weight, None)
+            expected, broken = kernels.linear(packed, x), x.clone()
+            for row, column, number in ((0, 0, math.nan), (3, 33, math.nan), (5, 69, -math.inf), (6, 40, math.nan)):
+                broken[row, column] = number
+                expected[row] = math.nan
+            for count in (1, 4, 9):
+                torch.testing.assert_close(kernels.linear(packed, broken[:count]), expected[:count], equal_nan=True)
+
+
 def test_refusals_name_the_reason(isa: str) -> None:
     kernels = native_kernels(isa)
     with pytest.raises(ValueError, match="even number of rows"):
         kernels.pack_linear(torch.zeros(3, 8), None, is_gated=True)
     with pytest.raises(ValueError, match="at least one row"):
         kernels.pack_linear(torch.zeros(0, 8), None)
+    packed = kernels.pack_linear(torch.zeros(4, 8), None)
+    with pytest.raises(ValueError, match="the input of a linear has a shape"):
+        kernels.linear(packed, torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="the residual of a linear has a shape"):
+        kernels.linear(packed, torch.zeros(2, 8), residual=torch.zeros(1, 4))
 
 
 def test_packed_layer_frees_what_it_was_made_from() -> None:

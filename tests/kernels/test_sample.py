@@ -56,6 +56,16 @@ def test_what_cannot_be_drawn_gives_the_first_of_the_best(isa: str) -> None:
         assert kernels.sample(logits, rows) == [0, 0, 1, 1, 2]
 
 
+def test_rows_and_counts_that_are_not_there(isa: str) -> None:
+    kernels, logits = native_kernels(isa), torch.zeros(2, 5)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="one RowSampling for each row"):
+            kernels.sample(logits, rows_of(count, 0))
+    for count in (0, 6):
+        with pytest.raises(ValueError, match="count must be from 1"):
+            kernels.most_probable(logits, count)
+
+
 def test_rows_of_a_strided_matrix_in_any_company(isa: str) -> None:
     kernels = native_kernels(isa, 3)
     wide = torch.randn(9, 700, generator=torch.Generator().manual_seed(1))
@@ -110,6 +120,9 @@ def test_the_most_probable_are_the_reference_s(isa: str) -> None:
     for size, count in ((8, 8), (100, 4), (1000, 1), (30001, 12)):
         x = torch.stack(kinds_of_logits(size, seed=size))
         x[-1, 2:] = -INF
+        x = torch.cat((x, x[:2]))
+        x[-1] = -INF
+        x[-2, size // 2] = INF
         sums, values, ids = kernels.most_probable(x, count)
         expected_sums, expected_values, _ = REFERENCE.most_probable(x, count)
         torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-5)

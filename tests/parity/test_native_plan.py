@@ -6,6 +6,7 @@ Also what ends a recording, and that a sequence's tokens in bf16 and int8 do not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fastserve.checkpoint.quantized import QuantScheme
 from fastserve.kernels.cpu import CPUKernels, create
 from fastserve.kernels.interface import Batch, PackedLinear, Weight
 from fastserve.kernels.reference import Kernels
-from fastserve.models import loader
+from fastserve.models import loader, rope
 from fastserve.models.attention import PagedContext
 from fastserve.models.loader import load_model
 from tests import folders
@@ -29,14 +30,14 @@ BLOCK_SIZE, NUM_BLOCKS = 8, 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, max_tokens=24, ignore_eos=True, seed=17)
 
-pytestmark = pytest.mark.skipif(create()._backend is None, reason="the native library was not built")
+pytestmark = pytest.mark.skipif(create().native_backend is None, reason="the native library was not built")
 
 
 class QuantizingKernels(CPUKernels):
     """Packs every linear in one scheme, whatever the folder holds."""
 
     def __init__(self, scheme: QuantScheme) -> None:
-        super().__init__(create()._backend)
+        super().__init__(create().native_backend)
         self._scheme = scheme
 
     def pack_linear(
@@ -171,7 +172,18 @@ def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
 
     assert "computes a tensor itself (aten.add" in reason(lambda logits: logits + 1.0)
     assert "changes a tensor itself (aten.add_" in reason(lambda logits: logits.add_(1.0))
+    assert "reads numbers itself (aten.item" in reason(lambda logits: logits * logits[0, 0].item())
     assert "tensor of 4 rows" in reason(lambda logits: loaded.kernels.argmax(torch.empty(4, 2)))
+
+
+def test_a_step_whose_lists_do_not_fit_together_is_refused(tmp_path: Path) -> None:
+    loaded = load_model(ModelFolder.open(str(folders.llama(tmp_path))), backend="native")
+    cached = Cached(loaded.model, loaded.kernels)
+    recorded = loaded.kernels.record(cached.network, longest=64)
+    step = STEPS[1]
+    for name in ("positions", "slot_mapping", "query_starts", "context_lens", "block_tables"):
+        with pytest.raises(ValueError, match=r"a step needs a position|of other numbers of sequences"):
+            recorded.run(replace(step, **{name: getattr(step, name)[:-1]}), choose=True)
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +209,12 @@ def test_tokens_do_not_depend_on_batch_chunks_or_preemption(
     preempted, llm = generate(kv_cache_memory=small, speculation="off")  # guesses would end sequences sooner
     assert preempted == alone
     assert llm.engine.stats().num_preemptions > 0
+
+
+def test_long_rotation_tables_are_there_before_the_recording(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rope, "_FIRST_ROWS", 16)
+    llm = LLM(folder, backend="native", max_model_len=160)
+    assert "one native call" in llm.engine.report
+    monkeypatch.undo()
+    [answer] = tokens(llm.generate(PROMPTS[:1], GREEDY))
+    assert answer == tokens(LLM(folder, backend="native", max_model_len=160).generate(PROMPTS[:1], GREEDY))[0]

@@ -107,11 +107,13 @@ class CPUKernels(Kernels):
         is_wide: bool = False,
     ) -> Tensor:
         weight, x = packed.native, _dense(x)
+        _need(x.shape[1] == weight.k, "the input of a linear")
         out = torch.empty(x.shape[0], weight.out_columns, dtype=torch.float32 if is_wide else x.dtype)
         if not x.shape[0]:
             return out
-        if residual is not None and (residual.stride(-1) != 1 or residual.dtype != out.dtype):
-            residual = residual.to(out.dtype).contiguous()
+        if residual is not None:
+            _need(residual.shape == out.shape, "the residual of a linear")
+            residual = _dense(residual.to(out.dtype))
         self._backend.linear(
             weight, x.shape[0], x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
             out.data_ptr(), _DTYPES[out.dtype], out.stride(0),
@@ -132,7 +134,7 @@ class CPUKernels(Kernels):
             packed.adapters.native.clear(slot)
             return
         a, b = (item.float().contiguous() for item in weights)
-        assert a.shape == (b.shape[1], packed.native.k) and b.shape[0] == packed.native.n
+        _need(a.shape == (b.shape[1], packed.native.k) and len(b) == packed.native.n, "an adapter")
         packed.adapters.native.set(slot, len(a), a.data_ptr(), b.data_ptr(), _DTYPES[dtype])
 
     def embed(
@@ -147,8 +149,9 @@ class CPUKernels(Kernels):
         dense = table if isinstance(table, Tensor) else None if packed else table.weight
         out = torch.empty(ids.shape[0], packed.k if packed else dense.shape[1], dtype=dtype)  # type: ignore[union-attr]
         if out.numel():
-            assert ids.is_contiguous() and (residual is None or (residual.is_contiguous() and packed is None))
-            assert dense is None or (dense.is_contiguous() and dense.dtype is dtype)
+            _need(ids.is_contiguous() and ids.dtype is torch.int64, "the ids of an embedding")
+            _need(residual is None or (packed is None and _is_like(residual, out)), "the residual of an embedding")
+            _need(dense is None or (dense.is_contiguous() and dense.dtype is dtype), "the table of an embedding")
             self._backend.gather(
                 packed, _address(dense), _DTYPES[dtype], *out.shape, ids.data_ptr(), scale, _address(residual),
                 out.data_ptr(),
@@ -166,20 +169,16 @@ class CPUKernels(Kernels):
     def _norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, residual: Tensor | None, centred: bool
     ) -> Tensor:
-        assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
-        if x.dim() > 3 or x.stride(-1) != 1:
-            x = x.contiguous()
-        if x.dim() > 3 or x.dim() < 2:
-            return self._norm(x.view(-1, x.shape[-1]), weight, bias, epsilon, residual, centred).view(x.shape)
+        _need(residual is None or _is_like(residual, x), "the residual of a norm")
+        for part in (weight, bias):
+            _need(part is None or (part.shape == x.shape[-1:] and part.dtype is x.dtype), "a norm's weight or bias")
+        rows = _dense(x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1]))
         out = torch.empty(x.shape, dtype=x.dtype)
-        if not x.numel():
-            return out
-        outer, inner = (x.shape[0], 1) if x.dim() == 2 else x.shape[:2]
-        inner_stride = 0 if x.dim() == 2 else x.stride(1)
-        self._backend.norm(
-            x.data_ptr(), _DTYPES[x.dtype], outer, inner, x.stride(0), inner_stride, x.shape[-1],
-            weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, centred, _address(residual),
-        )  # fmt: skip
+        if x.numel():
+            self._backend.norm(
+                rows.data_ptr(), _DTYPES[x.dtype], *rows.shape[:2], *rows.stride()[:2], x.shape[-1],
+                weight.data_ptr(), _address(bias), out.data_ptr(), epsilon, centred, _address(residual),
+            )  # fmt: skip
         return out
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -194,8 +193,9 @@ class CPUKernels(Kernels):
         return out
 
     def store_kv(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        key, value = _dense(key), _dense(value)
         if key.numel():
-            self._backend.store(*_store_arguments(_dense(key), _dense(value), keys, values, slot_mapping))
+            self._backend.store(*_store_arguments(key, value, keys, values, slot_mapping))
 
     def transform_and_store(
         self, query: Tensor, key: Tensor, value: Tensor, how: HeadTransform, keys: Tensor, values: Tensor, slots: Tensor
@@ -204,7 +204,8 @@ class CPUKernels(Kernels):
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
             return out
-        assert how.cos is None or (how.cos.is_contiguous() and how.cos.dtype is torch.float32)
+        _need(query.dtype is key.dtype and len(query) == len(key), "the query of a step")
+        _need(how.cos is None or (how.cos.is_contiguous() and how.cos.dtype is torch.float32), "a rotation table")
         self._backend.heads(
             query.data_ptr(), query.shape[1], query.stride(0), query.stride(1),
             _address(how.query_norm), _address(how.key_norm), how.epsilon,
@@ -216,7 +217,7 @@ class CPUKernels(Kernels):
     def paged_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scores: Scores, of_source: bool = False
     ) -> Tensor:
-        assert keys.is_contiguous() and values.is_contiguous()
+        _need(keys.is_contiguous() and _is_like(values, keys), "the cache of attention")
         query = _dense(query)
         out = torch.empty(query.shape, dtype=query.dtype)
         tables, lengths = batch.block_tables, batch.context_lens
@@ -236,6 +237,8 @@ class CPUKernels(Kernels):
         self, query: Tensor, key: Tensor, value: Tensor, query_starts: list[int], key_starts: list[int], scores: Scores
     ) -> Tensor:
         assert not scores.softcap
+        _need(query.dtype is key.dtype is value.dtype and key.shape == value.shape, "a key or value of attention")
+        _need(query_starts[-1] <= len(query) and key_starts[-1] <= len(key), "a sequence's start")
         query, key, value = _dense(query), _dense(key), _dense(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         if not query.numel():
@@ -258,7 +261,7 @@ class CPUKernels(Kernels):
         return out
 
     def most_probable(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert logits.dtype is torch.float32 and logits.stride(-1) == 1
+        _need(logits.dtype is torch.float32 and logits.stride(-1) == 1, "the logits")
         sums, values = torch.empty(len(logits), 1), torch.empty(len(logits), count)
         found = sums, values, torch.empty(len(logits), count, dtype=torch.int64)
         addresses = [tensor.data_ptr() for tensor in found]
@@ -294,6 +297,15 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _need(is_so: bool, what: str) -> None:
+    if not is_so:  # else memory would be read or written that is another's
+        raise ValueError(f"{what} has a shape, type or layout that does not fit")
+
+
+def _is_like(x: Tensor, other: Tensor) -> bool:
+    return x.is_contiguous() and x.dtype is other.dtype and x.shape == other.shape
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -302,12 +314,16 @@ def _bias_arguments(bias: Tensor | None) -> tuple[int, int, int]:
     """Address, width and the column of distance 0."""
     if bias is None:
         return 0, 0, 0
-    assert bias.is_contiguous() and bias.dtype is torch.float32
+    _need(bias.is_contiguous() and bias.dtype is torch.float32, "the bias of attention")
     return bias.data_ptr(), bias.shape[1], bias.shape[1] // 2
 
 
 def _store_arguments(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> tuple[int, ...]:
-    assert keys.is_contiguous() and values.is_contiguous() and slot_mapping.is_contiguous()
+    _need(key.dtype is value.dtype and key.shape == value.shape, "a value to be stored")
+    heads = key.shape[1], key.shape[2] + 4 * (keys.dtype is torch.int8)  # a scale, too
+    _need(keys.is_contiguous() and _is_like(values, keys) and keys.shape[2:] == heads, "the cache")
+    slots_fit = slot_mapping.is_contiguous() and slot_mapping.dtype is torch.int64 and len(slot_mapping) == len(key)
+    _need(slots_fit, "the list of slots")
     return (
         key.data_ptr(), value.data_ptr(), _DTYPES[key.dtype], _CACHE_DTYPES[keys.dtype], *key.shape,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
@@ -326,13 +342,15 @@ def create(isa: str = "") -> CPUKernels:
     """The kernels of instruction set `isa` ("" takes the best that this machine has); one thread pool per process.
 
     Raises:
-        ConfigError: `isa` is not available here.
+        ConfigError: `isa` is not available here; the library cannot be loaded, or not start its threads.
     """
     try:
         native = importlib.import_module("fastserve.kernels.cpu._native")
-    except ImportError:
+        available = native.available_isas()
+        if isa and isa not in available:
+            raise ConfigError(f"FASTSERVE_ISA={isa} is not available here; this machine has {', '.join(available)}")
+        return CPUKernels(native.Backend(isa or available[-1], len(usable_cpus())))
+    except ModuleNotFoundError:
         return CPUKernels(None)
-    available = native.available_isas()
-    if isa and isa not in available:
-        raise ConfigError(f"FASTSERVE_ISA={isa} is not available here; this machine has {', '.join(available)}")
-    return CPUKernels(native.Backend(isa or available[-1], len(usable_cpus())))
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"the native library cannot be used: {error}; mend that, or set kernels=reference") from error

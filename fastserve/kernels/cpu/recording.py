@@ -72,6 +72,8 @@ class _OnlyViews(TorchDispatchMode):
         made = list(result) if isinstance(result, (tuple, list)) else [result]
         given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
         for tensor in made:
+            if not isinstance(tensor, Tensor):
+                raise self._refusal(f"it reads numbers itself ({func})")
             if not is_empty and tensor.untyped_storage().data_ptr() not in given:
                 raise self._refusal(f"it computes a tensor itself ({func})")
             if is_empty and tensor.numel():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -44,6 +46,29 @@ def test_heads_that_the_native_kernels_have_no_room_for() -> None:
     with pytest.raises(ConfigError, match="heads have 576 numbers; 512 at most"):
         select.select("cpu", KernelSpec("cpu", torch.float32, 4, 2, 576, 16))
     assert cpu.create().supports(KernelSpec("cpu", torch.float32, 4, 2, 512, 16)) == cpu.create().supports(SPEC)
+
+
+def test_a_native_library_that_is_there_but_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastserve.kernels.cpu import kernels
+
+    def fail(name: str) -> None:
+        raise ImportError("undefined symbol: pack")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.importlib, "import_module", fail)
+        with pytest.raises(ConfigError, match=r"cannot be used: undefined symbol: pack.* kernels=reference"):
+            kernels.create.__wrapped__()
+    if sys.platform != "linux" or kernels.create().native_backend is None:
+        pytest.skip("the native library was not built, or memory cannot be limited")
+    monkeypatch.setattr(kernels, "usable_cpus", lambda: list(range(500)))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"thread \d+ of 500 cannot be started"):
+            kernels.create.__wrapped__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_reference_when_asked_for() -> None:

@@ -35,7 +35,7 @@ _START = """
 import sys
 from fastserve import LLM, SamplingParams
 llm = LLM(sys.argv[1], dtype="bfloat16", kv_cache_memory=256 << 20)
-print(llm.generate([list(range(300, 308))], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)[0])
+print(llm.generate([list(range(300, 308))], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)[0], flush=True)
 """
 
 
@@ -127,9 +127,13 @@ def start_seconds(folder: Path, repeats: int) -> list[float]:
     """Seconds from starting a process to its first token; a first run, not counted, fills the page cache."""
     found = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", _START, str(folder)], check=True, stdout=subprocess.DEVNULL)
-        found.append(rounded(time.perf_counter() - start))
+        command, start = [sys.executable, "-c", _START, str(folder)], time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            found.append(rounded(time.perf_counter() - start))
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
     return found[1:]
 
 

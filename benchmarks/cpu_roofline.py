@@ -35,7 +35,8 @@ _START = """
 import sys
 from fastserve import LLM, SamplingParams
 llm = LLM(sys.argv[1], dtype="bfloat16", kv_cache_memory=256 << 20)
-print(llm.generate([list(range(300, 308))], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)[0], flush=True)
+params = SamplingParams(temperature=0.0, max_tokens=1)
+print(llm.generate([list(range(300, 308))], params, use_tqdm=False)[0], flush=True)
 """
 
 

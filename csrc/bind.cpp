@@ -1,6 +1,8 @@
 // The Python module `fastserve.kernels.cpu._native`. Buffers come in as addresses (torch's data_ptr()), strides in
 // elements; that shapes and types fit is for `fastserve/kernels/cpu` to see to. The interpreter lock is released while the
 // pool works.
+#include <algorithm>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -315,17 +317,20 @@ public:
     }
     void finish(uintptr_t logits, uintptr_t chosen) { plan_.finish(at<void>(logits), at<void>(chosen)); }
 
-    // The index of the largest logit of each row, if `choose`.
-    std::vector<int64_t> run(const std::vector<int64_t>& input_ids, const std::vector<int64_t>& positions,
-                             const std::vector<int64_t>& slots, const std::vector<int64_t>& logit_rows,
-                             const std::vector<int64_t>& query_starts, const std::vector<int64_t>& context_lens,
-                             const BlockTables& block_tables, const std::vector<int64_t>& source_lens,
-                             const BlockTables& source_tables, const std::vector<uintptr_t>& adapter_slots, bool choose) {
+    // The index of the largest logit of each row, if `choose`. Of several rounds, in which all sequences decode, one round
+    // after the other; none comes after one that chose an end.
+    std::vector<int64_t> run(std::vector<int64_t> input_ids, std::vector<int64_t> positions, std::vector<int64_t> slots,
+                             const std::vector<int64_t>& logit_rows, const std::vector<int64_t>& query_starts,
+                             std::vector<int64_t> context_lens, const BlockTables& block_tables,
+                             const std::vector<int64_t>& source_lens, const BlockTables& source_tables,
+                             const std::vector<uintptr_t>& adapter_slots, bool choose, int64_t rounds,
+                             const std::vector<int64_t>& ends) {
         const size_t tokens = input_ids.size(), count = context_lens.size();
         need(positions.size() == tokens && slots.size() == tokens, "a step needs a position and a slot for each of its tokens");
         need(query_starts.size() == count + 1 && block_tables.size() == count && source_tables.size() == source_lens.size() &&
                  (source_lens.empty() || source_lens.size() == count),
              "a step's starts, lengths and block tables are of other numbers of sequences");
+        need(rounds == 1 || (choose && count == tokens && logit_rows.size() == tokens), "rounds are for sequences that decode");
         const std::vector<const int64_t*> tables = starts_of(block_tables), sources = starts_of(source_tables);
         StepInputs step{static_cast<int64_t>(tokens),
                         static_cast<int64_t>(logit_rows.size()),
@@ -342,9 +347,19 @@ public:
                         source_lens.data(),
                         sources.data()};
         nb::gil_scoped_release release;
-        plan_.run(step, choose);
-        const int64_t* chosen = static_cast<const int64_t*>(plan_.chosen());
-        return {chosen, chosen + (choose ? step.rows : 0)};
+        std::vector<int64_t> made;
+        const auto is_end = [&](int64_t token) { return std::find(ends.begin(), ends.end(), token) != ends.end(); };
+        for (int64_t round = 0; round < rounds; ++round) {
+            plan_.run(step, choose);
+            const int64_t* chosen = static_cast<const int64_t*>(plan_.chosen());
+            made.insert(made.end(), chosen, chosen + (choose ? step.rows : 0));
+            if (round + 1 == rounds || std::any_of(chosen, chosen + step.rows, is_end)) break;
+            std::copy(chosen, chosen + step.rows, input_ids.begin());
+            for (auto* counts : {&positions, &slots, &context_lens}) {
+                for (int64_t& value : *counts) ++value;
+            }
+        }
+        return made;
     }
 
     uintptr_t logits() const { return reinterpret_cast<uintptr_t>(plan_.logits()); }

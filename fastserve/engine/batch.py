@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -11,7 +11,7 @@ from fastserve.scheduler.plan import StepPlan
 
 
 def make_batch(
-    plan: StepPlan, block_size: int, device: torch.device, all_rows: set[str], adapter_slots: Mapping[str, int]
+    plan: StepPlan, block_size: int, device: torch.device, all_rows: Container[str], adapter_slots: Mapping[str, int]
 ) -> tuple[Batch, list[tuple[int, int]]]:
     """Lay out a plan.
 

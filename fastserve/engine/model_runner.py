@@ -28,6 +28,7 @@ from fastserve.models.encoder_decoder import EncoderDecoder
 from fastserve.models.model import ServingModel
 from fastserve.scheduler.plan import PlanEntry, StepPlan, StepResult
 
+_Ranges = list[tuple[int, int]]
 _LOGIT_ROWS_AT_ONCE = 256  # bounds memory when a whole prompt's log probabilities are asked for
 
 
@@ -90,34 +91,41 @@ class ModelRunner:
         entries = [entry for entry in plan.entries if entry.samples]
         if self._masks:
             self._masks.prepare([(entry.request_id, _drafts(entry)) for entry in entries])
-        size = self._kv_cache.block_size
-        batch, row_ranges = make_batch(plan, size, self._device, set(self._prompts), self._adapter_slots)
+        batch, rows = make_batch(plan, self._kv_cache.block_size, self._device, self._prompts, self._adapter_slots)
         if self._sources is not None:
             self._sources.describe(batch)
-        result = self._run_batch(plan, batch, entries, row_ranges)
-        made = result.tokens
+        result = self._run_batch(plan, batch, entries, rows, plan.num_rounds)
         while result.num_rounds < plan.num_rounds:
-            if any(made[entry.request_id] in self._states[entry.request_id].stop_ids for entry in entries):
+            made = [[result.tokens[name], *result.further.get(name, ())][-1] for name in batch.request_ids]
+            if not self._end_ids(entries).isdisjoint(made):
                 break
-            batch.advance([made[entry.request_id] for entry in entries])
-            made = self._run_batch(plan, batch, entries, row_ranges).tokens
-            result.num_rounds += 1
-            for request_id, token_id in made.items():
-                result.further.setdefault(request_id, []).append(token_id)
+            batch.advance(made)
+            later = self._run_batch(plan, batch, entries, rows, plan.num_rounds - result.num_rounds)
+            result.num_rounds += later.num_rounds
+            for name, token in later.tokens.items():
+                result.further.setdefault(name, []).extend([token, *later.further.get(name, ())])
         return result
 
     def _run_batch(
-        self, plan: StepPlan, batch: Batch, entries: list[PlanEntry], row_ranges: list[tuple[int, int]]
+        self, plan: StepPlan, batch: Batch, entries: list[PlanEntry], row_ranges: _Ranges, num_rounds: int
     ) -> StepResult:
-        """Compute a plan's batch and choose tokens for `entries`, those that sample."""
+        """Compute a plan's batch and choose tokens for `entries`, those that sample; natively, in several rounds."""
         result, states = StepResult({}), [self._states[entry.request_id] for entry in entries]
         if self._recorded is not None and not self._prompts:
-            greedy = self._recorded.run(batch, all(state.is_plain_greedy for state in states))
+            is_greedy = all(state.is_plain_greedy for state in states)
             wants_logits = self._masks or any(state.sampling.logprobs is not None for state in states)
-            if len(greedy) == len(entries) and not wants_logits:
-                for entry, state, token_id in zip(entries, states, greedy, strict=True):
-                    state.count(token_id)
-                    result.tokens[entry.request_id] = token_id
+            is_plain = is_greedy and not wants_logits and len(batch.logit_rows) == len(entries)
+            if not is_plain or any(state.sampling.forced_eos_token_id is not None for state in states):
+                num_rounds = 1
+            end_ids = self._end_ids(entries) if num_rounds > 1 else ()
+            greedy = self._recorded.run(batch, is_greedy, num_rounds, end_ids)
+            if is_plain:
+                result.num_rounds = max(1, len(greedy) // max(1, len(entries)))
+                for place, (entry, state) in enumerate(zip(entries, states, strict=True)):
+                    made = greedy[place :: len(entries)]
+                    for token_id in made:
+                        state.count(token_id)
+                    result.tokens[entry.request_id], *result.further[entry.request_id] = made
                 return result
             logits = self._model.finish(self._recorded.logits())
         else:
@@ -125,6 +133,10 @@ class ModelRunner:
         if entries:
             self._sample(result, logits, entries, greedy)
         return result
+
+    def _end_ids(self, entries: list[PlanEntry]) -> set[int]:
+        """Tokens after which rounds end: what ends any of the answers."""
+        return {token_id for entry in entries for token_id in self._states[entry.request_id].stop_ids}
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
@@ -136,9 +148,7 @@ class ModelRunner:
         return self._model.finish(self._recorded.logits())
 
     @torch.inference_mode()
-    def _run_scoring(
-        self, plan: StepPlan, batch: Batch, row_ranges: list[tuple[int, int]], result: StepResult
-    ) -> Tensor:
+    def _run_scoring(self, plan: StepPlan, batch: Batch, row_ranges: _Ranges, result: StepResult) -> Tensor:
         """A step operation by operation, which scores prompts where asked; logits of the entries that sample."""
         hidden = self._hidden(self._kernels, batch)
         rows: list[int] = []

@@ -6,6 +6,7 @@ N output features, K input features. All tensors are on the backend's device.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -126,8 +127,11 @@ class RecordedStep(Protocol):
 
     num_operations: int
 
-    def run(self, batch: Batch, choose: bool) -> list[int]:
-        """Compute a step. If `choose`, the index of the largest logit of each row, the first among equals."""
+    def run(self, batch: Batch, choose: bool, num_rounds: int = 1, end_ids: Collection[int] = ()) -> list[int]:
+        """Compute a step. If `choose`, the index of the largest logit of each row, the first among equals.
+
+        Of several rounds each but the first takes what the last chose (see `Batch.advance`), until one of `end_ids`.
+        """
 
     def logits(self) -> Tensor:
         """[R, V] float32 of the last run, valid until the next."""

@@ -47,8 +47,7 @@ class StepPlan(msgspec.Struct, frozen=True):
             over before the entries run; a block that is filled from a slot is reported when it is (StepResult.loaded).
         num_blocks: device blocks that need memory, where that changed; else 0.
         freed: requests whose state may be dropped.
-        num_rounds: how often the entries run at most, each time with the tokens that they made; more than once only
-            where all decode. The rounds end when an answer does.
+        num_rounds: how often the entries run, each time with what they made, unless an answer ends; 1 if not all decode.
     """
 
     entries: list[PlanEntry]

@@ -243,9 +243,8 @@ class Scheduler:
         """How often to run the plan before somebody has to decide: an answer ends, a block is full, or time is up."""
         if not self._burst_seconds or len(entries) < len(self._sequences) or len(self._loads):
             return 1
-        context = sum(entry.start for entry in entries)
-        seconds = self.cost.coefficients.seconds(StepWork(0, len(entries), 0, context))
-        rounds = int(self._burst_seconds / max(seconds, 1e-6))
+        work = StepWork(0, len(entries), 0, sum(entry.start for entry in entries))
+        rounds = int(self._burst_seconds / max(self.cost.coefficients.seconds(work), 1e-6))
         for entry in entries if rounds > 1 else ():
             sequence, sampling = self._sequences[entry.request_id], self._sequences[entry.request_id].request.sampling
             if not self._may_draft(sequence) or entry.num_drafts or sampling.structured_outputs is not None:

@@ -69,6 +69,25 @@ def test_in_bursts(folder: Path, alone: dict[str, list[list[int]]]) -> None:
         assert llm.engine.stats().num_steps == before + last + 1  # nothing was computed for nobody
 
 
+@pytest.mark.parametrize("burst_ms", [1e6, 5.0])
+def test_bursts_of_unlike_requests(folder: Path, burst_ms: float) -> None:
+    params = [
+        GREEDY,
+        replace(GREEDY, ignore_eos=False, stop_token_ids=tuple(range(3, 300, 7)), min_tokens=5),
+        replace(GREEDY, max_tokens=9),
+        replace(SAMPLED, frequency_penalty=0.5, repetition_penalty=1.2),
+        replace(GREEDY, max_tokens=20, no_repeat_ngram_size=2),
+        replace(GREEDY, forced_eos_token_id=4),
+    ]
+    found = []
+    for burst in (0.0, burst_ms):
+        llm = LLM(folder, dtype="float32", prefix_caching=False, kv_cache_memory="8MiB", burst_ms=burst)
+        # By threes, so that some batches are greedy alone and others are not.
+        outputs = [llm.generate(PROMPTS[:3], params[place : place + 3]) for place in range(4)]
+        found.append([tokens(output) for output in outputs])
+    assert found[0] == found[1]
+
+
 def test_chunked_at_16_tokens(folder: Path, alone: dict[str, list[list[int]]]) -> None:
     check(LLM(folder, dtype="float32", max_batch_sequences=16, max_batch_tokens=16, prefix_caching=False), alone)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -36,12 +36,12 @@ class NativeStep:
         self._logits = ((0, 0), torch.empty(0))  # address and number of rows, and a view of them
         self.num_operations: int = plan.num_ops
 
-    def run(self, batch: Batch, choose: bool) -> list[int]:
+    def run(self, batch: Batch, choose: bool, num_rounds: int = 1, end_ids: Collection[int] = ()) -> list[int]:
         self._num_rows = len(batch.logit_rows)
         chosen: list[int] = self._plan.run(
             batch.input_ids, batch.positions, batch.slot_mapping, batch.logit_rows, batch.query_starts,
             batch.context_lens, batch.block_tables, batch.source_lens, batch.source_tables,
-            [slots.data_ptr() for slots in batch.adapter_slots], choose,
+            [slots.data_ptr() for slots in batch.adapter_slots], choose, num_rounds, list(end_ids),
         )  # fmt: skip
         return chosen
 

@@ -47,7 +47,7 @@ class StepPlan(msgspec.Struct, frozen=True):
             over before the entries run; a block that is filled from a slot is reported when it is (StepResult.loaded).
         num_blocks: device blocks that need memory, where that changed; else 0.
         freed: requests whose state may be dropped.
-        num_rounds: how often the entries run, each time with what they made, unless an answer ends; 1 if not all decode.
+        num_rounds: how often the entries run, each time with what they made, unless an answer ends; 1: not all decode.
     """
 
     entries: list[PlanEntry]

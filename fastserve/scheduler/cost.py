@@ -116,7 +116,8 @@ class CostModel:
             else:
                 work.add(start, num_tokens)
                 shares.append(self.prefill_seconds(num_tokens, start))
-        self.observe(work, seconds / num_rounds)
+        for _ in range(num_rounds):
+            self.observe(work, seconds / num_rounds)
         scale = seconds / max(sum(shares), 1e-12)
         return [share * scale for share in shares]
 

@@ -236,12 +236,11 @@ class Scheduler:
         num_blocks = self.block_pool.num_reachable
         is_same, self._planned_blocks = num_blocks == self._planned_blocks, num_blocks
         freed, self._freed = self._freed, []
-        rounds, num_blocks = self._num_rounds(entries), 0 if is_same else num_blocks
-        return StepPlan(entries, self._copies, moves=moves, num_blocks=num_blocks, freed=freed, num_rounds=rounds)
+        return StepPlan(entries, self._copies, moves, 0 if is_same else num_blocks, freed, self._num_rounds(entries))
 
     def _num_rounds(self, entries: list[PlanEntry]) -> int:
         """How often to run the plan before somebody has to decide: an answer ends, a block is full, or time is up."""
-        if not self._burst_seconds or len(entries) < len(self._sequences) or len(self._loads):
+        if not (self._burst_seconds and entries) or len(entries) < len(self._sequences) or len(self._loads):
             return 1
         work = StepWork(0, len(entries), 0, sum(entry.start for entry in entries))
         rounds = int(self._burst_seconds / max(self.cost.coefficients.seconds(work), 1e-6))

@@ -144,8 +144,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(plan.entries) == had_work or len(self.memory.coming) > 0 or plan.moves
         assert plan.num_tokens <= self.tokens
         # Rounds are for those who decode when there is nobody else.
-        is_alone = all(len(entry.token_ids) == 1 for entry in plan.entries)
-        assert plan.num_rounds == 1 or (is_alone and len(plan.entries) == len(self.scheduler._sequences))
+        is_alone = len(plan.entries) == len(self.scheduler._sequences) > 0
+        assert plan.num_rounds == 1 or is_alone
+        assert plan.num_rounds == 1 or all(len(entry.token_ids) == 1 for entry in plan.entries)
         assert len(plan.entries) <= self.places
         assert len({entry.request_id for entry in plan.entries}) == len(plan.entries)
         written: set[int] = set()

@@ -96,10 +96,10 @@ def score_of_folder(
 def test_classification_is_learnt_and_kept_in_the_folder(bert: Path, tmp_path: Path, optimizer: str) -> None:
     rows = [{"text": fact["text"], "intent": fact["place"]} for fact in facts(120)]
     settings = FinetuneSettings(
-        **{**FAST, "learning_rate": 5e-3},
+        **{**FAST, "learning_rate": 3e-3},
         optimizer=optimizer,
         muon_learning_rate=6e-2,
-        steps=80,
+        steps=120,
         label_key="intent",
         validation=str(write(tmp_path / "val.jsonl", rows[:30])),
     )

@@ -96,14 +96,14 @@ class ModelRunner:
             self._sources.describe(batch)
         result = self._run_batch(plan, batch, entries, rows, plan.num_rounds)
         while result.num_rounds < plan.num_rounds:
-            made = [[result.tokens[name], *result.further.get(name, ())][-1] for name in batch.request_ids]
+            made = [result.made(name)[-1] for name in batch.request_ids]
             if not self._end_ids(entries).isdisjoint(made):
                 break
             batch.advance(made)
             later = self._run_batch(plan, batch, entries, rows, plan.num_rounds - result.num_rounds)
             result.num_rounds += later.num_rounds
-            for name, token in later.tokens.items():
-                result.further.setdefault(name, []).extend([token, *later.further.get(name, ())])
+            for name in later.tokens:
+                result.further.setdefault(name, []).extend(later.made(name))
         return result
 
     def _run_batch(

@@ -32,10 +32,7 @@ class Answers:
 
     def made(self, sequence: Sequence, result: StepResult) -> list[int]:
         """The step's tokens of a sequence, up to the first that ends it; none when it cannot go on."""
-        request_id = sequence.request_id
-        if request_id in result.errors:
-            return []
-        made = [result.tokens[request_id], *result.further.get(request_id, ())]
+        made = [] if sequence.request_id in result.errors else result.made(sequence.request_id)
         return made[: next((place for place, token_id in enumerate(made, 1) if token_id in sequence.end_ids), None)]
 
     def append(self, sequence: Sequence, made: list[int], result: StepResult, now: float) -> TokenOutput:

@@ -83,3 +83,7 @@ class StepResult:
     further: dict[str, list[int]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     num_rounds: int = 1
+
+    def made(self, request_id: str) -> list[int]:
+        """All tokens of a request that can go on."""
+        return [self.tokens[request_id], *self.further.get(request_id, ())]

@@ -436,8 +436,6 @@ NB_MODULE(_native, m) {
             "__init__",
             [](ReadMeter* self, size_t bytes, Backend& backend) { new (self) ReadMeter(bytes, backend.table(), backend.pool()); },
             nb::arg("bytes"), nb::arg("backend"), nb::keep_alive<1, 3>())
-        .def("measure", [](ReadMeter& self) {
-            nb::gil_scoped_release release;
-            return self.measure();
-        });
+        .def("read", &ReadMeter::read, nb::arg("past_caches"), nb::call_guard<nb::gil_scoped_release>())
+        .def("measure", &ReadMeter::measure, nb::call_guard<nb::gil_scoped_release>());
 }

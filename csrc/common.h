@@ -17,6 +17,10 @@ constexpr int kPanelColumns = 64;   // columns of one packed panel
 constexpr int kColumnMultiple = 16; // a last, narrower panel has a multiple of this many columns
 constexpr int kDepthMultiple = 64;  // K is padded to this: one tile row of int8, two of bfloat16
 
+// Whether memory that is read once is best fetched by prefetches that leave no trace in the second- and third-level caches,
+// so that what is read again (keys, values, code) stays there. Known of AMD's processors (decision 12); elsewhere unmeasured.
+extern const bool kFetchPastCaches;
+
 static inline int64_t element_bytes(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

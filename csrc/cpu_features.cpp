@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -35,6 +37,11 @@ uint64_t saved_state() {
     return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+bool made_by_amd() {
+    const Registers vendor = cpuid(0, 0);
+    return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163;  // "Auth" "enti" "cAMD"
+}
+
 bool amx_permitted() {
 #ifdef __linux__
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -45,6 +52,8 @@ bool amx_permitted() {
 }
 
 }  // namespace
+
+const bool kFetchPastCaches = made_by_amd();
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names{"plain"};
@@ -65,6 +74,8 @@ std::vector<std::string> available_isas() {
     return names;
 }
 #else
+const bool kFetchPastCaches = false;
+
 std::vector<std::string> available_isas() { return {"plain"}; }
 #endif
 

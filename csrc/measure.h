@@ -10,10 +10,13 @@ namespace fastserve {
 class ThreadPool;
 struct OpTable;
 
-// Bytes per second that all threads together read from memory, over a buffer of `bytes` (use more than 1 GB).
+// Bytes per second that all threads together read from memory, over a buffer of `bytes` (1 GB or more).
 class ReadMeter {
 public:
     ReadMeter(size_t bytes, const OpTable& table, ThreadPool& pool);
+    // Fetching ahead into all caches, as most programs read, or past them (see kFetchPastCaches).
+    double read(bool past_caches);
+    // The faster of the two.
     double measure();
 
 private:

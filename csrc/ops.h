@@ -244,7 +244,7 @@ struct OpTable {
     // kind: 0 float multiply-add, 1 bfloat16 dot, 2 int8 dot. Two operations per multiply-add.
     double (*peak_rate)(int kind, double seconds);
     // Reads memory as fast as one thread can: what a product of few rows is measured against.
-    uint32_t (*read_memory)(const uint8_t* data, int64_t bytes);
+    uint32_t (*read_memory)(const uint8_t* data, int64_t bytes, bool past_caches);
 };
 
 // Null when this build or this machine lacks it. Names as in cpu_features.h.

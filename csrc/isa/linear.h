@@ -16,7 +16,19 @@ namespace fastserve::FASTSERVE_ISA_NAMESPACE {
 constexpr int kMaxRows = W == 4 ? 4 : 6;     // rows of a register tile
 constexpr int kDirectRows = 4;               // rows of a register tile that unpacks its words itself
 constexpr int kDirectLimit = 24;             // rows from which it pays to unpack a piece of panel once for all
-constexpr int kPrefetchBytes = 8192;
+constexpr int kPrefetchBytes = 8192;            // how far ahead a word that is read once is fetched
+constexpr int kPrefetchBytesPastCaches = 6144;
+
+// Fetches the 256 bytes that lie ahead of `at` by so much.
+static FASTSERVE_INLINE void fetch_once(const uint8_t* at, bool past_caches) {
+    if (past_caches) {
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytesPastCaches + line * 64, 0, 0);
+    } else {
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytes + line * 64, 0, 3);
+    }
+}
 
 // How the tile unit is configured, where there is one.
 struct TileShape {
@@ -123,6 +135,7 @@ static inline __attribute__((always_inline)) typename D::Acc start_of(const Bloc
 template <class D, bool Scaled, int R, int NV>
 static void block_kernel(const Block& b) {
     const D dot(*b.weight);
+    const bool past_caches = kFetchPastCaches;
     const uint8_t* words = b.words;
     const char* a = b.a;
     const bool grouped = Scaled && b.weight->groups > 1;
@@ -152,10 +165,7 @@ static void block_kernel(const Block& b) {
             I row[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) row[v] = i_load(at + v * W * 4);
-            if (NV * W == kPanelColumns && b.stream) {
-#pragma GCC unroll 8
-                for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytes + line * 64, 0, 3);
-            }
+            if (NV * W == kPanelColumns && b.stream) fetch_once(at, past_caches);
             multiply_parts<D, 0>(dot, acc, row, a, b.a_stride);
             at += b.word_stride;
             a += 4 * D::kParts;

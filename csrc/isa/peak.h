@@ -13,15 +13,14 @@ static inline double thread_seconds() {
 }
 
 // Reads `bytes` (a multiple of 1024) from front to back, as a product of one row does, and nothing else.
-static uint32_t read_memory(const uint8_t* data, int64_t bytes) {
+static uint32_t read_memory(const uint8_t* data, int64_t bytes, bool past_caches) {
     constexpr int kStep = 256 / (4 * W);
     I sums[kStep];
     for (int i = 0; i < kStep; ++i) sums[i] = i_zero();
     for (int64_t at = 0; at < bytes; at += 256) {
 #pragma GCC unroll 16
         for (int i = 0; i < kStep; ++i) sums[i] = i_xor(sums[i], i_load(data + at + i * 4 * W));
-#pragma GCC unroll 4
-        for (int line = 0; line < 4; ++line) __builtin_prefetch(data + at + 2048 + line * 64, 0, 3);
+        fetch_once(data + at, past_caches);
     }
     for (int i = 1; i < kStep; ++i) sums[0] = i_xor(sums[0], sums[i]);
     return static_cast<uint32_t>(i_sum(sums[0]));

@@ -9,8 +9,8 @@ against us) over the time per token of one request, as a share of the reading sp
 which fetches ahead past the caches, and once more of the other, which is how most programs read ("usual"). prefill:
 operations of a whole 1,024-token prompt over its time, as a share of the rate of the same instruction with every
 operand in registers (int8: of the int8 rate, though attention runs in bf16). start: process start to first token,
-pages in the page cache. ops: each operation alone. Limits are measured by the same threads right before and after each value; medians of shares.
-Each precision runs in a process of its own.
+pages in the page cache. ops: each operation alone. Limits are measured by the same threads right before and after each
+value; medians of shares. Each precision runs in a process of its own.
 """
 
 from __future__ import annotations

@@ -19,12 +19,15 @@ constexpr int kDirectLimit = 24;             // rows from which it pays to unpac
 constexpr int kPrefetchBytes = 8192;            // how far ahead a word that is read once is fetched
 constexpr int kPrefetchBytesPastCaches = 6144;
 
+enum class Fetch { nothing, into_caches, past_caches };
+
 // Fetches the 256 bytes that lie ahead of `at` by so much.
-static FASTSERVE_INLINE void fetch_once(const uint8_t* at, bool past_caches) {
-    if (past_caches) {
+template <Fetch How>
+static FASTSERVE_INLINE void fetch_once(const uint8_t* at) {
+    if constexpr (How == Fetch::past_caches) {
 #pragma GCC unroll 4
         for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytesPastCaches + line * 64, 0, 0);
-    } else {
+    } else if constexpr (How == Fetch::into_caches) {
 #pragma GCC unroll 4
         for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytes + line * 64, 0, 3);
     }
@@ -132,10 +135,9 @@ static inline __attribute__((always_inline)) typename D::Acc start_of(const Bloc
     }
 }
 
-template <class D, bool Scaled, int R, int NV>
-static void block_kernel(const Block& b) {
+template <class D, bool Scaled, int R, int NV, Fetch How>
+static FASTSERVE_INLINE void multiply_block(const Block& b) {
     const D dot(*b.weight);
-    const bool past_caches = kFetchPastCaches;
     const uint8_t* words = b.words;
     const char* a = b.a;
     const bool grouped = Scaled && b.weight->groups > 1;
@@ -165,7 +167,7 @@ static void block_kernel(const Block& b) {
             I row[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) row[v] = i_load(at + v * W * 4);
-            if (NV * W == kPanelColumns && b.stream) fetch_once(at, past_caches);
+            fetch_once<How>(at);
             multiply_parts<D, 0>(dot, acc, row, a, b.a_stride);
             at += b.word_stride;
             a += 4 * D::kParts;
@@ -184,6 +186,13 @@ static void block_kernel(const Block& b) {
         if (b.weight->has_zeros) finish_group<D, true, R, NV>(b, acc, header, b.sums + 4 * g, add);
         else finish_group<D, false, R, NV>(b, acc, header, b.sums + 4 * g, add);
     }
+}
+
+template <class D, bool Scaled, int R, int NV>
+static void block_kernel(const Block& b) {
+    if (NV * W != kPanelColumns || !b.stream) return multiply_block<D, Scaled, R, NV, Fetch::nothing>(b);
+    if (kFetchPastCaches) return multiply_block<D, Scaled, R, NV, Fetch::past_caches>(b);
+    multiply_block<D, Scaled, R, NV, Fetch::into_caches>(b);
 }
 
 // Kernels for 1..kMaxRows rows: over a whole panel of 64 columns where registers allow, and over 16.

@@ -20,7 +20,7 @@ static uint32_t read_memory(const uint8_t* data, int64_t bytes, bool past_caches
     for (int64_t at = 0; at < bytes; at += 256) {
 #pragma GCC unroll 16
         for (int i = 0; i < kStep; ++i) sums[i] = i_xor(sums[i], i_load(data + at + i * 4 * W));
-        fetch_once(data + at, past_caches);
+        past_caches ? fetch_once<Fetch::past_caches>(data + at) : fetch_once<Fetch::into_caches>(data + at);
     }
     for (int i = 1; i < kStep; ++i) sums[0] = i_xor(sums[0], sums[i]);
     return static_cast<uint32_t>(i_sum(sums[0]));

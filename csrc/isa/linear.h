@@ -24,12 +24,11 @@ enum class Fetch { nothing, into_caches, past_caches };
 // Fetches the 256 bytes that lie ahead of `at` by so much.
 template <Fetch How>
 static FASTSERVE_INLINE void fetch_once(const uint8_t* at) {
-    if constexpr (How == Fetch::past_caches) {
+    if constexpr (How != Fetch::nothing) {
+        constexpr bool kPast = How == Fetch::past_caches;
+        at += kPast ? kPrefetchBytesPastCaches : kPrefetchBytes;
 #pragma GCC unroll 4
-        for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytesPastCaches + line * 64, 0, 0);
-    } else if constexpr (How == Fetch::into_caches) {
-#pragma GCC unroll 4
-        for (int line = 0; line < 4; ++line) __builtin_prefetch(at + kPrefetchBytes + line * 64, 0, 3);
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(at + line * 64, 0, kPast ? 0 : 3);
     }
 }
 
